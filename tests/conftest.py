@@ -1,0 +1,30 @@
+"""Fixtures: one tiny checkpoint for the whole run, and single-threaded torch so that equal means equal."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from tests import checkpoints
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny models are slower with more threads, and reductions do not depend on the machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """Folder of a tiny random checkpoint with the structure of cvssp/audioldm2."""
+    return checkpoints.save(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def oracle(tiny_checkpoint):
+    """diffusers' pipeline with DDIM on `tiny_checkpoint`."""
+    return checkpoints.diffusers_pipeline(tiny_checkpoint)
