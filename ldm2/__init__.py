@@ -1,0 +1,33 @@
+"""ldm2: AudioLDM2 written anew. Text in, sound, music or speech out.
+
+    import ldm2
+    ldm2.generate("a dog barking in the rain").save("dog.wav")
+
+Importing this package imports neither torch nor transformers: the names below are fetched when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AudioLDM2": "ldm2.pipeline",
+    "Cancelled": "ldm2.samplers",
+    "Result": "ldm2.result",
+    "generate": "ldm2.pipeline",
+    "load": "ldm2.pipeline",
+}
+
+__all__ = ["AudioLDM2", "Cancelled", "Result", "__version__", "generate", "load"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ldm2' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
