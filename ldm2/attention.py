@@ -1,0 +1,134 @@
+"""Transformers over the positions of a feature map, with one optional sequence of context each.
+
+References: "Attention Is All You Need", arXiv:1706.03762; "High-Resolution Image Synthesis with Latent Diffusion
+Models", arXiv:2112.10752, section 3.3; the gated feed-forward layer is GEGLU of arXiv:2002.05202.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ldm2 import ops
+from ldm2.layers import GroupNorm, LayerNorm, repeat_rows
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one attention attends to: keys and values (B, H, L, D), bias (B, 1, 1, L) on the scores or None."""
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor | None = None
+
+
+def mask_bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """The bias on attention scores for a mask (B, L) with 1 = keep and 0 = drop: (B, 1, 1, L), None if all is kept.
+
+    A dropped position gets -10000: its weight underflows to exactly 0 in each dtype, while a row that keeps nothing
+    attends as if it were not masked (as in diffusers) instead of giving NaN.
+    """
+    if mask is None or bool(mask.all()):
+        return None
+    return (1 - mask.to(like.dtype))[:, None, None, :] * -10_000.0
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B, Q, C) to itself or to a context (B, L, context_dim) -> (B, Q, C)."""
+
+    def __init__(self, channels: int, num_heads: int, context_dim: int | None = None):
+        super().__init__()
+        self.num_heads = num_heads
+        context_dim = channels if context_dim is None else context_dim
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim, channels, bias=False)
+        self.to_v = nn.Linear(context_dim, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def remember(self, context: Tensor, bias: Tensor | None = None) -> Memory:
+        """Keys and values of a context (B, L, context_dim)."""
+        return Memory(self._split(self.to_k(context)), self._split(self.to_v(context)), bias)
+
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        """Attends to `memory`, to x itself if None. A memory of k * B rows tiles the B rows of x."""
+        if memory is None:
+            memory = self.remember(x)
+        q = repeat_rows(self._split(self.to_q(x)), memory.keys.shape[0])
+        out = ops.attention(q, memory.keys, memory.values, memory.bias)      # (B, H, Q, D)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))                # (B, Q, C)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)         # (B, L, C) -> (B, H, L, D)
+
+
+class GEGLU(nn.Module):
+    """One linear layer to twice the width; its first half is gated by the GELU of the second."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return ops.geglu(value, gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU of four times the width, then back: (B, L, C) -> (B, L, C)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        # Place 1 of the list is the dropout of the published implementation: no parameters, nothing at inference.
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context (or a second self-attention), feed-forward: (B, L, C) -> (B, L, C)."""
+
+    def __init__(self, channels: int, num_heads: int, context_dim: int | None):
+        super().__init__()
+        self.norm1 = LayerNorm(channels)
+        self.attn1 = Attention(channels, num_heads)
+        self.norm2 = LayerNorm(channels)
+        self.attn2 = Attention(channels, num_heads, context_dim)
+        self.norm3 = LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, memory: Memory | None) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        attended = self.attn2(self.norm2(x), memory)
+        x = repeat_rows(x, attended.shape[0]) + attended
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2D(nn.Module):
+    """Transformer blocks over the T * F positions of x (B, C, T, F), beside a skip connection.
+
+    `context_dim` None makes both attentions of each block self-attention.
+    """
+
+    def __init__(self, channels: int, num_heads: int, depth: int, context_dim: int | None, groups: int):
+        super().__init__()
+        self.context_dim = context_dim
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(channels, num_heads, context_dim) for _ in range(depth)]
+        )
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def remember(self, context: Tensor, bias: Tensor | None) -> tuple[Memory, ...]:
+        """Keys and values of a context (B, L, context_dim) for each block."""
+        return tuple(block.attn2.remember(context, bias) for block in self.transformer_blocks)
+
+    def forward(self, x: Tensor, memories: tuple[Memory | None, ...]) -> Tensor:
+        """One memory per block, None for self-attention; k * B rows of memory give k * B rows of output."""
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)            # (B, C, T, F) -> (B, T F, C)
+        for block, memory in zip(self.transformer_blocks, memories, strict=True):
+            h = block(h, memory)
+        h = h.transpose(1, 2).unflatten(2, x.shape[2:])                      # (B, T F, C) -> (B, C, T, F)
+        return repeat_rows(x, h.shape[0]) + self.proj_out(h)

@@ -1,0 +1,381 @@
+"""What a checkpoint's own config.json files say about its UNet, VAE and vocoder.
+
+Misleading names of the published files are changed here and nowhere else: `attention_head_dim` holds the number of
+heads, `block_out_channels` are the channels of the levels, `model_in_dim` is the number of mel bins. Everything that
+the published checkpoints share (activation, kernel sizes, ...) is not an option of ours, but a file that asks for
+something else is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+REFERENCES = ("authors", "diffusers")
+_REQUIRED = object()
+
+# Fields with the only value that any published checkpoint has; a file may leave them out.
+_UNET_FIXED = {
+    "act_fn": ("silu", "swish"), "norm_eps": (1e-5,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
+    "downsample_padding": (1,), "flip_sin_to_cos": (True,), "freq_shift": (0,), "center_input_sample": (False,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",), "mid_block_scale_factor": (1,), "dropout": (0,),
+    "use_linear_projection": (False,), "dual_cross_attention": (False,), "upcast_attention": (False, None),
+    "attention_type": ("default",), "resnet_time_scale_shift": ("default",), "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1,), "time_embedding_type": ("positional",), "time_embedding_dim": (None,),
+    "time_embedding_act_fn": (None,), "timestep_post_act": (None,), "time_cond_proj_dim": (None,),
+    "num_attention_heads": (None,), "num_class_embeds": (None,), "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,), "addition_embed_type": (None,), "cross_attention_norm": (None,),
+    "reverse_transformer_layers_per_block": (None,), "mid_block_only_cross_attention": (None, False),
+}
+_VAE_FIXED = {
+    "act_fn": ("silu", "swish"), "mid_block_add_attention": (True,), "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,), "shift_factor": (None,), "latents_mean": (None,), "latents_std": (None,),
+}
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of the denoiser. Tuples named `..., per level` start at the level of full resolution."""
+
+    in_channels: int
+    out_channels: int
+    channels: tuple[int, ...]                              # per level
+    down_attention: tuple[bool, ...]                       # per level: does the down block hold transformers?
+    up_attention: tuple[bool, ...]                         # per level: does the up block?
+    resnets: tuple[int, ...]                               # per level, of the down block; the up block has one more
+    transformer_depth: tuple[int, ...]                     # per level: layers in each transformer
+    context_dims: tuple[tuple[int | None, ...], ...]       # per level: one transformer an entry, None = self-attention
+    num_heads: tuple[int | None, ...]                      # per level; may be None where nothing attends
+    norm_groups: int
+    film_dim: int | None                                   # width of the FiLM condition, None = the UNet has none
+
+    @property
+    def time_dim(self) -> int:
+        """Width of the time embedding."""
+        return 4 * self.channels[0]
+
+    @property
+    def context_widths(self) -> tuple[int, ...]:
+        """Width of each context (sequence to attend to) that a conditioning must bring."""
+        return context_widths(self.context_dims)
+
+    @classmethod
+    def from_json(cls, path: str | PathLike, reference: str = "authors") -> UNetConfig:
+        """Reads unet/config.json; `reference` as in `from_dict`. Raises ValueError naming file and field."""
+        return cls.from_dict(_read_json(path), source=str(path), reference=reference)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any], source: str = "UNet config", reference: str = "authors") -> UNetConfig:
+        """Reads the fields of a unet/config.json.
+
+        A single number of heads means, with reference="diffusers", that number at each level. With "authors" it means
+        heads of 32 channels, as trained; levels whose channels 32 does not divide keep the number. A list of heads is
+        taken as it stands. Raises ValueError naming `source` and the field.
+        """
+        if reference not in REFERENCES:
+            raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
+        read = _Fields(fields, source)
+        read.check_fixed(_UNET_FIXED)
+        channels = read.integers("block_out_channels")
+        levels = len(channels)
+        groups = read.integer("norm_num_groups")
+        read.check_groups("block_out_channels", channels, groups)
+        down = read.block_types("down_block_types", levels, plain="DownBlock2D", attention="CrossAttnDownBlock2D")
+        up = read.block_types("up_block_types", levels, plain="UpBlock2D", attention="CrossAttnUpBlock2D")[::-1]
+        used = tuple(d or u for d, u in zip(down, up, strict=True))
+        used = (*used[:-1], True)                          # the middle block attends with the last level's sizes
+        if any(read.per_level("only_cross_attention", levels, _boolean, default=False)):
+            raise read.error("only_cross_attention", "must be false", read.get("only_cross_attention"))
+        return cls(
+            in_channels=read.integer("in_channels"),
+            out_channels=read.integer("out_channels"),
+            channels=channels,
+            down_attention=down,
+            up_attention=up,
+            resnets=read.per_level("layers_per_block", levels, _positive_integer),
+            transformer_depth=read.per_level("transformer_layers_per_block", levels, _positive_integer, default=1),
+            context_dims=_context_dims(read, channels, used),
+            num_heads=_num_heads(read, channels, used, reference),
+            norm_groups=groups,
+            film_dim=_film_dim(read),
+        )
+
+
+def context_index(transformer: int) -> int:
+    """Which context the transformer of this place in its layer attends to, in both published implementations."""
+    return max(transformer - 1, 0)
+
+
+def context_widths(context_dims: tuple[tuple[int | None, ...], ...]) -> tuple[int, ...]:
+    """Width of each context that a UNet with these transformers attends to.
+
+    Raises ValueError if two levels disagree, or if a context is left out.
+    """
+    widths: dict[int, int] = {}
+    for level in context_dims:
+        for i, width in enumerate(level):
+            if width is not None and widths.setdefault(context_index(i), width) != width:
+                raise ValueError(f"context {context_index(i)} is {widths[context_index(i)]} and {width} wide")
+    if sorted(widths) != list(range(len(widths))):
+        raise ValueError(f"no transformer attends to context {next(i for i in range(len(widths)) if i not in widths)}")
+    return tuple(widths[i] for i in range(len(widths)))
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the autoencoder between log-mel and latents. `channels` start at full resolution."""
+
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    channels: tuple[int, ...]
+    resnets: int                                           # per level of the encoder; the decoder has one more
+    norm_groups: int
+    scaling_factor: float                                  # scaled latents = scaling_factor * VAE latents
+
+    @property
+    def downsampling(self) -> int:
+        """Mel frames (and mel bins) per latent position."""
+        return 2 ** (len(self.channels) - 1)
+
+    @classmethod
+    def from_json(cls, path: str | PathLike) -> VAEConfig:
+        """Reads vae/config.json. Raises ValueError naming file and field."""
+        return cls.from_dict(_read_json(path), source=str(path))
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any], source: str = "VAE config") -> VAEConfig:
+        """Reads the fields of a vae/config.json. Raises ValueError naming `source` and the field."""
+        read = _Fields(fields, source)
+        read.check_fixed(_VAE_FIXED)
+        channels = read.integers("block_out_channels")
+        groups = read.integer("norm_num_groups")
+        read.check_groups("block_out_channels", channels, groups)
+        read.block_types("down_block_types", len(channels), plain="DownEncoderBlock2D")
+        read.block_types("up_block_types", len(channels), plain="UpDecoderBlock2D")
+        return cls(
+            in_channels=read.integer("in_channels"),
+            out_channels=read.integer("out_channels"),
+            latent_channels=read.integer("latent_channels"),
+            channels=channels,
+            resnets=read.integer("layers_per_block"),
+            norm_groups=groups,
+            scaling_factor=read.positive_number("scaling_factor"),
+        )
+
+
+@dataclass(frozen=True)
+class VocoderConfig:
+    """Sizes of the HiFi-GAN generator. One upsampling stage an entry of `upsample_rates`."""
+
+    num_mels: int
+    sample_rate: int                                       # Hz
+    channels: int                                          # before the first stage; halved by each stage
+    upsample_rates: tuple[int, ...]
+    upsample_kernel_sizes: tuple[int, ...]
+    resblock_kernel_sizes: tuple[int, ...]                 # one residual block per stage and entry
+    resblock_dilations: tuple[tuple[int, ...], ...]
+    leaky_relu_slope: float
+    normalize_before: bool                                 # is the mel standardised with the file's mean and scale?
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per mel frame."""
+        return math.prod(self.upsample_rates)
+
+    @classmethod
+    def from_json(cls, path: str | PathLike) -> VocoderConfig:
+        """Reads vocoder/config.json. Raises ValueError naming file and field."""
+        return cls.from_dict(_read_json(path), source=str(path))
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any], source: str = "vocoder config") -> VocoderConfig:
+        """Reads the fields of a vocoder/config.json. Raises ValueError naming `source` and the field."""
+        read = _Fields(fields, source)
+        rates = read.integers("upsample_rates")
+        channels = read.integer("upsample_initial_channel")
+        if channels % 2 ** len(rates):
+            raise read.error("upsample_initial_channel", f"must divide by 2 ** {len(rates)} stages", channels)
+        kernels = read.integers("upsample_kernel_sizes", length=len(rates))
+        if any(kernel < rate for kernel, rate in zip(kernels, rates, strict=True)):
+            raise read.error("upsample_kernel_sizes", f"must not be smaller than upsample_rates {list(rates)}", kernels)
+        blocks = read.integers("resblock_kernel_sizes")
+        if any(kernel % 2 == 0 for kernel in blocks):
+            raise read.error("resblock_kernel_sizes", "must be odd", blocks)
+        return cls(
+            num_mels=read.integer("model_in_dim"),
+            sample_rate=read.integer("sampling_rate"),
+            channels=channels,
+            upsample_rates=rates,
+            upsample_kernel_sizes=kernels,
+            resblock_kernel_sizes=blocks,
+            resblock_dilations=read.integer_lists("resblock_dilation_sizes", length=len(blocks)),
+            leaky_relu_slope=read.positive_number("leaky_relu_slope", default=0.1),
+            normalize_before=read.boolean("normalize_before"),
+        )
+
+
+def _context_dims(
+    read: _Fields, channels: tuple[int, ...], used: tuple[bool, ...]
+) -> tuple[tuple[int | None, ...], ...]:
+    """The transformers of each level, () where nothing attends.
+
+    In files of the plain UNet2DConditionModel (AudioLDM 1) no context exists: the second attention of a transformer
+    attends to the same input as the first, which the files say by a width equal to the level's channels.
+    """
+    name = "cross_attention_dim"
+    listed = read.per_level(name, len(channels), _optional_widths)
+    plain = read.get("_class_name", None) == "UNet2DConditionModel"
+    levels: list[tuple[int | None, ...]] = []
+    for level, (widths, width, attends) in enumerate(zip(listed, channels, used, strict=True)):
+        if not attends:
+            levels.append(())
+        elif not widths:
+            raise read.error(name, f"must list at least one transformer for level {level}", read.get(name))
+        elif plain and widths != (width,):
+            raise read.error(name, f"must be the {width} channels of level {level} in a UNet2DConditionModel", widths)
+        else:
+            levels.append((None,) if plain else widths)
+    try:
+        context_widths(tuple(levels))
+    except ValueError as error:
+        raise read.error(name, f"is impossible ({error})", read.get(name)) from None
+    return tuple(levels)
+
+
+def _num_heads(
+    read: _Fields, channels: tuple[int, ...], used: tuple[bool, ...], reference: str
+) -> tuple[int | None, ...]:
+    name = "attention_head_dim"
+    value = read.get(name)
+    heads = read.per_level(name, len(channels), _optional_integer)
+    if isinstance(value, int) and reference == "authors":
+        heads = tuple(h if width % 32 else width // 32 for width, h in zip(channels, heads, strict=True))
+    for width, number, attends in zip(channels, heads, used, strict=True):
+        if attends and (number is None or width % number):
+            raise read.error(name, f"must be a number of heads that divides {width} channels", value)
+    return heads
+
+
+def _film_dim(read: _Fields) -> int | None:
+    kind = read.get("class_embed_type", None)
+    if kind is None:
+        return None
+    if kind != "simple_projection":
+        raise read.error("class_embed_type", "must be null or 'simple_projection'", kind)
+    if read.get("class_embeddings_concat", False) is not True:
+        raise read.error("class_embeddings_concat", "must be true where class_embed_type is given", False)
+    return read.integer("projection_class_embeddings_input_dim")
+
+
+def _read_json(path: str | PathLike) -> dict[str, Any]:
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def _positive_integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError("must be a positive integer")
+    return value
+
+
+def _optional_integer(value: Any) -> int | None:
+    return None if value is None else _positive_integer(value)
+
+
+def _optional_widths(value: Any) -> tuple[int | None, ...]:
+    """One level of cross_attention_dim: a width, or one entry per transformer; null for a level without any."""
+    if value is None:
+        return ()
+    return tuple(_optional_integer(entry) for entry in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+class _Fields:
+    """Typed reading of a JSON object; each error names the source and the field."""
+
+    def __init__(self, fields: dict[str, Any], source: str):
+        self.fields = fields
+        self.source = source
+
+    def error(self, name: str, rule: str, value: Any) -> ValueError:
+        return ValueError(f"{self.source}: field '{name}' {rule}, got {json.dumps(value)}")
+
+    def get(self, name: str, default: Any = _REQUIRED) -> Any:
+        value = self.fields.get(name, default)
+        if value is _REQUIRED:
+            raise ValueError(f"{self.source}: missing field '{name}'")
+        return value
+
+    def _parse(self, name: str, parse, value: Any) -> Any:
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise self.error(name, str(error), self.get(name, None)) from None
+
+    def integer(self, name: str) -> int:
+        return self._parse(name, _positive_integer, self.get(name))
+
+    def boolean(self, name: str) -> bool:
+        return self._parse(name, _boolean, self.get(name))
+
+    def positive_number(self, name: str, default: Any = _REQUIRED) -> float:
+        value = self.get(name, default)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value <= 0:
+            raise self.error(name, "must be a positive number", value)
+        return float(value)
+
+    def sequence(self, name: str, length: int | None = None) -> tuple[Any, ...]:
+        value = self.get(name)
+        if not isinstance(value, (list, tuple)) or not value:
+            raise self.error(name, "must be a non-empty list", value)
+        if length is not None and len(value) != length:
+            raise self.error(name, f"must have {length} entries", value)
+        return tuple(value)
+
+    def integers(self, name: str, length: int | None = None) -> tuple[int, ...]:
+        return tuple(self._parse(name, _positive_integer, entry) for entry in self.sequence(name, length))
+
+    def integer_lists(self, name: str, length: int) -> tuple[tuple[int, ...], ...]:
+        rows = self.sequence(name, length)
+        if not all(isinstance(row, (list, tuple)) and row for row in rows):
+            raise self.error(name, "must be a list of non-empty lists", rows)
+        return tuple(tuple(self._parse(name, _positive_integer, entry) for entry in row) for row in rows)
+
+    def per_level(self, name: str, levels: int, parse, default: Any = _REQUIRED) -> tuple[Any, ...]:
+        """A list with one entry per level, or one value that stands for each level."""
+        value = self.get(name, default)
+        entries = self.sequence(name, levels) if isinstance(value, (list, tuple)) else (value,) * levels
+        return tuple(self._parse(name, parse, entry) for entry in entries)
+
+    def block_types(self, name: str, levels: int, plain: str, attention: str | None = None) -> tuple[bool, ...]:
+        """For each block of the list, whether it is of the kind with attention."""
+        names = self.sequence(name, levels)
+        known = [kind for kind in (plain, attention) if kind is not None]
+        if any(kind not in known for kind in names):
+            raise self.error(name, f"may hold {' and '.join(known)} only", names)
+        return tuple(kind == attention for kind in names)
+
+    def check_groups(self, name: str, channels: tuple[int, ...], groups: int) -> None:
+        if any(width % groups for width in channels):
+            raise self.error(name, f"must be multiples of norm_num_groups = {groups}", channels)
+
+    def check_fixed(self, fixed: dict[str, tuple[Any, ...]]) -> None:
+        for name, allowed in fixed.items():
+            if name in self.fields and self.fields[name] not in allowed:
+                raise self.error(name, f"must be {' or '.join(json.dumps(v) for v in allowed)}", self.fields[name])

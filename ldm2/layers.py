@@ -1,0 +1,122 @@
+"""Convolutional pieces of the UNet and the VAE, and the time embedding.
+
+References: "Denoising Diffusion Probabilistic Models", arXiv:2006.11239, appendix B;
+"Diffusion Models Beat GANs on Image Synthesis", arXiv:2105.05233, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm2 import ops
+
+
+def repeat_rows(x: Tensor, rows: int) -> Tensor:
+    """x (B, ...) tiled along the batch to (rows, ...); x itself where it has that many rows.
+
+    Both branches of classifier-free guidance start from one latent. Tensors that do not yet depend on the conditioning
+    stay at B rows and are tiled where they first meet one that has k * B: rows [0:B], [B:2B], ... are the branches.
+    """
+    if x.shape[0] == rows:
+        return x
+    return x.repeat(rows // x.shape[0], *[1] * (x.dim() - 1))
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoids of timesteps t (S,) as float32 (S, dim), cosines first. Raises ValueError if dim is odd."""
+    if dim % 2:
+        raise ValueError(f"dim must be even, got {dim}")
+    # At t = 999 one rounding of a frequency moves the angle by 6e-5: this is the order of operations used in training.
+    freqs = torch.exp(-math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    angles = t.float()[:, None] * freqs                                      # (S, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two-layer MLP over sinusoids: timesteps (S,) -> embedding (S, 4 * channels)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = channels
+        self.linear_1 = nn.Linear(channels, 4 * channels)
+        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
+
+    def forward(self, t: Tensor) -> Tensor:
+        emb = timestep_embedding(t, self.channels).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(emb)))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation: (B, C, ...) -> (B, C, ...)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """SiLU after group normalisation of x (B, C, T, F), to which a shift (B or 1, C) per channel may be added first."""
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, shift)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation over the last axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised 3x3 convolutions beside a skip connection: (B, C_in, T, F) -> (B, C_out, T, F).
+
+    With `emb_dim`, `time_emb_proj` turns an embedding (rows, emb_dim) into the shift that `forward` takes; it is
+    applied outside, once per schedule, because it does not depend on x.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, emb_dim: int | None = None):
+        super().__init__()
+        self.norm1 = GroupNormSiLU(groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if emb_dim is not None:
+            self.time_emb_proj = nn.Linear(emb_dim, out_channels)
+        self.norm2 = GroupNormSiLU(groups, out_channels, eps=eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """shift (1 or B or k * B, C_out) is added to each channel; k * B rows tile the result, see `repeat_rows`."""
+        h = self.conv1(self.norm1(x))
+        if shift is not None and shift.shape[0] != 1:
+            rows = max(h.shape[0], shift.shape[0])
+            h, shift = repeat_rows(h, rows), repeat_rows(shift, rows)
+        h = self.conv2(self.norm2(h, shift))
+        skip = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return repeat_rows(skip, h.shape[0]) + h
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2: halves T and F. `padding` 1 pads each side, 0 only the end of each axis (VAE)."""
+
+    def __init__(self, channels: int, padding: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.conv.padding == (0, 0) else x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour interpolation to `size` (twice T and F where not given), then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        size = (2 * x.shape[2], 2 * x.shape[3]) if size is None else size
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
