@@ -1,0 +1,116 @@
+"""What all samplers share: the run they walk along, the step they offer for inspection, and eps from any prediction.
+
+A sampler is a generator `sampler(eps, run, x)`. Before each of its steps it yields the `Step` it is about to take and
+receives the x_t to take it from, which is the same tensor unless the driver replaced it; at the end it returns the
+latents. So a driver can watch, stop, edit and start late with any sampler, and the sampler stays the paper's formula.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ldm2.schedules import Schedule
+
+Denoiser = Callable[[Tensor, float], Tensor]
+Noise = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step about to be taken: x_t = signal * x_0 + sigma * noise, at timestep t, in the sampler's own coordinates.
+
+    index: of the step, counted from 0 for the noisiest one (not from the late start).
+    """
+
+    index: int
+    t: float
+    x_t: Tensor
+    signal: float
+    sigma: float
+
+
+Solver = Generator[Step, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The points that a sampler visits: timesteps (S,), noise-to-signal ratios `sigmas` (S + 1,) ending in 0.
+
+    exploding: the state is x_0 + sigma * noise (Euler, Heun, LMS), else alpha * x_0 + sqrt(1 - alpha^2) * noise.
+    start:     the first step that is taken; 0 is pure noise.
+    noise:     standard normal float32 like its argument. eta: see ddim.
+    """
+
+    schedule: Schedule
+    timesteps: tuple[float, ...]
+    exploding: bool
+    start: int
+    noise: Noise | None
+    eta: float
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        """(index, timestep) of the steps to take."""
+        return iter(list(enumerate(self.timesteps))[self.start:])
+
+    @property
+    def stride(self) -> int:
+        """How far the table is stepped down in one step by the samplers that index it (DDIM and PNDM)."""
+        return self.schedule.num_train_timesteps // len(self.timesteps)
+
+    def sigma(self, index: int) -> float:
+        """Noise over signal before step `index`; 0 after the last one."""
+        return self.schedule.sigma(self.timesteps[index]) if index < len(self.timesteps) else 0.0
+
+    def levels(self, index: int) -> tuple[float, float]:
+        """(signal, sigma) of x_t before step `index`, in the sampler's coordinates."""
+        sigma = self.sigma(index)
+        return (1.0, sigma) if self.exploding else preserving(sigma)
+
+    def step(self, index: int, x: Tensor) -> Step:
+        """The step `index` from x."""
+        return Step(index, self.timesteps[index], x, *self.levels(index))
+
+    def begin(self, x_T: Tensor, x0: Tensor | None) -> Tensor:
+        """Standard normal x_T (B, ...) -> the state before the first step: pure noise, or x0 noised to that level."""
+        signal, sigma = self.levels(self.start)
+        if x0 is not None:
+            return signal * x0 + sigma * x_T
+        # The variance of x_t for data of variance one. diffusers leaves the data's one out for spacings that begin at
+        # the last timestep, where it hardly counts beside sigma.
+        if self.exploding and self.schedule.timestep_spacing != "leading":
+            return sigma * x_T
+        return math.hypot(signal, sigma) * x_T
+
+
+class Epsilon:
+    """eps(x_t, t) in float32, for variance preserving x_t, from a denoiser that predicts eps or v.
+
+    v = alpha eps - sigma x_0, so eps = alpha v + sigma x_t: arXiv:2202.00512, appendix D.
+    """
+
+    def __init__(self, denoiser: Denoiser, schedule: Schedule):
+        self.denoiser, self.schedule = denoiser, schedule
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        return self.of(self.predict(x, t), x, t)
+
+    def predict(self, x: Tensor, t: float) -> Tensor:
+        """What the denoiser predicts, eps or v, in float32."""
+        return self.denoiser(x, t).float()
+
+    def of(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
+        """The eps which a prediction at (x, t) stands for."""
+        if self.schedule.prediction_type == "epsilon":
+            return prediction
+        alpha, sigma = preserving(self.schedule.sigma(t))
+        return alpha * prediction + sigma * x
+
+
+def preserving(sigma: float) -> tuple[float, float]:
+    """Noise over signal -> (alpha, sigma) with alpha^2 + sigma^2 = 1."""
+    alpha = 1 / math.hypot(1, sigma)
+    return alpha, alpha * sigma

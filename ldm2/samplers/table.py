@@ -1,0 +1,76 @@
+"""Samplers that step from one entry of alphas_cumprod to another: DDIM, DDPM, PNDM.
+
+Below, a stands for alphas_cumprod[t] and a_prev for its value at the timestep that is stepped to.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+
+from torch import Tensor
+
+from ldm2.samplers.core import Epsilon, Run, Solver
+
+
+def ddim(eps: Epsilon, run: Run, x: Tensor) -> Solver:
+    """Denoising diffusion implicit models, arXiv:2010.02502, equations 12 and 16; eta = 1 is as random as DDPM."""
+    for i, t in run:
+        x = yield run.step(i, x)
+        a, a_prev = run.schedule.alpha_cumprod(t), run.schedule.alpha_cumprod(t - run.stride)
+        e = eps(x, t)
+        sigma = run.eta * sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
+        x0 = (x - sqrt(1 - a) * e) / sqrt(a)
+        x = sqrt(a_prev) * x0 + sqrt(1 - a_prev - sigma**2) * e
+        if run.eta > 0:
+            x = x + sigma * run.noise(x)
+    return x
+
+
+def ddpm(eps: Epsilon, run: Run, x: Tensor) -> Solver:
+    """Denoising diffusion probabilistic models, arXiv:2006.11239, equations 6 and 7 (the smaller variance).
+
+    The last step returns x_0. It draws its noise all the same, to leave the generator as diffusers leaves it.
+    """
+    for i, t in run:
+        x = yield run.step(i, x)
+        last = i + 1 == len(run.timesteps)
+        a = run.schedule.alpha_cumprod(t)
+        a_prev = 1.0 if last else run.schedule.alpha_cumprod(run.timesteps[i + 1])
+        beta = 1 - a / a_prev
+        x0 = (x - sqrt(1 - a) * eps(x, t)) / sqrt(a)
+        x = sqrt(a_prev) * beta / (1 - a) * x0 + sqrt(1 - beta) * (1 - a_prev) / (1 - a) * x
+        if t > 0:
+            x = x + sqrt((1 - a_prev) / (1 - a) * beta) * run.noise(x)
+    return x
+
+
+def pndm(eps: Epsilon, run: Run, x: Tensor) -> Solver:
+    """Pseudo linear multistep (PLMS), arXiv:2202.09778, equations 9 and 12: Adams-Bashforth on eps.
+
+    The first step, which has no history, averages eps at both of its ends; it calls the model twice.
+    The history holds what the model predicts, so v stays v until it is used, as in diffusers.
+    """
+    def transfer(prediction: Tensor, t: int, t_prev: int) -> Tensor:
+        a, a_prev = run.schedule.alpha_cumprod(t), run.schedule.alpha_cumprod(t_prev)
+        e = eps.of(prediction, x, t)
+        return sqrt(a_prev / a) * x + (sqrt(1 - a_prev) - sqrt(a_prev / a) * sqrt(1 - a)) * e
+
+    history: list[Tensor] = []                                               # newest first
+    for i, t in run:
+        x = yield run.step(i, x)
+        history = [eps.predict(x, t), *history[:3]]
+        t_prev = t - run.stride
+        slope = history[0]
+        if len(history) == 1 and i + 1 < len(run.timesteps):
+            trial = transfer(slope, t, t_prev)
+            t_prev = run.timesteps[i + 1]
+            slope = (slope + eps.predict(trial, t_prev)) / 2
+            t = t_prev + run.stride
+        elif len(history) == 2:
+            slope = (3 * history[0] - history[1]) / 2
+        elif len(history) == 3:
+            slope = (23 * history[0] - 16 * history[1] + 5 * history[2]) / 12
+        elif len(history) == 4:
+            slope = (55 * history[0] - 59 * history[1] + 37 * history[2] - 9 * history[3]) / 24
+        x = transfer(slope, t, t_prev)
+    return x

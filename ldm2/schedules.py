@@ -1,0 +1,193 @@
+"""The noise schedule of the training, and which of its timesteps a sampler visits.
+
+    x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps              (variance preserving)
+    x_t / sqrt(alphas_cumprod[t]) = x_0 + sigma(t) eps                               (variance exploding)
+
+References: "Denoising Diffusion Probabilistic Models", arXiv:2006.11239, equation 4; "Improved DDPM", arXiv:2102.09672,
+equation 17 (cosine schedule); "Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv:2305.08891, table 2
+(timestep spacing). The roundings are those of diffusers 0.42, because the choice of timesteps is part of the result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+SPACINGS = ("leading", "trailing", "linspace")
+
+# Fields of scheduler_config.json that change the numbers, with the only value that is implemented: the one of every
+# published checkpoint. A file in which one of them says something else must not be sampled as if it did not.
+_FIXED = {
+    "trained_betas": None,
+    "clip_sample": False,
+    "thresholding": False,
+    "rescale_betas_zero_snr": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "use_flow_sigmas": False,
+    "variance_type": "fixed_small",
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "final_sigmas_type": "zero",
+}
+_OLD_SAMPLERS = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What scheduler_config.json says, with its names.
+
+    num_train_timesteps: T, the timesteps of the training are 0 .. T - 1
+    prediction_type:     what the model returns: "epsilon", or "v_prediction" (arXiv:2202.00512, appendix D)
+    steps_offset:        added to the timesteps of "leading" spacing
+    set_alpha_to_one:    whether DDIM and PNDM end at alphas_cumprod = 1 rather than at alphas_cumprod[0]
+
+    Raises ValueError for values that are out of range or not implemented.
+    """
+
+    num_train_timesteps: int
+    beta_start: float
+    beta_end: float
+    beta_schedule: str
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
+
+    def __post_init__(self) -> None:
+        _whole("num_train_timesteps", self.num_train_timesteps, 1)
+        _whole("steps_offset", self.steps_offset, 0)
+        for field in ("beta_start", "beta_end"):
+            beta = getattr(self, field)
+            if isinstance(beta, bool) or not isinstance(beta, numbers.Real) or not 0 < beta < 1:
+                raise ValueError(f"{field} must be a number between 0 and 1, got {beta!r}")
+        for field, known in (("beta_schedule", BETA_SCHEDULES), ("prediction_type", PREDICTION_TYPES),
+                             ("timestep_spacing", SPACINGS)):
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field} must be one of {', '.join(known)}, got {getattr(self, field)!r}")
+        if not isinstance(self.set_alpha_to_one, bool):
+            raise ValueError(f"set_alpha_to_one must be true or false, got {self.set_alpha_to_one!r}")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Schedule:
+        """Read scheduler_config.json. Raises ValueError naming the file and the field."""
+        try:
+            config = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not a JSON file: {error}") from None
+        return cls.from_dict(config, source=str(path))
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, object], source: str = "scheduler_config.json") -> Schedule:
+        """Read the fields of any of diffusers' scheduler classes; a field that is left out has that class's default."""
+        if not isinstance(config, Mapping):
+            raise ValueError(f"{source}: must hold a JSON object, got {type(config).__name__}")
+        name = config.get("_class_name")
+        defaults = {
+            "prediction_type": "epsilon",
+            "timestep_spacing": "leading" if name in (None, *_OLD_SAMPLERS) else "linspace",
+            "steps_offset": 0,
+            "set_alpha_to_one": name != "PNDMScheduler",
+            "clip_sample": name in ("DDIMScheduler", "DDPMScheduler"),
+        }
+        config = {**defaults, **config}
+        for field, value in _FIXED.items():
+            # null stands for "off" in those fields that diffusers made optional
+            if config.get(field, value) not in (value, None):
+                raise ValueError(f"{source}: {field} must be {json.dumps(value)}, got {config[field]!r}")
+        fields = cls.__dataclass_fields__
+        missing = [field for field in fields if field not in config]
+        if missing:
+            raise ValueError(f"{source}: {missing[0]} is missing")
+        try:
+            return cls(**{field: config[field] for field in fields})
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+
+    @cached_property
+    def betas(self) -> np.ndarray:
+        """(T,) float64."""
+        if self.beta_schedule == "linear":
+            return np.linspace(self.beta_start, self.beta_end, self.num_train_timesteps)
+        if self.beta_schedule == "scaled_linear":
+            return np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps) ** 2
+        edges = np.linspace(0, 1, self.num_train_timesteps + 1)
+        alpha_bar = np.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
+        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+    @cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        """(T,) float64."""
+        return np.cumprod(1 - self.betas)
+
+    @cached_property
+    def sigmas(self) -> np.ndarray:
+        """(T,) float64: noise over signal, sqrt((1 - alphas_cumprod) / alphas_cumprod)."""
+        return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
+
+    def alpha_cumprod(self, t: int) -> float:
+        """alphas_cumprod[t]; before the first timestep (t < 0) the value at which DDIM and PNDM end."""
+        if t < 0:
+            return 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod[0])
+        return float(self.alphas_cumprod[t])
+
+    def sigma(self, t: float) -> float:
+        """Noise over signal at a timestep that may lie between two trained ones (linear interpolation of sigma)."""
+        return float(np.interp(t, np.arange(self.num_train_timesteps), self.sigmas))
+
+    def check_steps(self, steps: int) -> int:
+        """The number of sampler steps, if it is a whole number from 1 to T. Raises ValueError otherwise."""
+        _whole("steps", steps, 1)
+        if steps > self.num_train_timesteps:
+            raise ValueError(f"steps must be at most {self.num_train_timesteps}, got {steps}")
+        return int(steps)
+
+    def timesteps(self, steps: int) -> tuple[int, ...]:
+        """The timesteps of `steps` steps, descending, of the samplers that index the table: DDIM, DDPM, PNDM.
+
+        There are always `steps` of them. (The authors' code takes a stride of T // steps over the whole table, which
+        is the same where `steps` divides T and gives more steps otherwise: 167 for 150.)
+        """
+        spaced = self._inside(np.round(self._spaced(steps, points=self.check_steps(steps))))
+        return tuple(int(t) for t in spaced)
+
+    def interval_timesteps(self, steps: int) -> tuple[int, ...]:
+        """As `timesteps`, for the samplers that space steps + 1 points and drop the last one: DPM-Solver and UniPC."""
+        points = min(self.check_steps(steps) + 1, self.num_train_timesteps)
+        return tuple(int(t) for t in self._inside(np.round(self._spaced(steps, points))))
+
+    def sigma_timesteps(self, steps: int) -> tuple[float, ...]:
+        """As `timesteps`, for the samplers that interpolate sigma: LMS, Euler, Heun. "linspace" is not rounded."""
+        spaced = self._spaced(steps, points=self.check_steps(steps))
+        return tuple(float(t) for t in spaced.astype(np.float32))
+
+    def _spaced(self, steps: int, points: int) -> np.ndarray:
+        """The first `steps` of `points` timesteps, descending, before rounding where the spacing leaves fractions."""
+        T = self.num_train_timesteps
+        if self.timestep_spacing == "leading":
+            spaced = np.arange(points)[::-1] * (T // points) + self.steps_offset
+        elif self.timestep_spacing == "linspace":
+            spaced = np.linspace(0, T - 1, points)[::-1]
+        else:
+            spaced = np.round(np.arange(T, 0, -T / steps)) - 1
+        return spaced[:steps]
+
+    def _inside(self, timesteps: np.ndarray) -> np.ndarray:
+        """Shifted down where steps_offset leads out of the table, which happens when every timestep is visited."""
+        return timesteps - max(0, timesteps[0] - (self.num_train_timesteps - 1))
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
