@@ -1,0 +1,302 @@
+"""AudioLDM2: the one place where the parts meet.
+
+prompts -> Conditioning (text) -> latents (UNet and sampler) -> log-mel (VAE) -> waveform (HiFi-GAN)
+Reference: "AudioLDM 2: Learning Holistic Audio Generation with Self-supervised Pretraining", arXiv:2308.05734.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm2 import __version__, guidance, samplers, weights
+from ldm2.conditioning import Conditioning
+from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
+from ldm2.noise import SeededNoise
+from ldm2.recipe import DEFAULTS, Recipe, recipe
+from ldm2.result import Result
+from ldm2.schedules import Schedule
+from ldm2.text import TextEncoder
+from ldm2.unet import UNet
+from ldm2.vae import VAE
+from ldm2.vocoder import Vocoder
+
+DEFAULT_MODEL = "cvssp/audioldm2"
+REFERENCES = ("authors", "diffusers")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+Callback = Callable[[int, int, Tensor], object]
+
+
+class NonFiniteError(ArithmeticError):
+    """A stage returned NaN or infinite numbers; the message names the stage and the way out."""
+
+
+class AudioLDM2:
+    """Text to sound. Built by `ldm2.load`; the stages are methods of their own, `generate` runs them all.
+
+    unet, vae, vocoder: the modules; text: the text encoders; schedule: the noise schedule of the training.
+    device, dtype: where and in which precision the UNet, VAE and vocoder run; the sampler's state stays float32.
+    """
+
+    def __init__(
+        self, unet: UNet, vae: VAE, vocoder: Vocoder, text: TextEncoder, schedule: Schedule, *,
+        device: torch.device, dtype: torch.dtype, defaults: Mapping[str, object] = DEFAULTS,
+        origin: Mapping[str, object] | None = None,
+    ):
+        self.unet, self.vae, self.vocoder, self.text, self.schedule = unet, vae, vocoder, text, schedule
+        self.device, self.dtype = device, dtype
+        self.defaults = dict(DEFAULTS) | dict(defaults)
+        self.origin = dict(origin or {})
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second of the waveforms."""
+        return self.vocoder.config.sample_rate
+
+    def latent_shape(self, seconds: float) -> tuple[int, int, int]:
+        """(C, T/f, F/f) of the latents that hold `seconds` of sound, rounded up."""
+        factor = self.vae.config.downsampling
+        num_frames = math.ceil(round(seconds * self.sample_rate) / self.vocoder.config.hop_length)
+        return self.unet.config.in_channels, math.ceil(num_frames / factor), self.vocoder.config.num_mels // factor
+
+    @torch.inference_mode()
+    def encode(
+        self, prompt: str | Sequence[str], *, transcription: str | Sequence[str] | None = None,
+        phonemes: str | Sequence[str] | None = None,
+    ) -> Conditioning:
+        """Prompts -> what the UNet is conditioned on, one row for each prompt.
+
+        transcription, phonemes: what speech models say, as English text or in IPA; other models take neither.
+        """
+        return self.text.encode(prompt, transcription=transcription, phonemes=phonemes)
+
+    @torch.inference_mode()
+    def encode_unconditional(
+        self, conditioning: Conditioning, negative_prompt: str | Sequence[str] | None = None, *,
+        transcription: str | Sequence[str] | None = None, phonemes: str | Sequence[str] | None = None,
+    ) -> Conditioning:
+        """The other side of guidance for the rows of `conditioning`: unconditional, or negative prompts."""
+        return self.text.encode_unconditional(
+            conditioning, negative_prompt, transcription=transcription, phonemes=phonemes
+        )
+
+    @torch.inference_mode()
+    def denoise(
+        self, conditioning: Conditioning, unconditional: Conditioning | None = None, *, latents: Tensor, steps: int,
+        guidance_scale: float = 1.0, sampler: str = "ddim", eta: float = 0.0,
+        noise: Callable[[Tensor], Tensor] | None = None, callback: Callback | None = None, progress: bool = False,
+    ) -> Tensor:
+        """Standard normal `latents` (B, C, T/f, F/f) -> latents of sound, same shape, float32.
+
+        conditioning, unconditional: B rows each; the latter is needed for guidance_scale > 1 and unused otherwise.
+        noise: draws what stochastic samplers add. callback(step, total, latents) may return False: raises Cancelled.
+        """
+        denoiser = guidance.denoiser(
+            self.unet, conditioning, unconditional, guidance_scale, dtype=self.dtype,
+            timesteps=samplers.timesteps(sampler, self.schedule, steps),
+        )
+        with tqdm(total=steps, unit="step", disable=not progress, leave=False) as bar:
+
+            def after_step(done: int, total: int, latents: Tensor) -> object:
+                bar.update()
+                return None if callback is None else callback(done, total, latents)
+
+            latents = samplers.sample(
+                sampler, denoiser, latents.to(self.device, torch.float32), self.schedule, steps,
+                eta=eta, noise=noise, callback=after_step,
+            )
+        return self._finite(latents, "the sampler's latents")
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, T/f, F/f), scaled as `denoise` returns them -> log-mel (B, 1, T, F) in the model's dtype."""
+        unscaled = latents.to(self.device, torch.float32) / self.vae.config.scaling_factor
+        mel = torch.cat([self.vae.decode(row) for row in unscaled.to(self.dtype).split(1)])
+        return self._finite(mel, "the VAE's log-mel spectrogram")
+
+    @torch.inference_mode()
+    def vocode(self, mel: Tensor) -> Tensor:
+        """Log-mel (B, 1, T, F) -> waveform (B, N), float32 on the CPU; N is at least T * hop_length."""
+        mel = mel.to(self.device, self.dtype)
+        waveform = torch.cat([self.vocoder(row).float().cpu() for row in mel.split(1)])
+        return self._finite(waveform, "the vocoder's waveform")
+
+    def generate(
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None, *,
+        seconds: float | None = None, steps: int | None = None, guidance_scale: float | None = None,
+        sampler: str | None = None, eta: float = 0.0, seed: int | Sequence[int] | None = None, num_waveforms: int = 1,
+        transcription: str | Sequence[str] | None = None, phonemes: str | Sequence[str] | None = None,
+        latents: Tensor | None = None, callback: Callback | None = None, progress: bool = False,
+    ) -> Result:
+        """Sound for one prompt or several.
+
+        prompt:          what to hear; a list makes a batch whose rows do not influence each other
+        negative_prompt: what to keep away from: one for all, or one for each prompt
+        seconds:         length, above 0; default 10.24 or what the checkpoint asks for (as for the next three)
+        steps:           sampler steps, default 200
+        guidance_scale:  classifier-free guidance, arXiv:2207.12598; default 3.5; one or less turns it off
+        sampler:         one of ldm2.samplers.SAMPLERS, default "ddim"
+        eta:             share of fresh noise in DDIM, 0 to 1
+        seed:            row i uses seed + i, or seed[i]; None draws one, which the result records
+        num_waveforms:   candidates of each prompt, returned best first by CLAP similarity with their prompt
+        transcription:   what speech models say, English text: one for all prompts, or one for each
+        phonemes:        the same as ready phonemes in IPA
+        latents:         standard normal (rows, C, T/f, F/f) to start from in place of the seeds' own
+        callback:        called as callback(step, total, latents) after each step; False stops with ldm2.Cancelled
+        progress:        show a progress bar on stderr
+
+        Raises ValueError for arguments out of range and NonFiniteError if a stage overflows its dtype.
+        """
+        asked = recipe(
+            prompt, negative_prompt, seconds=seconds, steps=steps, guidance_scale=guidance_scale, sampler=sampler,
+            eta=eta, seed=seed, num_waveforms=num_waveforms, transcription=transcription, phonemes=phonemes,
+            defaults=self.defaults,
+        )
+        noise = SeededNoise(asked.seeds)
+        shape = self.latent_shape(asked.seconds)
+        latents = noise.draw(*shape) if latents is None else self._given_latents(latents, (len(asked.seeds), *shape))
+        conditioning, unconditional = self._conditionings(asked)
+        latents = self.denoise(
+            conditioning, unconditional, latents=latents, steps=asked.steps, guidance_scale=asked.guidance_scale,
+            sampler=asked.sampler, eta=asked.eta, noise=noise, callback=callback, progress=progress,
+        )
+        mel = self.decode(latents)
+        waveforms = self.vocode(mel)[:, : round(asked.seconds * self.sample_rate)]
+        return self._result(asked, waveforms.numpy(), latents.cpu(), mel[:, 0].float().cpu())
+
+    def _conditionings(self, asked: Recipe) -> tuple[Conditioning, Conditioning | None]:
+        """Both sides of guidance, a row for each waveform; the second is None without guidance."""
+        speech = {"transcription": asked.transcription, "phonemes": asked.phonemes}
+        conditioning = self.encode(asked.prompts, **speech)
+        unconditional = None
+        if asked.guided:
+            unconditional = self.encode_unconditional(conditioning, asked.negative_prompts, **speech)
+            unconditional = unconditional.repeat(asked.num_waveforms)
+        return conditioning.repeat(asked.num_waveforms), unconditional
+
+    def _result(self, asked: Recipe, waveforms: np.ndarray, latents: Tensor, mel: Tensor) -> Result:
+        """Rank the candidates of each prompt, if there are several, and collect everything."""
+        order, scores = list(range(len(waveforms))), None
+        if asked.num_waveforms > 1:
+            order, scores = self._rank(asked, waveforms)
+        return Result(
+            waveforms=waveforms[order], sample_rate=self.sample_rate, latents=latents[order], mel=mel[order],
+            seeds=[asked.seeds[row] for row in order], scores=scores,
+            settings=asked.settings | self.origin | {"ldm2": __version__},
+        )
+
+    def _given_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
+            found = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"latents must be a tensor of shape {shape} for these settings, got {found}")
+        return latents
+
+    def _finite(self, values: Tensor, stage: str) -> Tensor:
+        if torch.isfinite(values).all():
+            return values
+        half = self.dtype == torch.float16
+        way_out = "load the model with dtype float32 or bfloat16" if half else "check the weights and the latents"
+        raise NonFiniteError(f"{stage} holds NaN or infinite numbers in {str(self.dtype)[6:]}: {way_out}")
+
+
+def load(
+    model: str | Path = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto", reference: str = "authors",
+    revision: str | None = None, local_files_only: bool = False,
+) -> AudioLDM2:
+    """A checkpoint, ready to generate.
+
+    model:            short name ("audioldm2", "tiny"), hub name ("cvssp/audioldm2") or local folder in the hub's layout
+    device:           "auto" (CUDA, else Apple's MPS, else CPU) or a torch device
+    dtype:            "auto" (float16 on CUDA, else float32), "float32", "float16" or "bfloat16"
+    reference:        whose arithmetic: "authors" as the model was trained, or "diffusers" (see weights.md)
+    revision:         branch, tag or commit on the hub
+    local_files_only: use the cache and never the network
+
+    Raises ValueError or OSError, one line each, naming what is missing or does not fit.
+    """
+    if reference not in REFERENCES:
+        raise ValueError(f"unknown reference {reference!r}, choose from {', '.join(REFERENCES)}")
+    place = choose_device(device)
+    precision = choose_dtype(dtype, place)
+    folder = weights.resolve(str(model), revision=revision, local_files_only=local_files_only)
+    where = {"device": place, "dtype": precision}
+    return AudioLDM2(
+        unet=_part(UNet, UNetConfig.from_json(folder / "unet/config.json", reference), folder / "unet", **where),
+        vae=_part(VAE, VAEConfig.from_json(folder / "vae/config.json"), folder / "vae", **where),
+        vocoder=_part(Vocoder, VocoderConfig.from_json(folder / "vocoder/config.json"), folder / "vocoder", **where),
+        text=TextEncoder.from_folder(folder, reference=reference, **where),
+        schedule=Schedule.from_json(folder / "scheduler/scheduler_config.json"),
+        defaults=_checkpoint_defaults(folder),
+        origin={"model": str(model), "revision": revision, "reference": reference, "dtype": str(precision)[6:]},
+        **where,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(model: str, device: str, dtype: str, reference: str) -> AudioLDM2:
+    return load(model, device=device, dtype=dtype, reference=reference)
+
+
+def generate(
+    prompt: str | Sequence[str], *, model: str = DEFAULT_MODEL, device: str = "auto", dtype: str = "auto",
+    reference: str = "authors", **settings,
+) -> Result:
+    """`load` and `AudioLDM2.generate` in one call; the last model stays loaded. `settings` as for the latter."""
+    return _loaded(model, device, dtype, reference).generate(prompt, **settings)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" takes the best there is. Raises ValueError if it is unknown or absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"unknown device {name!r}, choose from auto, cpu, cuda, cuda:N, mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: torch finds {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' is not there: it needs macOS on Apple silicon")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"unknown device {name!r}, choose from auto, cpu, cuda, cuda:N, mps")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype called `name`; "auto" is float16 on CUDA and float32 elsewhere. Raises ValueError if it is unknown."""
+    if name == "auto":
+        name = "float16" if device.type == "cuda" else "float32"
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}, choose from auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _part(build: type[torch.nn.Module], config, folder: Path, device: torch.device, dtype: torch.dtype):
+    """A module with the weights of its folder."""
+    with weights.parameters_on_meta():
+        module = build(config)
+    return weights.load(module, weights.read_tensors(folder), device=device, dtype=dtype, source=folder)
+
+
+def _checkpoint_defaults(folder: Path) -> dict:
+    """What a checkpoint asks for in its ldm2.json: any of seconds, steps, guidance_scale and sampler."""
+    path = folder / "ldm2.json"
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    unknown = set(values) - set(DEFAULTS) if isinstance(values, dict) else {"no object"}
+    if unknown:
+        raise ValueError(f"{path} may hold {', '.join(DEFAULTS)}, found {', '.join(sorted(unknown))}")
+    return values

@@ -1,0 +1,178 @@
+"""What is asked for: every setting of one call, checked, with the defaults filled in.
+
+A Recipe and the name of the model are all that is needed to make a sound again.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+DEFAULTS = {"seconds": 10.24, "steps": 200, "guidance_scale": 3.5, "sampler": "ddim"}
+PER_PROMPT = ("prompt", "negative_prompt", "transcription", "phonemes")
+MAX_SECONDS = 600.0
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Checked settings. Rows are ordered prompt by prompt: waveform j of prompt i is row i * num_waveforms + j."""
+
+    prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...] | None
+    seconds: float
+    steps: int
+    guidance_scale: float
+    sampler: str
+    eta: float
+    seeds: tuple[int, ...]
+    num_waveforms: int
+    transcription: tuple[str, ...] | None = None
+    phonemes: tuple[str, ...] | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether two branches are needed: a scale of one or less is the conditional prediction alone."""
+        return self.guidance_scale > 1
+
+    @property
+    def settings(self) -> dict:
+        """The arguments of `generate` that make the same rows again, as plain values."""
+        return {
+            "prompt": _one_or_list(self.prompts),
+            "negative_prompt": _one_or_list(self.negative_prompts),
+            "transcription": _one_or_list(self.transcription),
+            "phonemes": _one_or_list(self.phonemes),
+            "seconds": self.seconds,
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "sampler": self.sampler,
+            "eta": self.eta,
+            "seed": _one_or_list(self.seeds),
+            "num_waveforms": self.num_waveforms,
+        }
+
+
+def row_settings(settings: dict, row: int, seed: int) -> dict:
+    """The settings that make one row of a call again, alone: its own prompts and the seed that the row ended with."""
+    index = row // settings["num_waveforms"]
+    own = {name: settings[name][index] for name in PER_PROMPT if isinstance(settings[name], list)}
+    return settings | own | {"seed": seed, "num_waveforms": 1}
+
+
+def _one_or_list(values: tuple | None) -> object:
+    return values if values is None else values[0] if len(values) == 1 else list(values)
+
+
+def recipe(
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str] | None = None,
+    *,
+    seconds: float | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    sampler: str | None = None,
+    eta: float = 0.0,
+    seed: int | Sequence[int] | None = None,
+    num_waveforms: int = 1,
+    transcription: str | Sequence[str] | None = None,
+    phonemes: str | Sequence[str] | None = None,
+    defaults: Mapping[str, object] = DEFAULTS,
+) -> Recipe:
+    """Check the arguments of a call; None takes the value from `defaults`. Raises ValueError naming value and rule.
+
+    seed: one number s gives the rows seeds s, s + 1, ...; a list gives each row its own; None draws one.
+    """
+    from ldm2.samplers import check_settings
+
+    prompts = check_prompts(prompt)
+    num_waveforms = check_count("num_waveforms", num_waveforms)
+    steps = check_count("steps", defaults["steps"] if steps is None else steps)
+    sampler = defaults["sampler"] if sampler is None else sampler
+    check_settings(sampler, steps, eta)
+    return Recipe(
+        prompts=prompts,
+        negative_prompts=check_texts("negative_prompt", negative_prompt, len(prompts)),
+        seconds=check_seconds(defaults["seconds"] if seconds is None else seconds),
+        steps=steps,
+        guidance_scale=check_number(
+            "guidance_scale", defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        ),
+        sampler=sampler,
+        eta=float(eta),
+        seeds=check_seeds(seed, len(prompts) * num_waveforms),
+        num_waveforms=num_waveforms,
+        transcription=check_texts("transcription", transcription, len(prompts)),
+        phonemes=check_texts("phonemes", phonemes, len(prompts)),
+    )
+
+
+def check_prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:
+    """One prompt or a list of prompts as a tuple; none of them empty."""
+    prompts = (prompt,) if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, Sequence) or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"prompt must be a string or a list of strings, got {prompt!r}")
+    if not prompts:
+        raise ValueError("the list of prompts is empty")
+    for p in prompts:
+        if not p.strip():
+            raise ValueError(f"a prompt must not be empty, got {p!r}")
+    return tuple(prompts)
+
+
+def check_texts(name: str, texts: str | Sequence[str] | None, count: int) -> tuple[str, ...] | None:
+    """A text for each of `count` prompts: one for all, or a list of the same length; None stays None."""
+    if texts is None:
+        return None
+    spread = (texts,) * count if isinstance(texts, str) else texts
+    if not isinstance(spread, Sequence) or not all(isinstance(text, str) for text in spread):
+        raise ValueError(f"{name} must be a string or a list of strings, got {texts!r}")
+    if len(spread) != count:
+        raise ValueError(f"{len(spread)} texts for {name} and {count} prompts: give one for all, or one for each")
+    return tuple(spread)
+
+
+def check_count(name: str, value: int) -> int:
+    """A whole number from 1 up."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1 up, got {value!r}")
+    return int(value)
+
+
+def check_number(name: str, value: float) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def check_seconds(seconds: float) -> float:
+    """A length of sound in seconds, above zero and at most MAX_SECONDS."""
+    seconds = check_number("seconds", seconds)
+    if not 0 < seconds <= MAX_SECONDS:
+        raise ValueError(f"seconds must be above 0 and at most {MAX_SECONDS:g}, got {seconds:g}")
+    return seconds
+
+
+def check_seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """The seed of each of `count` rows."""
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+    seeds = seed if isinstance(seed, Sequence) and not isinstance(seed, str) else None
+    if seeds is None:
+        check_seed(seed)
+        return tuple(int(seed) + i for i in range(count))
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds for {count} waveforms: give one number, or one for each")
+    for value in seeds:
+        check_seed(value)
+    return tuple(int(value) for value in seeds)
+
+
+def check_seed(seed: int) -> None:
+    """A whole number that a torch.Generator takes."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")

@@ -1,0 +1,57 @@
+"""What a generation returns: the sound, every intermediate of it, and how to make it again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ldm2 import __version__, audio
+from ldm2.recipe import row_settings
+
+
+@dataclass(frozen=True)
+class Result:
+    """n waveforms, prompt by prompt; within a prompt the best first where candidates were ranked.
+
+    waveforms:   float32 numpy (n, N) at `sample_rate` Hz, within -1..1
+    latents:     (n, C, T/4, F/4), the sampler's output, float32 on the CPU
+    mel:         (n, T, F) log-mel, float32 on the CPU
+    seeds:       the seed of each waveform
+    scores:      CLAP similarity of each waveform with its prompt, or None where nothing was ranked
+    settings:    the arguments that make all of it again, with the model, its revision and the version of ldm2
+    """
+
+    waveforms: np.ndarray
+    sample_rate: int
+    latents: Tensor
+    mel: Tensor
+    seeds: list[int]
+    scores: list[float] | None
+    settings: dict
+
+    def save(self, path: str | Path, overwrite: bool = False) -> list[Path]:
+        """Write the waveforms in the format of the suffix, with their settings as a JSON comment inside.
+
+        One waveform goes to `path`; several to name-1.wav, name-2.wav, ... Returns the paths written. Raises ValueError
+        or OSError (folder missing, file exists, unknown suffix) before anything is written.
+        """
+        paths = output_paths(path, len(self.waveforms))
+        for target in paths:
+            audio.check_output(target, overwrite=overwrite)
+        for row, target in enumerate(paths):
+            settings = row_settings(self.settings, row, self.seeds[row])
+            tags = {"title": settings["prompt"], "software": f"ldm2 {__version__}", "comment": json.dumps(settings)}
+            audio.write(target, self.waveforms[row], self.sample_rate, overwrite=overwrite, metadata=tags)
+        return paths
+
+
+def output_paths(path: str | Path, count: int) -> list[Path]:
+    """The file names of `count` waveforms saved to `path`."""
+    path = Path(path)
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(1, count + 1)]
