@@ -21,7 +21,7 @@ class Conditioning:
     masks:    for each context a bool or 0/1 tensor (B, L_i), true where a token is kept; None keeps all tokens.
     film:     (B, D) vector added to the time embedding by FiLM models; None in all others.
 
-    Raises ValueError where the numbers of contexts and masks, the shapes or the rows disagree, and when nothing is given.
+    Raises ValueError where the numbers of contexts and masks, the shapes or the rows disagree, and if nothing is given.
     """
 
     contexts: tuple[Tensor, ...]
