@@ -64,8 +64,11 @@ class AudioLDM2:
 
     def latent_shape(self, seconds: float) -> tuple[int, int, int]:
         """(C, T/f, F/f) of the latents that hold `seconds` of sound, rounded up."""
+        return self.latent_shape_of(math.ceil(round(seconds * self.sample_rate) / self.vocoder.config.hop_length))
+
+    def latent_shape_of(self, num_frames: int) -> tuple[int, int, int]:
+        """(C, T/f, F/f) of the latents that hold `num_frames` mel frames, rounded up."""
         factor = self.vae.config.downsampling
-        num_frames = math.ceil(round(seconds * self.sample_rate) / self.vocoder.config.hop_length)
         return self.unet.config.in_channels, math.ceil(num_frames / factor), self.vocoder.config.num_mels // factor
 
     @torch.inference_mode()
