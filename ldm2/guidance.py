@@ -43,7 +43,7 @@ def denoiser(
         raise ValueError(f"guidance needs as many unconditional rows as conditional ones, got "
                          f"{unconditional.batch_size} and {conditioning.batch_size}")
     both = Conditioning.join([unconditional, conditioning]) if guided else conditioning
-    prepared = unet.prepare(both.to(unet.conv_in.weight.device, dtype))
+    prepared = unet.prepare(both.to(next(unet.parameters()).device, dtype))
     visited = list(dict.fromkeys(timesteps))
     times = dict(zip(visited, unet.embed_time(torch.tensor(visited)).split(1))) if visited else {}
 

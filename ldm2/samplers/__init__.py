@@ -99,6 +99,8 @@ def sample(
         raise ValueError(f"start must be a whole number from 0 to steps ({steps}), got {start!r}")
     if start > 0 and x0 is None:
         raise ValueError(f"start {start} needs the latents x0 to start from")
+    if x0 is not None and x0.shape != x_T.shape:
+        raise ValueError(f"x0 {tuple(x0.shape)} must have the shape of x_T {tuple(x_T.shape)}")
     method = SAMPLERS[name]
     if noise is None and (method.stochastic or eta > 0):
         raise ValueError(f"{name} with eta {eta} draws noise: give noise=")
@@ -109,8 +111,9 @@ def sample(
     solver = method.solve(Epsilon(denoiser, schedule), run, x)
     step, total = next(solver), steps - start
     for done in range(1, total + 1):
+        x = step.x_t if edit is None else edit(step)
         try:
-            step = solver.send(step.x_t if edit is None else edit(step))
+            step = solver.send(x)
             x = step.x_t
         except StopIteration as finished:
             x = finished.value

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -38,11 +39,12 @@ Solver = Generator[Step, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Run:
-    """The points that a sampler visits: timesteps (S,), noise-to-signal ratios `sigmas` (S + 1,) ending in 0.
+    """The points that a sampler visits, and what else it needs to know.
 
-    exploding: the state is x_0 + sigma * noise (Euler, Heun, LMS), else alpha * x_0 + sqrt(1 - alpha^2) * noise.
-    start:     the first step that is taken; 0 is pure noise.
-    noise:     standard normal float32 like its argument. eta: see ddim.
+    timesteps: (S,), one for each step, descending
+    exploding: the state is x_0 + sigma * noise (Euler, Heun, LMS), else alpha * x_0 + sqrt(1 - alpha^2) * noise
+    start:     the first step that is taken; 0 is pure noise
+    noise:     draws standard normal float32 numbers like its argument. eta: see ddim
     """
 
     schedule: Schedule
@@ -61,13 +63,14 @@ class Run:
         """How far the table is stepped down in one step by the samplers that index it (DDIM and PNDM)."""
         return self.schedule.num_train_timesteps // len(self.timesteps)
 
-    def sigma(self, index: int) -> float:
-        """Noise over signal before step `index`; 0 after the last one."""
-        return self.schedule.sigma(self.timesteps[index]) if index < len(self.timesteps) else 0.0
+    @cached_property
+    def sigmas(self) -> tuple[float, ...]:
+        """(S + 1,) noise over signal before each step, and 0 after the last one."""
+        return (*(self.schedule.sigma(t) for t in self.timesteps), 0.0)
 
     def levels(self, index: int) -> tuple[float, float]:
         """(signal, sigma) of x_t before step `index`, in the sampler's coordinates."""
-        sigma = self.sigma(index)
+        sigma = self.sigmas[index]
         return (1.0, sigma) if self.exploding else preserving(sigma)
 
     def step(self, index: int, x: Tensor) -> Step:
@@ -100,7 +103,10 @@ class Epsilon:
 
     def predict(self, x: Tensor, t: float) -> Tensor:
         """What the denoiser predicts, eps or v, in float32."""
-        return self.denoiser(x, t).float()
+        prediction = self.denoiser(x, t)
+        if prediction.shape != x.shape:
+            raise ValueError(f"the denoiser returned {tuple(prediction.shape)} for x_t {tuple(x.shape)}")
+        return prediction.float()
 
     def of(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
         """The eps which a prediction at (x, t) stands for."""

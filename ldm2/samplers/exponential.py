@@ -1,7 +1,7 @@
 """Samplers that integrate the model's x_0 exactly against the exponential in the log signal-to-noise ratio.
 
 DPM-Solver++ (arXiv:2211.01095) and UniPC (arXiv:2302.04867), both of second order. With lambda = log(alpha / sigma) a
-step has length h = lambda_next - lambda, and exp(-h) is the ratio of the noise-to-signal levels `run.sigma`: 0 in the
+step has length h = lambda_next - lambda, and exp(-h) is the ratio of the noise-to-signal levels `run.sigmas`: 0 in the
 last step, whose h is infinite.
 """
 
@@ -20,7 +20,7 @@ def dpmpp_2m(eps: Epsilon, run: Run, x: Tensor) -> Solver:
     for i, t in run:
         x = yield run.step(i, x)
         x0 = predict_x0(eps, run, i, x, t)
-        shrink = run.sigma(i + 1) / run.sigma(i)                             # exp(-h)
+        shrink = run.sigmas[i + 1] / run.sigmas[i]                           # exp(-h)
         (_, sigma), (alpha_next, sigma_next) = run.levels(i), run.levels(i + 1)
         x = sigma_next / sigma * x + alpha_next * (1 - shrink) * midpoint(run, i, x0, x0_before)
         x0_before = x0
@@ -28,12 +28,12 @@ def dpmpp_2m(eps: Epsilon, run: Run, x: Tensor) -> Solver:
 
 
 def dpmpp_2m_sde(eps: Epsilon, run: Run, x: Tensor) -> Solver:
-    """SDE-DPM-Solver++(2M): arXiv:2211.01095, its variant for the diffusion SDE; its first and last step are of first order."""
+    """SDE-DPM-Solver++(2M), the variant of arXiv:2211.01095 with noise; its first and last step are of first order."""
     x0_before = None
     for i, t in run:
         x = yield run.step(i, x)
         x0 = predict_x0(eps, run, i, x, t)
-        shrink = run.sigma(i + 1) / run.sigma(i)                             # exp(-h)
+        shrink = run.sigmas[i + 1] / run.sigmas[i]                           # exp(-h)
         (_, sigma), (alpha_next, sigma_next) = run.levels(i), run.levels(i + 1)
         x = (sigma_next / sigma * shrink * x + alpha_next * (1 - shrink**2) * midpoint(run, i, x0, x0_before)
              + sigma_next * sqrt(1 - shrink**2) * run.noise(x))
@@ -46,9 +46,9 @@ def midpoint(run: Run, i: int, x0: Tensor, x0_before: Tensor | None) -> Tensor:
 
     D of arXiv:2211.01095, algorithm 2.
     """
-    if x0_before is None or run.sigma(i + 1) == 0:
+    if x0_before is None or run.sigmas[i + 1] == 0:
         return x0
-    r = log(run.sigma(i - 1) / run.sigma(i)) / log(run.sigma(i) / run.sigma(i + 1))
+    r = log(run.sigmas[i - 1] / run.sigmas[i]) / log(run.sigmas[i] / run.sigmas[i + 1])
     return x0 + (x0 - x0_before) / (2 * r)
 
 
@@ -65,7 +65,7 @@ def unipc(eps: Epsilon, run: Run, x: Tensor) -> Solver:
         if before is not None:
             x = x + correction(run, i, x0, before, older)
         (_, sigma), (alpha_next, sigma_next) = run.levels(i), run.levels(i + 1)
-        shrink = run.sigma(i + 1) / run.sigma(i)                             # exp(-h)
+        shrink = run.sigmas[i + 1] / run.sigmas[i]                           # exp(-h)
         x = sigma_next / sigma * x + alpha_next * (1 - shrink) * midpoint(run, i, x0, before)
         before, older = x0, before
     return x
@@ -78,11 +78,11 @@ def correction(run: Run, i: int, x0: Tensor, before: Tensor, older: Tensor | Non
     length of the step before in units of this one. The predictor gave the weight 1/2 to the first difference.
     """
     alpha, _ = run.levels(i)
-    weight = alpha * (1 - run.sigma(i) / run.sigma(i - 1))
+    weight = alpha * (1 - run.sigmas[i] / run.sigmas[i - 1])
     if older is None:
         return weight / 2 * (x0 - before)
-    h = log(run.sigma(i - 1) / run.sigma(i))
-    r = log(run.sigma(i - 2) / run.sigma(i - 1)) / h
+    h = log(run.sigmas[i - 1] / run.sigmas[i])
+    r = log(run.sigmas[i - 2] / run.sigmas[i - 1]) / h
     b_1 = -1 / expm1(-h) - 1 / h
     b_2 = 2 / h * (1 / expm1(-h) + 1 / h) - 1 / expm1(-h)
     rho_1 = (b_1 - b_2) / (1 + r)

@@ -17,7 +17,7 @@ def euler(eps: Epsilon, run: Run, x: Tensor) -> Solver:
     """Euler's method: arXiv:2206.00364, algorithm 1 without its correction."""
     for i, t in run:
         x = yield run.step(i, x)
-        sigma, sigma_next = run.sigma(i), run.sigma(i + 1)
+        sigma, sigma_next = run.sigmas[i], run.sigmas[i + 1]
         x = x + (sigma_next - sigma) * eps(x / hypot(1, sigma), t)
     return x
 
@@ -29,9 +29,9 @@ def euler_ancestral(eps: Epsilon, run: Run, x: Tensor) -> Solver:
     """
     for i, t in run:
         x = yield run.step(i, x)
-        sigma, sigma_next = run.sigma(i), run.sigma(i + 1)
-        down = sigma_next**2 / sigma
-        up = sqrt(sigma_next**2 - down**2)
+        sigma, sigma_next = run.sigmas[i], run.sigmas[i + 1]
+        ratio = sigma_next / sigma
+        down, up = sigma_next * ratio, sigma_next * sqrt(1 - ratio**2)
         x = x + (down - sigma) * eps(x / hypot(1, sigma), t) + up * run.noise(x)
     return x
 
@@ -40,7 +40,7 @@ def heun(eps: Epsilon, run: Run, x: Tensor) -> Solver:
     """Heun's method: arXiv:2206.00364, algorithm 1. Two model calls a step, one in the last."""
     for i, t in run:
         x = yield run.step(i, x)
-        sigma, sigma_next = run.sigma(i), run.sigma(i + 1)
+        sigma, sigma_next = run.sigmas[i], run.sigmas[i + 1]
         slope = eps(x / hypot(1, sigma), t)
         if sigma_next > 0:
             trial = x + (sigma_next - sigma) * slope
@@ -54,11 +54,11 @@ def lms(eps: Epsilon, run: Run, x: Tensor) -> Solver:
     slopes: list[Tensor] = []                                                # newest first
     for i, t in run:
         x = yield run.step(i, x)
-        sigma, sigma_next = run.sigma(i), run.sigma(i + 1)
+        sigma, sigma_next = run.sigmas[i], run.sigmas[i + 1]
         if sigma_next == sigma:                   # past the end of the table: two steps at one level say nothing new
             continue
         slopes = [eps(x / hypot(1, sigma), t), *slopes[:3]]
-        weights = adams_bashforth([run.sigma(i - k) for k in range(len(slopes))], sigma_next)
+        weights = adams_bashforth([run.sigmas[i - k] for k in range(len(slopes))], sigma_next)
         x = x + sum(weight * slope for weight, slope in zip(weights, slopes))
     return x
 
