@@ -1,0 +1,371 @@
+"""Sound in and out of files: signal constants, seconds <-> samples <-> frames, reading, resampling, writing.
+
+A waveform is float32 with full scale at -1..1: (N,) is one channel, (channels, N) several. Files go through libsndfile.
+Whole samples of 16 and 24 bits survive reading and writing unchanged: an integer v is v / 2**15 or v / 2**23 as float.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ldm2 import tags
+
+if TYPE_CHECKING:
+    import soundfile
+
+logger = logging.getLogger(__name__)
+
+# Of the 16 kHz models. A checkpoint's own configuration has the last word.
+SAMPLE_RATE = 16_000                       # Hz
+HOP_LENGTH = 160                           # samples per mel frame: 100 frames a second
+VAE_FACTOR = 4                             # mel frames per latent frame: 25 latent frames a second
+
+_BLOCK = 16_384                            # samples per call: the Vorbis writer overruns the stack on long blocks
+
+
+# --- lengths ---------------------------------------------------------------------------------------------------------
+
+def seconds_to_samples(seconds: float, sample_rate: int) -> int:
+    """Number of samples in `seconds`: round(seconds * sample_rate). Raises ValueError below zero or if not finite."""
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"seconds must be a finite number from 0 up, got {seconds}")
+    return round(seconds * sample_rate)
+
+
+def samples_to_seconds(num_samples: int, sample_rate: int) -> float:
+    """Length of num_samples in seconds."""
+    return num_samples / sample_rate
+
+
+def samples_to_mel_frames(num_samples: int, hop_length: int = HOP_LENGTH, vae_factor: int = VAE_FACTOR) -> int:
+    """Fewest mel frames that cover num_samples and that the VAE can take: rounded up to a multiple of vae_factor."""
+    return samples_to_latent_frames(num_samples, hop_length, vae_factor) * vae_factor
+
+
+def samples_to_latent_frames(num_samples: int, hop_length: int = HOP_LENGTH, vae_factor: int = VAE_FACTOR) -> int:
+    """Fewest latent frames that cover num_samples."""
+    return -(-num_samples // (hop_length * vae_factor))
+
+
+def mel_frames_to_samples(num_frames: int, hop_length: int = HOP_LENGTH) -> int:
+    """Samples that num_frames mel frames stand for."""
+    return num_frames * hop_length
+
+
+def latent_frames_to_samples(num_frames: int, hop_length: int = HOP_LENGTH, vae_factor: int = VAE_FACTOR) -> int:
+    """Samples that num_frames latent frames stand for."""
+    return num_frames * hop_length * vae_factor
+
+
+# --- waveforms -------------------------------------------------------------------------------------------------------
+
+def mix(waveform: np.ndarray, channel: int | None = None) -> np.ndarray:
+    """One channel (N,) of a waveform (channels, N): the mean of all, or the one with the index `channel` from 0 up.
+
+    Raises ValueError if there is no such channel.
+    """
+    if channel is not None:
+        if not 0 <= channel < len(waveform):
+            raise ValueError(f"channel must be from 0 to {len(waveform) - 1} in a sound with {len(waveform)} channels, "
+                             f"got {channel}")
+        return waveform[channel]
+    return waveform[0] if len(waveform) == 1 else waveform.mean(axis=0, dtype=np.float64).astype(np.float32)
+
+
+def resample(waveform: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
+    """Change the sample rate (Hz) of a waveform (..., N): band-limited, no delay, level kept, float32.
+
+    The result has round(N * to_rate / from_rate) samples, but at least one.
+    """
+    import soxr
+
+    if from_rate == to_rate:
+        return waveform
+    length = max(1, round(waveform.shape[-1] * to_rate / from_rate))
+    rows = waveform.reshape(-1, waveform.shape[-1])
+    resampled = np.zeros((len(rows), length), np.float32)
+    for row, out in zip(rows, resampled):
+        samples = soxr.resample(row, from_rate, to_rate, quality="VHQ")[:length]
+        out[:len(samples)] = samples
+    return resampled.reshape(*waveform.shape[:-1], length)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What a sound file says of itself."""
+
+    sample_rate: int                       # Hz
+    channels: int
+    num_samples: int                       # per channel
+    encoding: str                          # of `write`, the smallest that keeps what `read` gives: "pcm16" and so on
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
+    """The sound file at `path`, recognised by its content whatever its name. Errors become one line with the path."""
+    import soundfile
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    with open(path, "rb", buffering=0) as handle:
+        if os.fstat(handle.fileno()).st_size == 0:
+            raise ValueError(f"{path} is empty")
+        source = handle.fileno() if os.name == "posix" else str(path)
+        try:
+            with soundfile.SoundFile(source, closefd=False) as file:
+                yield file
+        except soundfile.LibsndfileError as error:
+            raise ValueError(f"{path} cannot be read as a sound file: {error.error_string}") from error
+
+
+def describe(path: str | Path) -> FileInfo:
+    """Rate, channels, length and encoding of a sound file. Raises ValueError or OSError as `read_channels` does."""
+    with _opened(Path(path)) as file:
+        exact_in_16_bits = file.subtype in ("PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW")
+        encoding = "pcm16" if exact_in_16_bits else "pcm24" if file.subtype == "PCM_24" else "float32"
+        return FileInfo(file.samplerate, file.channels, file.frames, encoding)
+
+
+def read_channels(path: str | Path) -> tuple[np.ndarray, int]:
+    """All channels of a sound file as they are: waveform float32 (channels, N), sample rate in Hz.
+
+    Any format, rate, length and number of channels that libsndfile reads: WAV of 8 to 64 bits, FLAC, OGG Vorbis and
+    Opus, MP3, AIFF and more. Raises OSError if there is no such file or it may not be read, ValueError if it is not a
+    sound file, is damaged, holds no samples, or holds samples that are NaN or infinite.
+    """
+    path = Path(path)
+    blocks = []
+    with _opened(path) as file:
+        sample_rate = file.samplerate
+        while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
+            blocks.append(block.T)
+    if not blocks:
+        raise ValueError(f"{path} holds no samples")
+    waveform = np.ascontiguousarray(np.concatenate(blocks, axis=1))
+    finite = np.isfinite(waveform).all(axis=0)
+    if not finite.all():
+        raise ValueError(f"{path} holds NaN or infinite values in {np.count_nonzero(~finite)} samples, the first at "
+                         f"{np.argmin(finite) / sample_rate:.3f} s")
+    return waveform, sample_rate
+
+
+def read(path: str | Path, sample_rate: int | None = None, channel: int | None = None) -> tuple[np.ndarray, int]:
+    """One channel of a sound file: waveform float32 (N,), sample rate in Hz. The level is kept.
+
+    sample_rate: resampled to this rate (Hz); None keeps that of the file.
+    channel:     index of the channel to take, from 0; None takes the mean of all.
+    Raises what `read_channels` raises, and ValueError if there is no such channel.
+    """
+    waveform, file_rate = read_channels(path)
+    try:
+        waveform = mix(waveform, channel)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if sample_rate is None:
+        return waveform, file_rate
+    return resample(waveform, file_rate, sample_rate), sample_rate
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The text tags of a sound file: those of "title", "software" and "comment" that it has.
+
+    A comment of `write` comes back unchanged from every format. Raises as `read_channels` does.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        if file.format in ("WAV", "WAVEX"):
+            return tags.read_wav(path)
+        return tags.clean(file.copy_metadata(), file.format)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class _Format:
+    """What one suffix stands for, in libsndfile's words, and the limits of the format."""
+
+    container: str
+    subtypes: dict[str, str]               # our name of each encoding -> libsndfile's; the first is the default
+    rates: Sequence[int]                   # Hz
+    max_channels: int
+
+
+FORMATS = {
+    ".wav": _Format("WAV", {"pcm16": "PCM_16", "pcm24": "PCM_24", "float32": "FLOAT"}, range(1, 2**31), 1024),
+    ".flac": _Format("FLAC", {"pcm16": "PCM_16", "pcm24": "PCM_24"}, range(1, 655_351), 8),
+    ".ogg": _Format("OGG", {"vorbis": "VORBIS"}, range(1, 200_001), 255),    # beyond 200 kHz libvorbis crashes
+    ".opus": _Format("OGG", {"opus": "OPUS"}, (8000, 12_000, 16_000, 24_000, 48_000), 255),
+    ".mp3": _Format("MP3", {"mp3": "MPEG_LAYER_III"},
+                    (8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000), 2),
+}
+
+
+_TAKEN = "{} exists already: choose another name, or ask for overwriting"
+
+
+def check_output(path: str | Path, overwrite: bool = False, *, sample_rate: int | None = None, channels: int = 1,
+                 encoding: str | None = None, inputs: Sequence[str | Path] = ()) -> None:
+    """Check that `write` can write to `path`, before minutes are spent on what to write. Nothing is created.
+
+    inputs: files that must not be overwritten even with `overwrite`, because they are read.
+    Raises ValueError for an unknown suffix or encoding, a sample rate (Hz) or a number of channels that the format does
+    not have, or one of `inputs`; OSError (which one tells what) for a place where no new file can be written.
+    """
+    path = Path(path)
+    kind = _format_of(path, encoding)
+    if sample_rate is not None:
+        _check_rate(path.suffix.lower(), kind, sample_rate)
+    if not 1 <= channels <= kind.max_channels:
+        raise ValueError(f"{path.suffix} takes 1 to {kind.max_channels} channels, got {channels}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"the folder {path.parent} is not writable")
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    for source in inputs:
+        if path.exists() and os.path.exists(source) and path.samefile(source):
+            raise ValueError(f"{path} is the input: choose another name for the output")
+    if not overwrite:
+        raise FileExistsError(_TAKEN.format(path))
+
+
+def _format_of(path: Path, encoding: str | None) -> _Format:
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"the suffix of an output file must be one of {', '.join(FORMATS)}, got {str(path)!r}")
+    if encoding is not None and encoding not in kind.subtypes:
+        raise ValueError(f"the encoding of {path.suffix} must be one of {', '.join(kind.subtypes)}, got {encoding!r}")
+    return kind
+
+
+def _check_rate(suffix: str, kind: _Format, sample_rate: int) -> None:
+    if isinstance(sample_rate, bool) or not isinstance(sample_rate, Integral) or sample_rate < 1:
+        raise ValueError(f"sample_rate must be a whole number of Hz from 1 up, got {sample_rate!r}")
+    if sample_rate not in kind.rates:
+        rates = f"up to {kind.rates[-1]} Hz" if isinstance(kind.rates, range) else \
+            f"of {', '.join(map(str, kind.rates))} Hz"
+        raise ValueError(f"{suffix} takes sample rates {rates}, got {sample_rate}: resample, or write .wav or .flac")
+
+
+def write(path: str | Path, waveform: np.ndarray, sample_rate: int, overwrite: bool = False,
+          metadata: Mapping[str, str] | None = None, encoding: str | None = None) -> Path:
+    """Write a waveform (N,) or (channels, N), floating point, to a file in the format of its suffix. Returns the path.
+
+    .wav is 16-bit PCM, or "pcm24" or "float32" by `encoding`; .flac the same without "float32"; .ogg is Vorbis; .opus,
+    of which libsndfile spoils the last 6 ms; .mp3. Samples beyond -1..1 are clipped, with one logged warning, except in
+    float32.
+    metadata: text tags "title", "software" and "comment"; of an MP3, only ASCII text reads well in every player.
+
+    The file appears at `path` complete or not at all, and an existing file is never replaced without `overwrite`, even
+    if it appears in the meantime. Raises what `check_output` raises; ValueError for another shape, no samples, integer
+    or non-finite samples, and for unknown tags; OSError if the file cannot be written.
+    """
+    path = Path(path)
+    waveform = _checked_waveform(waveform)
+    check_output(path, overwrite, sample_rate=sample_rate, channels=len(waveform), encoding=encoding)
+    kind = _format_of(path, encoding)
+    subtype = kind.subtypes[encoding or next(iter(kind.subtypes))]
+    metadata = tags.check(metadata or {})
+    if subtype != "FLOAT":
+        waveform = _clipped(waveform, path)
+    temporary = path.with_name(f".ldm2-{secrets.token_hex(8)}.tmp")
+    try:
+        _encode(temporary, waveform, int(sample_rate), kind.container, subtype, metadata)
+        _publish(temporary, path, overwrite)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _checked_waveform(waveform: np.ndarray) -> np.ndarray:
+    """A writable waveform as float32 (channels, N)."""
+    waveform = np.asarray(waveform)
+    if waveform.ndim not in (1, 2) or waveform.size == 0:
+        raise ValueError(f"waveform must have the shape (N,) or (channels, N) with at least one sample, "
+                         f"got {waveform.shape}")
+    if not np.issubdtype(waveform.dtype, np.floating):
+        raise ValueError(f"waveform must hold floating-point samples with full scale at -1..1, got {waveform.dtype}")
+    with np.errstate(over="ignore"):
+        waveform = np.atleast_2d(waveform.astype(np.float32, copy=False))
+    if not np.isfinite(waveform).all():
+        raise ValueError(f"waveform holds {np.count_nonzero(~np.isfinite(waveform))} NaN or infinite samples")
+    return waveform
+
+
+def _clipped(waveform: np.ndarray, path: Path) -> np.ndarray:
+    peak = float(np.abs(waveform).max())
+    if peak <= 1:
+        return waveform
+    count = np.count_nonzero(np.abs(waveform) > 1)
+    logger.warning("%s: %d of %d samples were beyond full scale and are clipped; the peak was %.4g",
+                   path, count, waveform.size, peak)
+    return waveform.clip(-1, 1)
+
+
+def _as_stored(block: np.ndarray, subtype: str) -> np.ndarray:
+    """Samples in the type that libsndfile stores unchanged; its own rounding of floats loses the last bit."""
+    if subtype == "PCM_16":
+        return np.rint(block * 2**15).clip(-2**15, 2**15 - 1).astype(np.int16)
+    if subtype == "PCM_24":
+        return np.rint(block * 2**23).clip(-2**23, 2**23 - 1).astype(np.int32) << 8
+    return block
+
+
+def _encode(path: Path, waveform: np.ndarray, sample_rate: int, container: str, subtype: str,
+            metadata: dict[str, str]) -> None:
+    """Create the file `path`, complete and on the disk."""
+    import soundfile
+
+    channels, num_samples = waveform.shape
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        with soundfile.SoundFile(path, "w", sample_rate, channels, subtype, format=container) as file:
+            if container != "WAV":
+                for name, text in metadata.items():
+                    setattr(file, name, text)
+            for start in range(0, num_samples, _BLOCK):
+                file.write(_as_stored(waveform[:, start:start + _BLOCK], subtype).T)
+        written = soundfile.info(path).frames
+    except soundfile.LibsndfileError as error:
+        raise OSError(f"{path.parent}: writing failed: {error.error_string}") from error
+    if written != num_samples:
+        raise OSError(f"{path.parent}: only {written} of {num_samples} samples could be written")
+    with open(path, "r+b") as file:
+        if container == "WAV" and metadata:
+            tags.append_wav(file, metadata)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Give a complete file its name, in one step. Raises FileExistsError if the name is taken, unless `overwrite`."""
+    if overwrite:
+        os.replace(temporary, path)
+        return
+    try:
+        os.link(temporary, path)                                             # unlike a rename, never replaces a file
+    except FileExistsError:
+        raise FileExistsError(_TAKEN.format(path)) from None
+    except OSError:                                                          # no hard links here: claim the name first
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(temporary, path)
