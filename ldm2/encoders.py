@@ -1,7 +1,7 @@
 """The frozen text encoders: CLAP's text branch and T5's encoder, each with its tokenizer.
 
-The networks are transformers' modules, built without initialisation and filled strictly. They are made from the fields
-of a config.json and a dict of tensors, so that it does not matter which kind of file the tensors come from.
+The networks are transformers' modules, built on the meta device, where transformers skips its initialisation, and
+filled strictly. They are made from the fields of a config.json and a dict of tensors, whatever file these come from.
 
 References: CLAP, arXiv:2211.06687; FLAN-T5, arXiv:2210.11416.
 """
@@ -54,8 +54,11 @@ class ClapText(nn.Module):
             config = clap_config(fields, "text_config", source)
         else:
             config = transformers_config(transformers.ClapTextConfig, fields, source)
-        with weights.parameters_on_meta():
+        with torch.device("meta"):
             clap = cls(tokenizer, config)
+        tables = clap.text_model.embeddings
+        tables.position_ids = torch.arange(config.max_position_embeddings)[None]
+        tables.token_type_ids = torch.zeros_like(tables.position_ids)
         return weights.load(clap, tensors, table=CLAP_TEXT_ONLY, dtype=dtype, device=device, source=source)
 
     def forward(self, prompts: Sequence[str], max_length: int | None = None) -> Tensor:
@@ -87,7 +90,7 @@ class T5Text(nn.Module):
         In float16 the last matrix of each feed-forward stays float32: its sums leave the range of float16.
         """
         config = transformers_config(transformers.T5Config, fields, source)
-        with weights.parameters_on_meta():
+        with torch.device("meta"):
             t5 = cls(tokenizer, config)
         weights.load(t5.model, tensors, dtype=dtype, device=device, source=source)
         if dtype == torch.float16:

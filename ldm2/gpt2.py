@@ -92,7 +92,7 @@ def load_projection(
 ) -> Projection:
     """Projection from the fields of its config.json and its tensors. Raises ValueError naming `source`."""
     config = ProjectionConfig.from_dict(fields, source)
-    with weights.parameters_on_meta():
+    with torch.device("meta"):
         projection = Projection(config)
     return weights.load(projection, tensors, dtype=dtype, device=device, source=source)
 
@@ -103,7 +103,7 @@ def load_gpt2(
 ) -> transformers.GPT2Model:
     """GPT-2 without head from the fields of its config.json and its tensors, maybe those of a GPT2LMHeadModel."""
     config = transformers_config(transformers.GPT2Config, fields, source)
-    with weights.parameters_on_meta():
+    with torch.device("meta"):
         gpt2 = transformers.GPT2Model(config)
     return weights.load(gpt2, tensors, table=WITHOUT_HEAD, dtype=dtype, device=device, source=source)
 

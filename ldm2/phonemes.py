@@ -58,7 +58,7 @@ class PhonemeText(nn.Module):
         config = transformers_config(transformers.VitsConfig, fields, source)
         if config.vocab_size <= END:
             raise ValueError(f"{source}: vocab_size must be above {END}, the end symbol, got {config.vocab_size}")
-        with weights.parameters_on_meta():
+        with torch.device("meta"):
             phonemes = cls(tokenizer, config, max_length)
         table = weights.OLD_NAMES | TEXT_ENCODER_ONLY
         weights.load(phonemes.text_encoder, tensors, table=table, dtype=dtype, device=device, source=source)
@@ -86,6 +86,8 @@ class PhonemeText(nn.Module):
         return self._fit(ids, phonemes)
 
     def _fit(self, ids: Sequence[int], text: str) -> tuple[int, ...]:
+        if not ids:
+            raise ValueError(f"there is nothing to say in {text[:40]!r}")
         if len(ids) > self.max_length:
             logger.warning("speech ends after %d phonemes; cut from %r: the last %d",
                            self.max_length, text[:40], len(ids) - self.max_length)

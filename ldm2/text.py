@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from ldm2 import weights
 from ldm2.conditioning import Conditioning
-from ldm2.encoders import ClapText, T5Text, Tokenizer
+from ldm2.encoders import ClapText, T5Text
 from ldm2.gpt2 import Projection, continue_sequence, load_gpt2, load_projection
 from ldm2.phonemes import PhonemeText
 
 __all__ = ["Conditioning", "TextEncoder"]
+
+Preprocessor = TypeVar("Preprocessor")
 
 REFERENCES = ("authors", "diffusers")
 NUM_VECTORS = 8                # vectors that GPT-2 writes
@@ -74,7 +76,7 @@ class TextEncoder(nn.Module):
 
         Raises ValueError naming the file if something is missing or does not fit.
         """
-        parts = _Parts(Path(folder), device, dtype)
+        parts = Parts(Path(folder), device, dtype)
         clap = t5 = phonemes = projection = gpt2 = num_vectors = None
         if parts.has("language_model"):
             projection = parts.load("projection_model", load_projection)
@@ -82,14 +84,14 @@ class TextEncoder(nn.Module):
             num_vectors = parts.fields("language_model").get("max_new_tokens")
         if parts.has("text_encoder_2"):
             if parts.fields("text_encoder_2").get("model_type") == "vits":
-                tokenizer = parts.tokenizer("tokenizer_2", transformers.VitsTokenizer)
+                tokenizer = parts.preprocessor("tokenizer_2", transformers.VitsTokenizer)
                 places = projection.config.position_embeddings or tokenizer.model_max_length
                 phonemes = parts.load("text_encoder_2", PhonemeText.load, tokenizer, places)
             else:
-                tokenizer = parts.tokenizer("tokenizer_2", transformers.T5Tokenizer)
+                tokenizer = parts.preprocessor("tokenizer_2", transformers.T5Tokenizer)
                 t5 = parts.load("text_encoder_2", T5Text.load, tokenizer)
         if gpt2 is not None or t5 is None:                         # beside T5 alone, CLAP is there for ranking only
-            tokenizer = parts.tokenizer("tokenizer", transformers.RobertaTokenizer)
+            tokenizer = parts.preprocessor("tokenizer", transformers.RobertaTokenizer)
             clap = parts.load("text_encoder", ClapText.load, tokenizer)
         return cls(clap=clap, t5=t5, phonemes=phonemes, projection=projection, gpt2=gpt2, num_vectors=num_vectors,
                    reference=reference)
@@ -255,8 +257,8 @@ def _once(lines: list, encode: Callable[[list], Conditioning]) -> Conditioning:
     return encoded if distinct == lines else encoded.select([distinct.index(line) for line in lines])
 
 
-class _Parts:
-    """The text parts of a folder in the published layout."""
+class Parts:
+    """The text parts of a folder in the published layout, read when asked for. Raises ValueError naming the file."""
 
     def __init__(self, folder: Path, device: torch.device | str | None, dtype: torch.dtype | None):
         self.folder, self.device, self.dtype = folder, device, dtype
@@ -274,15 +276,21 @@ class _Parts:
         """The tensors of a part, memory-mapped."""
         return weights.read_tensors(self.folder / name)
 
-    def tokenizer(self, name: str, kind: type[Tokenizer]) -> Tokenizer:
-        """The tokenizer in a folder. Raises ValueError naming it if its files are missing."""
+    def preprocessor(self, name: str, kind: type[Preprocessor]) -> Preprocessor:
+        """The tokenizer or feature extractor in a folder."""
         folder = self.folder / name
         if not folder.is_dir():
-            raise ValueError(f"{folder} is missing: the tokenizer belongs to the checkpoint")
+            raise ValueError(f"{folder} is missing: it belongs to the checkpoint")
         try:
             return kind.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{folder} holds no complete tokenizer ({str(error).strip().splitlines()[0]})") from error
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"{folder} holds no complete {kind.__name__} ({reason})") from error
+
+    def can_rank(self) -> bool:
+        """Whether the checkpoint brings CLAP's audio branch and what it needs."""
+        has_clap = self.has("feature_extractor") and self.has("text_encoder")
+        return has_clap and "audio_config" in self.fields("text_encoder")
 
     def load(self, name: str, loader: Callable, *extra: object) -> nn.Module:
         """The part `name`, made by `loader(config fields, tensors, *extra, device, dtype, source)`."""

@@ -110,7 +110,7 @@ def vocoder(seed: int = 2, **changes) -> transformers.SpeechT5HifiGan:
 
 
 def clap(seed: int = 3) -> transformers.ClapModel:
-    """CLAP with both branches; the audio branch takes 64 mels x 256 frames."""
+    """CLAP with both branches; the audio branch takes 16 mels x 256 frames."""
     config = transformers.ClapConfig(
         text_config={
             "vocab_size": 300,
@@ -125,7 +125,7 @@ def clap(seed: int = 3) -> transformers.ClapModel:
         audio_config={
             "spec_size": 64,
             "window_size": 4,
-            "num_mel_bins": 64,
+            "num_mel_bins": 16,
             "depths": [2, 2],
             "num_attention_heads": [2, 2],
             "num_hidden_layers": 2,
@@ -162,6 +162,51 @@ def projection(seed: int = 6) -> nn.Module:
     return randomise(AudioLDM2ProjectionModel(text_encoder_dim=16, text_encoder_1_dim=32, langauge_model_dim=24), seed)
 
 
+def vits(seed: int = 7) -> transformers.VitsModel:
+    """VITS as the speech models have it, whole: 183 symbols of which the last is the end symbol."""
+    config = transformers.VitsConfig(
+        vocab_size=183, hidden_size=16, num_hidden_layers=2, ffn_dim=24, flow_size=8, spectrogram_bins=9,
+        upsample_initial_channel=8, upsample_rates=[2], upsample_kernel_sizes=[4], resblock_kernel_sizes=[3],
+        resblock_dilation_sizes=[[1]], duration_predictor_filter_channels=8, duration_predictor_num_flows=1,
+        prior_encoder_num_flows=1, prior_encoder_num_wavenet_layers=1, posterior_encoder_num_wavenet_layers=1,
+    )
+    return randomise(transformers.VitsModel(config), seed)
+
+
+def speech_projection(seed: int = 6, places: int = 40) -> nn.Module:
+    """CLAP (16) and phoneme states (16) to the width of GPT-2 (24), with a table of positions."""
+    from diffusers import AudioLDM2ProjectionModel
+
+    model = AudioLDM2ProjectionModel(16, 16, 24, use_learned_position_embedding=True, max_seq_length=places)
+    return randomise(model, seed)
+
+
+def vits_tokenizer(folder: str | Path, model_max_length: int = 40) -> transformers.VitsTokenizer:
+    """Symbols 0 (padding) to 182 (end), written to `folder`; text is taken as phonemes, so that no espeak is needed."""
+    letters = "_ abcdefghijklmnopqrstuvwxyzɑɐɒæɓʙβɔɕçɗɖðʤəɘɚɛɜɝɟʄɡɠɢʛɦɧħɥʜɨɪˈˌː"
+    symbols = [*letters, *(chr(0x4E00 + i) for i in range(182 - len(letters))), "⚠"]
+    path = Path(folder) / "vocab.json"
+    path.write_text(json.dumps({symbol: i for i, symbol in enumerate(symbols)}), encoding="utf-8")
+    return transformers.VitsTokenizer(
+        path, pad_token="_", unk_token="_", add_blank=False, phonemize=False, model_max_length=model_max_length
+    )
+
+
+def save_speech(folder: str | Path, **parts) -> Path:
+    """Write a speech checkpoint with the structure of anhnct/audioldm2_gigaspeech. Returns the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    speech = {
+        "language_model": gpt2(max_new_tokens=12),
+        "projection_model": speech_projection(),
+        "text_encoder_2": vits(),
+        "tokenizer_2": vits_tokenizer(folder),
+        "unet": unet(cross_attention_dim=[[None, 24]] * 3),
+    }
+    (folder / "vocab.json").unlink()
+    return save(folder, **speech | parts)
+
+
 def roberta_tokenizer(model_max_length: int = 77) -> transformers.RobertaTokenizer:
     """Byte-level BPE over CAPTIONS with RoBERTa's special tokens."""
     trainer = tokenizers.ByteLevelBPETokenizer()
@@ -185,8 +230,9 @@ def t5_tokenizer(model_max_length: int = 128) -> transformers.T5Tokenizer:
 
 
 def feature_extractor() -> transformers.ClapFeatureExtractor:
-    """The published front end of CLAP at a coarser hop: 64 mels of 10 s at 48 kHz."""
-    return transformers.ClapFeatureExtractor(hop_length=1920, truncation="rand_trunc", padding="repeatpad")
+    """The published front end of CLAP, coarser: 16 mels x 251 frames of 10 s at 48 kHz."""
+    settings = {"feature_size": 16, "hop_length": 1920, "truncation": "rand_trunc", "padding": "repeatpad"}
+    return transformers.ClapFeatureExtractor(**settings)
 
 
 PARTS = {
