@@ -10,20 +10,29 @@ time. Pickle files are read with `weights_only=True`, never otherwise.
 
 from __future__ import annotations
 
-import json
+import math
 import pickle
 import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+from ldm2.config import UNetConfig, VocoderConfig
+from ldm2.hub import WITHOUT_WEIGHTS, parts, resolve, weight_files
+
+__all__ = [
+    "OLD_NAMES", "Description", "Part", "describe", "load", "parameters_on_meta", "read_pickle", "read_safetensors",
+    "read_tensors", "rename", "resolve", "weight_files",
+]
+
 Table = Mapping[str, "str | None"]
+REFERENCES = ("authors", "diffusers")
 
 # Names that older versions of the libraries wrote, for every part of a hub folder: {regular expression: new name}.
 # None means dropped on purpose: tables that are computed, not learned.
@@ -35,47 +44,6 @@ OLD_NAMES: Table = {
     r"(.*\.attentions\.\d+)\.value\.(weight|bias)": r"\1.to_v.\2",
     r"(.*\.attentions\.\d+)\.proj_attn\.(weight|bias)": r"\1.to_out.0.\2",
 }
-
-
-# Finding the files of one part
-
-
-def weight_files(folder: str | Path, variant: str | None = None) -> list[Path]:
-    """Weight files of one part of a checkpoint, safetensors before pickles, shards in the order of their index.
-
-    `variant` is the word in names such as model.fp16.safetensors. Raises ValueError if there is no such file, if a
-    shard is missing, or if the index cannot be read.
-    """
-    folder = Path(folder)
-    infix = f".{variant}" if variant else ""
-    for suffix in (".safetensors", ".bin"):
-        for stem in STEMS:
-            single = folder / f"{stem}{infix}{suffix}"
-            if single.is_file():
-                return [single]
-            index = folder / f"{stem}{suffix}.index{infix}.json"
-            if index.is_file():
-                return _shards(index)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-    wanted = " or ".join(f"{stem}{infix}.safetensors" for stem in STEMS[:2])
-    raise ValueError(f"{folder} holds no weights: expected {wanted} (or .bin), found {found}")
-
-
-def _shards(index: Path) -> list[Path]:
-    """Files named by `*.index.json`, each once."""
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        paths = [index.parent / name for name in dict.fromkeys(names)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of weight files: it needs an object 'weight_map'") from error
-    for path in paths:
-        if path.parent != index.parent:
-            raise ValueError(f"{index} names {path}, which is outside its folder")
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: {index.name} names it as one of {len(paths)} shards")
-    return paths
 
 
 # Reading
@@ -271,6 +239,84 @@ def _check(groups: list[tuple[list[str], Tensor]], tensors: Mapping[str, Tensor]
     ]
     if problems:
         raise ValueError(f"{source} does not fit the model: {', '.join(problems)}")
+
+
+# Describing
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a checkpoint: its class, how many numbers it holds, in which dtypes, in which files."""
+
+    name: str
+    kind: str
+    parameters: int
+    dtypes: tuple[str, ...]
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint holds. `heads`: for each reference those at each level of the UNet, None without attention."""
+
+    path: Path
+    parts: tuple[Part, ...]
+    heads: Mapping[str, tuple[int | None, ...]]
+    sample_rate: int | None                                 # Hz
+
+    def __str__(self) -> str:
+        rows = [("part", "class", "parameters", "dtype", "size", "files")]
+        for part in self.parts:
+            size = sum(file.stat().st_size for file in part.files)
+            rows.append((
+                part.name, part.kind, _millions(part.parameters), " ".join(part.dtypes), f"{size / 1e6:.2f} MB",
+                " ".join(file.name for file in part.files),
+            ))
+        rows.append(("all", "", _millions(sum(part.parameters for part in self.parts)), "", "", ""))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [str(self.path)]
+        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        for reference, heads in self.heads.items():
+            levels = " ".join("-" if number is None else str(number) for number in heads)
+            lines.append(f"heads per level of the UNet, reference {reference}: {levels}")
+        if self.sample_rate is not None:
+            lines.append(f"sample rate: {self.sample_rate} Hz")
+        return "\n".join(lines)
+
+
+def describe(path: str | Path) -> Description:
+    """Parts, sizes, dtypes and heads of a checkpoint (a folder, or a .pth file), from headers and configs alone."""
+    path = Path(path)
+    if path.is_file():
+        tensors = read_tensors(path)
+        names = dict.fromkeys(name.partition(".")[0] for name in tensors)
+        return Description(path, tuple(
+            _part(name, "", {key: tensor for key, tensor in tensors.items() if key.partition(".")[0] == name}, [path])
+            for name in names
+        ), {}, None)
+    found = [
+        _part(name, kind, read_tensors(path / name), weight_files(path / name))
+        for name, kind in parts(path).items() if not WITHOUT_WEIGHTS.fullmatch(kind)
+    ]
+    configs = {reference: UNetConfig.from_json(path / "unet/config.json", reference) for reference in REFERENCES}
+    heads = {
+        reference: tuple(
+            number if contexts else None for number, contexts in zip(config.num_heads, config.context_dims)
+        )
+        for reference, config in configs.items()
+    }
+    return Description(path, tuple(found), heads, VocoderConfig.from_json(path / "vocoder/config.json").sample_rate)
+
+
+def _part(name: str, kind: str, tensors: Mapping[str, Tensor], files: list[Path]) -> Part:
+    # Tied tensors of a pickle share their memory: they count once.
+    distinct = {(tensor.data_ptr(), tensor.shape): tensor for tensor in tensors.values() if tensor.is_floating_point()}
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in distinct.values()})
+    return Part(name, kind, sum(math.prod(tensor.shape) for tensor in distinct.values()), tuple(dtypes), tuple(files))
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.2f} M"
 
 
 def _few(names: list[str], most: int = 3) -> str:
