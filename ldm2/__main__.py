@@ -58,7 +58,7 @@ def report(result, pipe, elapsed: float) -> None:
     what = "1 waveform" if count == 1 else f"{count} waveforms, best first,"
     seeds = ", ".join(map(str, result.seeds))
     print(
-        f"wrote {what} of {seconds:.2f} s at {result.sample_rate} Hz (model {pipe.name}, seed {seeds}) "
+        f"wrote {what} of {seconds:.2f} s at {result.sample_rate} Hz (model {pipe.origin['model']}, seed {seeds}) "
         f"in {elapsed:.1f} s, {elapsed / (count * seconds):.2f} s per second of sound",
         file=sys.stderr,
     )
@@ -73,16 +73,16 @@ def models(args: argparse.Namespace) -> None:
 
 def download(args: argparse.Namespace) -> None:
     """Fetch a checkpoint into the hub's cache."""
-    from ldm2 import weights
+    from ldm2 import hub
 
-    print(weights.resolve(args.model, revision=args.revision))
+    print(hub.resolve(args.model, revision=args.revision))
 
 
 def info(args: argparse.Namespace) -> None:
     """Parts, parameters, dtypes and heads of a checkpoint, read from its configs and headers."""
-    from ldm2 import weights
+    from ldm2 import hub, weights
 
-    print(weights.describe(weights.resolve(args.model, revision=args.revision, local_files_only=args.local_files_only)))
+    print(weights.describe(hub.resolve(args.model, revision=args.revision, local_files_only=args.local_files_only)))
 
 
 def free_name(prompt: str, suffix: str = ".wav") -> Path:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm2 import pipeline, samplers, weights
+from ldm2 import hub, pipeline, samplers
 from ldm2.conditioning import Conditioning
 from ldm2.schedules import Schedule
 
@@ -73,7 +73,7 @@ class AudioLDM2Pipeline:
     ) -> AudioLDM2Pipeline:
         """A hub name or a folder -> the pipeline on the CPU; `dtype` is the newer word for `torch_dtype`."""
         name = str(pretrained_model_name_or_path)
-        folder = weights.resolve(name, revision=revision, local_files_only=local_files_only)
+        folder = hub.resolve(name, revision=revision, local_files_only=local_files_only)
         return cls(folder, reference, torch_dtype if dtype is None else dtype)
 
     def _load(self, device: str, dtype: torch.dtype) -> None:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm2 import __version__, guidance, samplers, weights
+from ldm2 import __version__, guidance, hub, samplers, weights
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
 from ldm2.noise import SeededNoise
+from ldm2.ranking import Ranker, best_first
 from ldm2.recipe import DEFAULTS, Recipe, recipe
 from ldm2.result import Result
 from ldm2.schedules import Schedule
@@ -45,17 +46,19 @@ class AudioLDM2:
 
     unet, vae, vocoder: the modules; text: the text encoders; schedule: the noise schedule of the training.
     device, dtype: where and in which precision the UNet, VAE and vocoder run; the sampler's state stays float32.
+    make_ranker:   loads what ranks candidates (CLAP's audio branch) when it is first needed.
     """
 
     def __init__(
         self, unet: UNet, vae: VAE, vocoder: Vocoder, text: TextEncoder, schedule: Schedule, *,
         device: torch.device, dtype: torch.dtype, defaults: Mapping[str, object] = DEFAULTS,
-        origin: Mapping[str, object] | None = None,
+        origin: Mapping[str, object] | None = None, make_ranker: Callable[[], Ranker] | None = None,
     ):
         self.unet, self.vae, self.vocoder, self.text, self.schedule = unet, vae, vocoder, text, schedule
         self.device, self.dtype = device, dtype
         self.defaults = dict(DEFAULTS) | dict(defaults)
         self.origin = dict(origin or {})
+        self._make_ranker, self._ranker = make_ranker, None
 
     @property
     def sample_rate(self) -> int:
@@ -190,12 +193,25 @@ class AudioLDM2:
         """Rank the candidates of each prompt, if there are several, and collect everything."""
         order, scores = list(range(len(waveforms))), None
         if asked.num_waveforms > 1:
-            order, scores = self._rank(asked, waveforms)
+            order, scores = self.rank(waveforms, asked.prompts)
         return Result(
             waveforms=waveforms[order], sample_rate=self.sample_rate, latents=latents[order], mel=mel[order],
             seeds=[asked.seeds[row] for row in order], scores=scores,
             settings=asked.settings | self.origin | {"ldm2": __version__},
         )
+
+    def rank(self, waveforms: np.ndarray, prompts: Sequence[str]) -> tuple[list[int], list[float]]:
+        """Rows of `waveforms` (P * n, N) best first for each of P prompts, and their CLAP similarities in that order.
+
+        Raises ValueError if the checkpoint has no audio branch of CLAP to rank with.
+        """
+        if self._ranker is None:
+            if self._make_ranker is None:
+                raise ValueError("this checkpoint has no CLAP audio branch to rank with: ask for one waveform a prompt")
+            self._ranker = self._make_ranker()
+        scores = self._ranker.scores(list(prompts), waveforms, self.sample_rate)
+        order = best_first(scores)
+        return order, scores.flatten()[order].tolist()
 
     def _given_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
         if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
@@ -230,16 +246,18 @@ def load(
         raise ValueError(f"unknown reference {reference!r}, choose from {', '.join(REFERENCES)}")
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
-    folder = weights.resolve(str(model), revision=revision, local_files_only=local_files_only)
+    folder = hub.resolve(str(model), revision=revision, local_files_only=local_files_only)
     where = {"device": place, "dtype": precision}
+    text = TextEncoder.from_folder(folder, reference=reference, **where)
     return AudioLDM2(
         unet=_part(UNet, UNetConfig.from_json(folder / "unet/config.json", reference), folder / "unet", **where),
         vae=_part(VAE, VAEConfig.from_json(folder / "vae/config.json"), folder / "vae", **where),
         vocoder=_part(Vocoder, VocoderConfig.from_json(folder / "vocoder/config.json"), folder / "vocoder", **where),
-        text=TextEncoder.from_folder(folder, reference=reference, **where),
+        text=text,
         schedule=Schedule.from_json(folder / "scheduler/scheduler_config.json"),
         defaults=_checkpoint_defaults(folder),
         origin={"model": str(model), "revision": revision, "reference": reference, "dtype": str(precision)[6:]},
+        make_ranker=lambda: Ranker.from_folder(folder, text.clap, device=place),
         **where,
     )
 

@@ -271,7 +271,7 @@ def save(folder: str | Path, **parts) -> Path:
     return folder
 
 
-def diffusers_pipeline(folder: str | Path, scheduler: str = "DDIMScheduler", **scheduler_arguments):
+def diffusers_pipeline(folder: str | Path) -> diffusers.AudioLDM2Pipeline:
     """diffusers' AudioLDM2Pipeline on `folder`, made to run: its GPT-2 is wrapped in the class that can still generate."""
     pipeline = diffusers.AudioLDM2Pipeline.from_pretrained(folder)
     model = pipeline.language_model
@@ -279,7 +279,5 @@ def diffusers_pipeline(folder: str | Path, scheduler: str = "DDIMScheduler", **s
         head = transformers.GPT2LMHeadModel(model.config).eval()
         head.transformer = model
         pipeline.language_model = head
-    cls = getattr(diffusers, scheduler)
-    pipeline.scheduler = cls.from_config(pipeline.scheduler.config, **scheduler_arguments)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

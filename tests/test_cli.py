@@ -1,0 +1,155 @@
+"""The command line as a subprocess: what is written, printed and refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soundfile
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "a dog barking in the rain"
+
+
+def ldm2(*arguments, cwd, **keywords) -> subprocess.CompletedProcess:
+    """Run `python -m ldm2 ARGUMENTS` in the folder `cwd`."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ldm2", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, **keywords)
+
+
+@pytest.fixture
+def generate(tiny_checkpoint, tmp_path):
+    """Run `ldm2 generate` on the tiny checkpoint with one step, in an empty folder."""
+    def run(*arguments, prompt=PROMPT):
+        fixed = ("--model", tiny_checkpoint, "--steps", 1, "--seconds", 0.2)
+        return ldm2("generate", prompt, *fixed, *arguments, cwd=tmp_path)
+    return run
+
+
+def refused(process: subprocess.CompletedProcess, *words: str) -> None:
+    """Assert exit code 2, nothing on stdout and one line on stderr that holds `words`."""
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    assert process.returncode == 2, process.stderr
+    assert process.stdout == ""
+    assert len(lines) == 1, process.stderr
+    for word in words:
+        assert word in lines[0], process.stderr
+
+
+def test_generate_writes_the_file_and_prints_its_path_last(generate, tmp_path):
+    done = generate("-o", "dog.flac", "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "dog.flac"
+    assert "0.20 s" in done.stderr and "seed 3" in done.stderr
+    sound, rate = soundfile.read(tmp_path / "dog.flac")
+    assert (len(sound), rate) == (3200, 16000)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dog.flac"]
+
+
+def test_without_a_name_the_prompt_names_the_file_and_nothing_is_overwritten(generate, tmp_path):
+    names = [generate("--seed", seed).stdout.strip() for seed in (1, 2)]
+    assert names == ["a-dog-barking-in-the-rain.wav", "a-dog-barking-in-the-rain-2.wav"]
+    assert (tmp_path / names[0]).read_bytes() != (tmp_path / names[1]).read_bytes()
+
+
+def test_several_waveforms_become_several_files(generate, tmp_path):
+    done = generate("-o", "x.wav", "--num-waveforms", 2)
+    assert done.stdout.split() == ["x-1.wav", "x-2.wav"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x-1.wav", "x-2.wav"]
+
+
+def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(generate, tmp_path):
+    (tmp_path / "x.wav").write_text("precious")
+    refused(generate("-o", "x.wav"), "x.wav", "--overwrite")
+    assert (tmp_path / "x.wav").read_text() == "precious"
+    assert generate("-o", "x.wav", "--overwrite").returncode == 0
+    assert soundfile.info(tmp_path / "x.wav").frames == 3200
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("-o", "x.txt"), (".txt", ".wav")),
+    (("-o", "none/x.wav"), ("none",)),
+    (("--steps", 0), ("steps", "0")),
+    (("--steps", "many"), ("many",)),
+    (("--seconds", "nan"), ("seconds", "nan")),
+    (("--seconds", -2), ("seconds", "-2")),
+    (("--seconds", "1e9"), ("seconds",)),
+    (("--sampler", "magic"), ("magic", "ddim", "unipc")),
+    (("--dtype", "int8"), ("int8", "float16")),
+    (("--device", "gpu"), ("gpu", "cuda")),
+    (("--device", "cuda:42"), ("cuda:42",)),
+    (("--reference", "nobody"), ("nobody", "authors", "diffusers")),
+    (("--num-waveforms", 0), ("num_waveforms", "0")),
+    (("--seed", -1), ("seed", "-1")),
+    (("--model", "no/such/folder/"), ("no/such/folder",)),
+    (("--nonsense",), ("--nonsense",)),
+])
+def test_bad_options_are_refused_in_one_line(generate, tmp_path, arguments, words):
+    refused(generate(*arguments), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_prompt_is_refused(generate):
+    refused(generate(prompt=""), "empty")
+
+
+def test_a_folder_without_a_model_is_refused(generate, tmp_path):
+    refused(generate("--model", tmp_path), "model_index.json")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission_is_refused(generate, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    refused(generate("-o", "locked/x.wav"), "locked")
+
+
+def test_ctrl_c_ends_with_130_and_leaves_no_file(tiny_checkpoint, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ldm2", "generate", PROMPT, "--model", str(tiny_checkpoint), "--steps", "1000",
+               "--seconds", "5", "-o", "x.wav"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    time.sleep(8)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_imports_nothing_heavy(tmp_path):
+    code = (
+        "import sys, ldm2, ldm2.__main__\n"
+        "try: ldm2.__main__.main(['generate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'huggingface_hub', 'soundfile'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "--guidance-scale" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_lists_the_samplers_that_exist():
+    from ldm2.__main__ import SAMPLERS
+    from ldm2.samplers import SAMPLERS as exist
+
+    assert set(SAMPLERS) == set(exist)
+
+
+def test_info_tells_parts_parameters_and_heads(tiny_checkpoint, tmp_path):
+    done = ldm2("info", tiny_checkpoint, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("unet", "vae", "vocoder", "float32", "heads"):
+        assert word in done.stdout
+
+
+def test_models_lists_the_published_checkpoints(tmp_path):
+    done = ldm2("models", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("audioldm2", "audioldm2-large", "audioldm2-music", "cvssp/audioldm2", "tiny"):
+        assert name in done.stdout
