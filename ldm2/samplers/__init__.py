@@ -88,7 +88,8 @@ def sample(
     x0, start: start at step `start` from the clean latents x0, noised with x_T to that step's level;
                start = steps returns x0
     edit:      edit(step) -> the x_t to take the step from, called once before each step (not before the second model
-               call of a step). For masked editing: mask * (step.signal * x0 + step.sigma * n) + (1 - mask) * step.x_t
+               call of a step). For masked editing: mask * (step.signal * x0 + step.sigma * n) + (1 - mask) * step.x_t.
+               With pndm and lms n should be one draw for the whole run: they extrapolate along eps of earlier steps.
     callback:  callback(done, total, latents) after each step, done = 1 .. total = steps - start; the latents are in the
                sampler's own coordinates. False raises Cancelled.
 

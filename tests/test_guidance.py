@@ -1,0 +1,150 @@
+"""Guidance: the formula, one model call for both branches, nothing computed twice, and errors."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ldm2 import guidance, samplers
+from ldm2.conditioning import Conditioning
+from ldm2.config import UNetConfig
+from ldm2.schedules import Schedule
+from ldm2.unet import UNet
+from tests import checkpoints
+from tests.test_schedules import PUBLISHED
+
+SCHEDULE = Schedule.from_dict(PUBLISHED)
+
+
+class FakeUNet(nn.Module):
+    """eps = x_t * t + the mean of the row's context; it counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.calls, self.prepared, self.embedded = [], [], []
+
+    def prepare(self, conditioning):
+        self.prepared.append(conditioning)
+        return conditioning
+
+    def embed_time(self, timesteps):
+        self.embedded += timesteps.tolist()
+        return timesteps[:, None].float()
+
+    def forward(self, x_t, t, conditioning, time=None):
+        self.calls.append((x_t, t, time))
+        levels = conditioning.contexts[0].mean((1, 2)).view(-1, 1, 1, 1)
+        return (x_t * t).repeat(len(levels) // len(x_t), 1, 1, 1) + levels.to(x_t.dtype)
+
+
+def rows(*levels, length=3):
+    """Conditioning whose rows are constant contexts of these levels."""
+    return Conditioning((torch.stack([torch.full((length, 2), float(level)) for level in levels]),), (None,))
+
+
+def denoiser(unet, scale, dtype=torch.float32, **settings):
+    return guidance.denoiser(unet, rows(3.0, 4.0), rows(1.0, 1.5), scale, dtype=dtype, **settings)
+
+
+def test_the_prediction_goes_from_unconditional_past_conditional_by_the_scale():
+    x_t = torch.randn(2, 4, 5, 3)
+    eps = denoiser(FakeUNet(), 3.5)(x_t, 2)
+    levels = torch.tensor([1 + 3.5 * (3 - 1), 1.5 + 3.5 * (4 - 1.5)]).view(2, 1, 1, 1)
+    torch.testing.assert_close(eps, 2 * x_t + levels)
+
+
+def test_both_branches_are_one_call_on_the_latents_as_they_are():
+    unet = FakeUNet()
+    denoiser(unet, 3.5)(torch.zeros(2, 4, 5, 3), 7)
+    assert [call[0].shape for call in unet.calls] == [(2, 4, 5, 3)]
+    assert [conditioning.batch_size for conditioning in unet.prepared] == [4]
+
+
+@pytest.mark.parametrize("scale", [1, 1.0, 0.5, 0, -2])
+def test_a_scale_of_one_or_less_runs_the_conditional_branch_alone(scale):
+    unet = FakeUNet()
+    eps = denoiser(unet, scale)(torch.zeros(2, 4, 5, 3), 7)
+    assert [conditioning.batch_size for conditioning in unet.prepared] == [2]
+    assert eps[:, 0, 0, 0].tolist() == [3, 4]
+
+
+def test_without_guidance_no_unconditional_side_is_needed():
+    unet = FakeUNet()
+    eps = guidance.denoiser(unet, rows(3.0), None, 1.0, dtype=torch.float32)(torch.zeros(1, 4, 5, 3), 7)
+    assert eps[0, 0, 0, 0] == 3
+
+
+def test_contexts_of_different_lengths_are_guided():
+    unet = FakeUNet()
+    guidance.denoiser(unet, rows(3.0, length=5), rows(1.0, length=2), 2.0, dtype=torch.float32)
+    assert unet.prepared[0].masks[0].sum(1).tolist() == [2, 5]
+
+
+def test_the_conditioning_is_prepared_once_for_all_steps():
+    unet = FakeUNet()
+    samplers.sample("ddim", denoiser(unet, 3.5), torch.zeros(2, 4, 5, 3), SCHEDULE, 6)
+    assert (len(unet.prepared), len(unet.calls)) == (1, 6)
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm", "heun", "unipc"])
+def test_each_timestep_is_embedded_once(name):
+    unet = FakeUNet()
+    timesteps = samplers.timesteps(name, SCHEDULE, 6)
+    guided = denoiser(unet, 3.5, timesteps=timesteps)
+    samplers.sample(name, guided, torch.zeros(2, 4, 5, 3), SCHEDULE, 6)
+    assert unet.embedded == list(timesteps)
+    assert all(time.tolist() == [[t]] for _, t, time in unet.calls)
+
+
+def test_without_timesteps_the_unet_embeds_them_itself():
+    unet = FakeUNet()
+    denoiser(unet, 3.5)(torch.zeros(2, 4, 5, 3), 7)
+    assert [(t, time) for _, t, time in unet.calls] == [(7, None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_model_runs_in_half_precision_and_the_branches_meet_in_float32(dtype):
+    unet = FakeUNet()
+    eps = denoiser(unet, 3.3, dtype)(torch.zeros(2, 4, 5, 3), 7)
+    assert unet.calls[0][0].dtype == unet.prepared[0].contexts[0].dtype == dtype
+    assert eps.dtype == torch.float32
+    assert eps[:, 0, 0, 0].tolist() == pytest.approx([1 + 3.3 * 2, 1.5 + 3.3 * 2.5], rel=1e-6)
+
+
+def test_the_published_unet_is_guided_as_two_calls_of_its_own():
+    theirs = checkpoints.unet()
+    unet = UNet(UNetConfig.from_dict(dict(theirs.config), reference="diffusers")).eval()
+    unet.load_state_dict(theirs.state_dict())
+    generator = torch.Generator().manual_seed(0)
+
+    def conditioning(length):
+        contexts = [torch.randn(2, tokens, width, generator=generator) for tokens, width in ((8, 24), (length, 32))]
+        return Conditioning(tuple(contexts), (None, None))
+
+    def alone(part):
+        return theirs(x_t, 501, encoder_hidden_states=part.contexts[0], encoder_hidden_states_1=part.contexts[1]).sample
+
+    cond, uncond = conditioning(6), conditioning(4)
+    x_t = torch.randn(2, 4, 10, 8, generator=generator)
+    with torch.no_grad():
+        got = guidance.denoiser(unet, cond, uncond, 3.5, dtype=torch.float32, timesteps=(501,))(x_t, 501)
+        wanted = alone(uncond) + 3.5 * (alone(cond) - alone(uncond))
+    assert (got - wanted).norm() / wanted.norm() < 1e-5
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, "3", None, True])
+def test_a_scale_that_is_no_finite_number_is_refused(scale):
+    with pytest.raises(ValueError, match="guidance_scale must be a finite number, got "):
+        denoiser(FakeUNet(), scale)
+
+
+def test_guidance_without_unconditional_side_is_refused():
+    with pytest.raises(ValueError, match=r"guidance_scale 3\.5 needs an unconditional side"):
+        guidance.denoiser(FakeUNet(), rows(3.0), None, 3.5, dtype=torch.float32)
+
+
+def test_guidance_with_unequal_rows_is_refused():
+    with pytest.raises(ValueError, match="as many unconditional rows as conditional ones, got 1 and 2"):
+        guidance.denoiser(FakeUNet(), rows(3.0, 4.0), rows(1.0), 3.5, dtype=torch.float32)
