@@ -1,0 +1,70 @@
+"""The vocoder and the VAE's decoder piece by piece, so that memory does not grow with the length, and around a loop.
+
+The vocoder is a stack of convolutions: a piece with the context of its receptive field gives the samples of the whole.
+The decoder has group norms and an attention over the whole length; there pieces are an approximation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ldm2.config import VocoderConfig
+from ldm2.vae import VAE
+from ldm2.vocoder import Vocoder
+from ldm2.windows import Window
+
+
+def receptive_field(config: VocoderConfig) -> tuple[int, int]:
+    """How many mel frames before and behind a frame its samples depend on: the exact numbers for this generator.
+
+    Walks from the samples of frame 0 back to the mel. A transposed convolution makes its output o from the inputs i
+    with 0 <= o + padding - rate * i < kernel.
+    """
+    first, last = -3, config.hop_length - 1 + 3            # conv_post
+    blocks = zip(config.resblock_kernel_sizes, config.resblock_dilations, strict=True)
+    reach = max(sum((kernel - 1) // 2 * (dilation + 1) for dilation in dilations) for kernel, dilations in blocks)
+    stages = list(zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True))
+    for rate, kernel in reversed(stages):
+        padding = (kernel - rate) // 2
+        first = -((kernel - 1 - padding - (first - reach)) // rate)
+        last = (last + reach + padding) // rate
+    return 3 - first, 3 + last                             # conv_pre
+
+
+def vocode(vocoder: Vocoder, mel: Tensor, chunk: int, loop: bool = False) -> Tensor:
+    """Log-mel (B, 1, T, F) -> waveform (B, N), `chunk` frames at a time; equal to vocoder(mel) within rounding.
+
+    With loop=True the frames behind the end are those at the start and the other way round, at each layer: the result
+    (B, hop_length * T) goes on at its start. The waveform is float32 on the CPU.
+    """
+    left, right = receptive_field(vocoder.config)
+    hop, num_frames = vocoder.config.hop_length, mel.shape[2]
+    pieces = []
+    for start in range(0, num_frames, chunk):
+        end = min(start + chunk, num_frames)
+        begin, finish = start - left, end + right
+        if not loop:
+            begin, finish = max(begin, 0), min(finish, num_frames)
+        waveform = vocoder(mel[:, :, torch.arange(begin, finish, device=mel.device) % num_frames]).float().cpu()
+        last = end == num_frames and not loop              # the whole ends with some samples more than hop_length * T
+        pieces.append(waveform[:, (start - begin) * hop : None if last else (end - begin) * hop])
+    return torch.cat(pieces, dim=1)
+
+
+def decode(vae: VAE, latents: Tensor, tiles: Sequence[Window]) -> Tensor:
+    """Unscaled latents (B, C, T, F) -> log-mel (B, 1, f * T, f * F), the weighted mean of tiles (see `windows.plan`).
+
+    The VAE was trained on pieces of one length; longer ones have other statistics in its group norms and a longer
+    attention, so that neither the whole nor the tiles is "the" decoding.
+    """
+    factor = vae.config.downsampling
+    batch, _, num_frames, num_bins = latents.shape
+    mel = latents.new_zeros(batch, 1, factor * num_frames, factor * num_bins, dtype=torch.float32)
+    for tile in tiles:
+        frames = (factor * tile.frames[:, None] + torch.arange(factor)).flatten().to(mel.device)
+        weights = tile.weights.repeat_interleave(factor).to(mel.device)[:, None]
+        mel.index_add_(2, frames, vae.decode(latents[:, :, tile.frames.to(mel.device)]).float() * weights)
+    return mel.to(latents.dtype)
