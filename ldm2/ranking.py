@@ -21,7 +21,12 @@ from ldm2.audio import resample
 from ldm2.encoders import ClapText, clap_config
 from ldm2.text import Parts
 
-CLAP_AUDIO_ONLY = {r"(?:text_model|text_projection)\..*": None, r"logit_scale_[at]": None}
+# A CLAP folder holds both branches; the tables of relative positions are computed, not learned.
+CLAP_AUDIO_ONLY = {
+    r"(?:text_model|text_projection)\..*": None,
+    r"logit_scale_[at]": None,
+    r".*\.relative_position_index": None,
+}
 
 # Settings of the published checkpoints' feature_extractor, for files that bring none.
 FEATURE_EXTRACTOR = {
@@ -50,6 +55,9 @@ class ClapAudio(nn.Module):
             raise ValueError(f"{source}: audio_config.enable_fusion must be false, as in all published checkpoints")
         with torch.device("meta"):
             audio = cls(extractor, config)
+        for module in audio.modules():
+            if isinstance(module, modeling_clap.ClapAudioSelfAttention):
+                module.relative_position_index = module.create_relative_position_index()
         return weights.load(
             audio, tensors, table=CLAP_AUDIO_ONLY, dtype=torch.float32, device=device, source=source
         )
