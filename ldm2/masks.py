@@ -1,7 +1,7 @@
-"""Editing: which part of a sound is made anew, how a sampler keeps the rest, and how the result is joined to the input.
+"""Which part of a sound is made anew, and how a sampler keeps the rest.
 
 A part is given by ranges in seconds, in Hz, or both. A sampler works on the latent grid, where the kept part is a mask
-(1 keep, 0 make anew). The ear gets the input's own samples outside the ranges of time: `paste`.
+(1 keep, 0 make anew).
 
 Reference: "AudioLDM", arXiv:2301.12503, section 3.4 (inpainting and super-resolution by masked sampling).
 """
@@ -16,13 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm2.audio import seconds_to_samples
 from ldm2.mel import MelConfig, hz_to_mel, mel_to_hz
 from ldm2.samplers import Step
 
 Range = tuple[float | None, float | None]  # from, to; None is the beginning or the end
-
-CROSSFADE_SECONDS = 0.02
 
 
 # --- ranges ----------------------------------------------------------------------------------------------------------
@@ -98,12 +95,12 @@ def keep_mask(num_frames: int, seconds: float, config: MelConfig, vae_factor: in
     anew = np.ones((num_frames, config.num_mels // vae_factor))
     if times is not None:
         frame_edges = np.arange(num_frames + 1) * (vae_factor * config.hop_length / config.sample_rate)
-        ranges = _without_outer_borders(merge_ranges(times, seconds), 0.0, seconds)
-        anew *= _share(frame_edges[:-1], frame_edges[1:], ranges, soft_seconds)[:, None]
+        ranges = without_outer_borders(merge_ranges(times, seconds), 0.0, seconds)
+        anew *= share_of(frame_edges[:-1], frame_edges[1:], ranges, soft_seconds)[:, None]
     if bands is not None:
         bin_edges = _latent_bin_edges(config, vae_factor)
-        ranges = _without_outer_borders(merge_ranges(bands, config.f_max, "Hz"), config.f_min, config.f_max)
-        anew *= _share(bin_edges[:-1], bin_edges[1:], ranges, soft_hz)[None, :]
+        ranges = without_outer_borders(merge_ranges(bands, config.f_max, "Hz"), config.f_min, config.f_max)
+        anew *= share_of(bin_edges[:-1], bin_edges[1:], ranges, soft_hz)[None, :]
     return torch.from_numpy(1 - anew).float()[None, None]
 
 
@@ -116,12 +113,12 @@ def _latent_bin_edges(config: MelConfig, vae_factor: int) -> np.ndarray:
     return edges
 
 
-def _without_outer_borders(ranges: Sequence[tuple[float, float]], low: float, high: float) -> list[tuple[float, float]]:
+def without_outer_borders(ranges: Sequence[tuple[float, float]], low: float, high: float) -> list[tuple[float, float]]:
     """Ranges that reach low or high go on for ever: there is nothing beyond to be joined to, so no ramp either."""
     return [(-math.inf if a <= low else a, math.inf if b >= high else b) for a, b in ranges]
 
 
-def _share(starts: np.ndarray, ends: np.ndarray, ranges: Sequence[tuple[float, float]], soft: float) -> np.ndarray:
+def share_of(starts: np.ndarray, ends: np.ndarray, ranges: Sequence[tuple[float, float]], soft: float) -> np.ndarray:
     """How far each cell, starts[i] to ends[i], belongs to the ranges: 0..1, rising over `soft` inside each border."""
     tolerance = 1e-9 * max(1.0, float(ends[-1]))
     share = np.zeros(len(starts))
@@ -142,82 +139,3 @@ def masked(x0: Tensor, keep: Tensor, noise: Callable[[Tensor], Tensor]) -> Calla
         return keep * (step.signal * x0 + step.sigma * noise(x0)) + (1 - keep) * step.x_t
 
     return edit
-
-
-# --- waveforms -------------------------------------------------------------------------------------------------------
-
-def paste(original: np.ndarray, edited: np.ndarray, times: Sequence[Range], sample_rate: int,
-          crossfade: float = CROSSFADE_SECONDS) -> np.ndarray:
-    """`edited` inside the ranges (s), every sample of `original` (..., N) outside them, float32 (..., N).
-
-    edited:    (N,) for all channels, or of the shape of `original`, at the same sample_rate (Hz)
-    crossfade: length in seconds of the equal-power fades, which lie inside the ranges, at most half of a range each;
-               a range that begins or ends with the sound has none there
-
-    Raises ValueError for impossible ranges, one shorter than a sample, a negative crossfade and other lengths.
-    """
-    num_samples = original.shape[-1]
-    if edited.shape[-1] != num_samples:
-        raise ValueError(f"edited must have the {num_samples} samples of original, got {edited.shape[-1]}")
-    fade = seconds_to_samples(crossfade, sample_rate)
-    result = original.astype(np.float32)
-    for start, stop in merge_ranges(times, num_samples / sample_rate):
-        first, last = seconds_to_samples(start, sample_rate), seconds_to_samples(stop, sample_rate)
-        if first == last:
-            raise ValueError(f"the range {start:g}:{stop:g} s is shorter than one sample")
-        new, old = _equal_power(last - first, fade, first > 0, last < num_samples)
-        result[..., first:last] = new * edited[..., first:last] + old * original[..., first:last]
-    return result
-
-
-def _equal_power(length: int, fade: int, fade_in: bool, fade_out: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Gains (length,) of what fades in and then out, and of what it replaces; their squares add up to one."""
-    fade = min(fade, length // 2)
-    angle = np.full(length, math.pi / 2)
-    rise = (np.arange(fade) + 0.5) / max(fade, 1) * (math.pi / 2)
-    if fade_in:
-        angle[:fade] = rise
-    if fade_out:
-        angle[length - fade:] = rise[::-1]
-    return np.sin(angle), np.where(angle == math.pi / 2, 0.0, np.cos(angle))
-
-
-def blend_bands(original: np.ndarray, edited: np.ndarray, bands: Sequence[Range], sample_rate: int,
-                soft_hz: float = 200.0) -> np.ndarray:
-    """`edited` inside the bands (Hz), `original` (..., N) outside them, float32 (..., N).
-
-    Equal outside to float accuracy, without a change of phase. soft_hz: width of the ramp inside each border of a band,
-    at most a quarter of the band; the narrower, the longer the filter rings. Raises ValueError for impossible bands.
-    """
-    half_rate = sample_rate / 2
-    ranges = _without_outer_borders(merge_ranges(bands, half_rate, "Hz"), 0.0, half_rate)
-    padded = original.shape[-1] + sample_rate // 4                           # room for the ringing: no wrap around
-    hz = np.fft.rfftfreq(padded, 1 / sample_rate)
-    difference = np.fft.rfft(edited.astype(np.float64) - original, padded) * _share(hz, hz, ranges, soft_hz)
-    return (original + np.fft.irfft(difference, padded)[..., :original.shape[-1]]).astype(np.float32)
-
-
-def fit_length(waveform: np.ndarray, num_samples: int) -> np.ndarray:
-    """Cut a waveform (..., N), or continue it with zeros, to (..., num_samples)."""
-    missing = max(0, num_samples - waveform.shape[-1])
-    return np.pad(waveform[..., :num_samples], [(0, 0)] * (waveform.ndim - 1) + [(0, missing)])
-
-
-def extend_canvas(waveform: np.ndarray, sample_rate: int, before: float = 0.0, after: float = 0.0,
-                  crossfade: float = CROSSFADE_SECONDS) -> tuple[np.ndarray, list[Range]]:
-    """Put silence of `before` and `after` seconds around a waveform (..., N), and name the ranges (s) to make anew.
-
-    The ranges reach a crossfade into the waveform, so that `paste` fades from real sound and not from silence.
-    Raises ValueError if neither is above zero, or one is negative.
-    """
-    first, last = seconds_to_samples(before, sample_rate), seconds_to_samples(after, sample_rate)
-    if first + last == 0:
-        raise ValueError(f"an extension needs seconds before or after, got {before:g} and {after:g}")
-    num_samples = waveform.shape[-1]
-    fade = min(seconds_to_samples(crossfade, sample_rate), num_samples // 2)
-    ranges: list[Range] = []
-    if first:
-        ranges.append((None, (first + fade) / sample_rate))
-    if last:
-        ranges.append(((first + num_samples - fade) / sample_rate, None))
-    return np.pad(waveform, [(0, 0)] * (waveform.ndim - 1) + [(first, last)]), ranges
