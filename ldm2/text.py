@@ -31,6 +31,14 @@ __all__ = ["Conditioning", "TextEncoder"]
 Preprocessor = TypeVar("Preprocessor")
 
 REFERENCES = ("authors", "diffusers")
+# Files that each kind needs, one group or another.
+VOCABULARIES = {
+    "RobertaTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    "T5Tokenizer": (("tokenizer.json",), ("spiece.model",)),
+    "VitsTokenizer": (("vocab.json",),),
+    "ClapFeatureExtractor": (("preprocessor_config.json",),),
+}
+
 NUM_VECTORS = 8                # vectors that GPT-2 writes
 NUM_SPEECH_VECTORS = 512       # the same in the speech models
 
@@ -279,13 +287,17 @@ class Parts:
     def preprocessor(self, name: str, kind: type[Preprocessor]) -> Preprocessor:
         """The tokenizer or feature extractor in a folder."""
         folder = self.folder / name
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is missing: it belongs to the checkpoint")
+        # transformers makes a tokenizer without words of a folder without files, so they are counted first.
+        if not any(all((folder / file).is_file() for file in files) for files in VOCABULARIES[kind.__name__]):
+            wanted = " or ".join(" and ".join(files) for files in VOCABULARIES[kind.__name__])
+            raise ValueError(f"{folder} is not complete: it needs {wanted}")
+        for file in folder.glob("*.json"):
+            _read_json(file)
         try:
             return kind.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ImportError, ValueError, TypeError, KeyError) as error:
             reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"{folder} holds no complete {kind.__name__} ({reason})") from error
+            raise ValueError(f"{folder} holds no {kind.__name__} ({reason})") from error
 
     def can_rank(self) -> bool:
         """Whether the checkpoint brings CLAP's audio branch and what it needs."""
