@@ -10,7 +10,7 @@ References: M. Slaney, "Auditory Toolbox", Interval Research technical report 19
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -55,6 +55,17 @@ class MelConfig:
 
 MEL_16KHZ = MelConfig()
 MEL_48KHZ = MelConfig(sample_rate=48_000, n_fft=2048, hop_length=480, num_mels=256, f_min=20.0, f_max=24_000.0)
+
+
+def config_for(sample_rate: int, hop_length: int, num_mels: int) -> MelConfig:
+    """The front end that belongs to a vocoder: what its own sizes leave open is that of the models with its rate (Hz).
+
+    Raises ValueError for a rate that no published model has.
+    """
+    for known in (MEL_16KHZ, MEL_48KHZ):
+        if known.sample_rate == sample_rate:
+            return replace(known, hop_length=hop_length, num_mels=num_mels)
+    raise ValueError(f"the log-mel front end is known for models of 16000 and 48000 Hz, not of {sample_rate} Hz")
 
 
 def hz_to_mel(hz: Tensor) -> Tensor:

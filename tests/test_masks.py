@@ -12,7 +12,6 @@ from ldm2 import masks, samplers
 from ldm2.mel import MEL_16KHZ, MEL_48KHZ, MelConfig, mel_edges
 from ldm2.schedules import Schedule
 
-RATE = 16_000
 SCHEDULE = Schedule(1000, 0.0015, 0.0195, "scaled_linear", steps_offset=1, set_alpha_to_one=False)
 
 
