@@ -198,7 +198,7 @@ class AudioLDM2Pipeline:
         )
         if output_type == "latent":
             return AudioPipelineOutput(latents)
-        audios = self._model.vocode(self._model.decode(latents))[:, :num_samples]
+        audios = self._model.vocode(self._model.decode(latents, tile=latents.shape[2]))[:, :num_samples]
         if num_waveforms_per_prompt > 1 and prompt is not None and importlib.util.find_spec("librosa"):
             prompts = [prompt] if isinstance(prompt, str) else prompt
             audios = audios[self._model.rank(audios.numpy(), prompts)[0]]

@@ -52,6 +52,7 @@ class UNetConfig:
     num_heads: tuple[int | None, ...]                      # per level; may be None where nothing attends
     norm_groups: int
     film_dim: int | None                                   # width of the FiLM condition, None = the UNet has none
+    sample_size: int | None                                # latent frames of the training's pieces, None = not told
 
     @property
     def time_dim(self) -> int:
@@ -102,6 +103,7 @@ class UNetConfig:
             num_heads=_num_heads(read, channels, used, reference),
             norm_groups=groups,
             film_dim=_film_dim(read),
+            sample_size=read.optional_integer("sample_size"),
         )
 
 
@@ -329,6 +331,9 @@ class _Fields:
 
     def integer(self, name: str) -> int:
         return self._parse(name, _positive_integer, self.get(name))
+
+    def optional_integer(self, name: str) -> int | None:
+        return self._parse(name, _optional_integer, self.get(name, None))
 
     def boolean(self, name: str) -> bool:
         return self._parse(name, _boolean, self.get(name))

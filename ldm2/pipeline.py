@@ -10,6 +10,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +18,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm2 import __version__, guidance, hub, samplers, weights
+from ldm2 import __version__, chunks, guidance, hub, samplers, weights
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
 from ldm2.noise import SeededNoise
 from ldm2.ranking import Ranker, best_first
 from ldm2.recipe import DEFAULTS, Recipe, recipe
 from ldm2.result import Result
+from ldm2.samplers.core import Denoiser
 from ldm2.schedules import Schedule
 from ldm2.text import TextEncoder
 from ldm2.unet import UNet
 from ldm2.vae import VAE
 from ldm2.vocoder import Vocoder
+from ldm2.windows import Window, average, plan
 
 DEFAULT_MODEL = "cvssp/audioldm2"
 REFERENCES = ("authors", "diffusers")
@@ -74,6 +77,35 @@ class AudioLDM2:
         factor = self.vae.config.downsampling
         return self.unet.config.in_channels, math.ceil(num_frames / factor), self.vocoder.config.num_mels // factor
 
+    @property
+    def own_frames(self) -> int:
+        """Latent frames of the pieces that the model was trained on; longer sounds are made in windows of as many."""
+        return self.unet.config.sample_size or 256
+
+    @property
+    def frame_samples(self) -> int:
+        """Samples per latent frame."""
+        return self.vae.config.downsampling * self.vocoder.config.hop_length
+
+    def windows(
+        self, num_frames: int, window: float | None = None, overlap: float | None = None, *, loop: bool = False,
+        changes: Sequence[float] = (),
+    ) -> list[Window] | None:
+        """How `denoise` splits a timeline of latent frames; None where the UNet sees all of it at once.
+
+        window:  seconds that the UNet sees at once, default the model's own length
+        overlap: seconds that neighbours share, default a quarter of the window; must be shorter than it
+        loop:    the end goes on at the start. changes: seconds at which another prompt begins
+        """
+        frames = self.sample_rate / self.frame_samples                       # per second
+        width = self.own_frames if window is None else max(1, round(window * frames))
+        shared = width // 4 if overlap is None else round(overlap * frames)
+        if shared >= width:
+            raise ValueError(f"overlap must be shorter than the window of {width / frames:g} seconds, got {overlap:g}")
+        borders = (0, *(change * frames for change in changes))
+        windows = plan(num_frames, width, shared, loop=loop, borders=borders)
+        return windows if len(windows) > 1 else None
+
     @torch.inference_mode()
     def encode(
         self, prompt: str | Sequence[str], *, transcription: str | Sequence[str] | None = None,
@@ -99,17 +131,24 @@ class AudioLDM2:
     def denoise(
         self, conditioning: Conditioning, unconditional: Conditioning | None = None, *, latents: Tensor, steps: int,
         guidance_scale: float = 1.0, sampler: str = "ddim", eta: float = 0.0,
-        noise: Callable[[Tensor], Tensor] | None = None, callback: Callback | None = None, progress: bool = False,
+        noise: Callable[[Tensor], Tensor] | None = None, windows: Sequence[Window] | None = None,
+        callback: Callback | None = None, progress: bool = False,
     ) -> Tensor:
         """Standard normal `latents` (B, C, T/f, F/f) -> latents of sound, same shape, float32.
 
         conditioning, unconditional: B rows each; the latter is needed for guidance_scale > 1 and unused otherwise.
+        windows: what the UNet sees at once (see `windows`), all if None. For prompts over time the conditionings have B
+        rows for the first prompt, then B for the second, and so on.
         noise: draws what stochastic samplers add. callback(step, total, latents) may return False: raises Cancelled.
         """
-        denoiser = guidance.denoiser(
-            self.unet, conditioning, unconditional, guidance_scale, dtype=self.dtype,
+        guided = functools.partial(
+            guidance.denoiser, self.unet, scale=guidance_scale, dtype=self.dtype,
             timesteps=samplers.timesteps(sampler, self.schedule, steps),
         )
+        if windows is None:
+            denoiser = guided(conditioning, unconditional)
+        else:
+            denoiser = self._windowed(guided, windows, conditioning, unconditional, rows=len(latents))
         with tqdm(total=steps, unit="step", disable=not progress, leave=False) as bar:
 
             def after_step(done: int, total: int, latents: Tensor) -> object:
@@ -122,18 +161,42 @@ class AudioLDM2:
             )
         return self._finite(latents, "the sampler's latents")
 
+    def _windowed(
+        self, guided: Callable[..., Denoiser], windows: Sequence[Window], conditioning: Conditioning,
+        unconditional: Conditioning | None, rows: int,
+    ) -> Denoiser:
+        """The mean of the windows' denoisers. On a GPU several windows are one model call."""
+        asked = rows * (1 + max(window.prompt for window in windows))
+        if conditioning.batch_size < asked:
+            raise ValueError(f"the windows need a conditioning of {asked} rows or more, got {conditioning.batch_size}")
+
+        def denoiser(prompts: tuple[int, ...]) -> Denoiser:
+            places = [prompt * rows + row for prompt in prompts for row in range(rows)]
+            other = None if unconditional is None else unconditional.select(places)
+            return guided(conditioning.select(places), other)
+
+        return average(windows, denoiser, at_once=1 if self.device.type == "cpu" else max(1, 8 // rows))
+
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, T/f, F/f), scaled as `denoise` returns them -> log-mel (B, 1, T, F) in the model's dtype."""
+    def decode(self, latents: Tensor, *, loop: bool = False, tile: int | None = None) -> Tensor:
+        """Latents (B, C, T/f, F/f), scaled as `denoise` returns them -> log-mel (B, 1, T, F) in the model's dtype.
+
+        tile: latent frames to decode at once, default the model's own length. loop: the end goes on at the start.
+        """
         unscaled = latents.to(self.device, torch.float32) / self.vae.config.scaling_factor
-        mel = torch.cat([self.vae.decode(row) for row in unscaled.to(self.dtype).split(1)])
+        tile = self.own_frames if tile is None else tile
+        tiles = plan(latents.shape[2], tile, tile // 4, loop=loop)
+        mel = torch.cat([chunks.decode(self.vae, row, tiles) for row in unscaled.to(self.dtype).split(1)])
         return self._finite(mel, "the VAE's log-mel spectrogram")
 
     @torch.inference_mode()
-    def vocode(self, mel: Tensor) -> Tensor:
-        """Log-mel (B, 1, T, F) -> waveform (B, N), float32 on the CPU; N is at least T * hop_length."""
-        mel = mel.to(self.device, self.dtype)
-        waveform = torch.cat([self.vocoder(row).float().cpu() for row in mel.split(1)])
+    def vocode(self, mel: Tensor, *, loop: bool = False) -> Tensor:
+        """Log-mel (B, 1, T, F) -> waveform (B, N), float32 on the CPU; N is at least T * hop_length.
+
+        loop: the end goes on at the start; N is T * hop_length then.
+        """
+        mel, chunk = mel.to(self.device, self.dtype), self.own_frames * self.vae.config.downsampling
+        waveform = torch.cat([chunks.vocode(self.vocoder, row, chunk, loop) for row in mel.split(1)])
         return self._finite(waveform, "the vocoder's waveform")
 
     def generate(
@@ -141,7 +204,8 @@ class AudioLDM2:
         seconds: float | None = None, steps: int | None = None, guidance_scale: float | None = None,
         sampler: str | None = None, eta: float = 0.0, seed: int | Sequence[int] | None = None, num_waveforms: int = 1,
         transcription: str | Sequence[str] | None = None, phonemes: str | Sequence[str] | None = None,
-        latents: Tensor | None = None, callback: Callback | None = None, progress: bool = False,
+        latents: Tensor | None = None, window: float | None = None, overlap: float | None = None, loop: bool = False,
+        prompt_at: Sequence[tuple[float, str]] = (), callback: Callback | None = None, progress: bool = False,
     ) -> Result:
         """Sound for one prompt or several.
 
@@ -157,6 +221,11 @@ class AudioLDM2:
         transcription:   what speech models say, English text: one for all prompts, or one for each
         phonemes:        the same as ready phonemes in IPA
         latents:         standard normal (rows, C, T/f, F/f) to start from in place of the seeds' own
+        window:          seconds that the UNet sees at once, default the model's own length: longer sounds are made in
+                         overlapping windows, arXiv:2302.08113
+        overlap:         seconds that neighbouring windows share, default a quarter of a window
+        loop:            make the end go on at the start; rounds the length to whole latent frames (0.04 s at 16 kHz)
+        prompt_at:       [(seconds, prompt), ...]: prompts that take over from `prompt` at these times
         callback:        called as callback(step, total, latents) after each step; False stops with ldm2.Cancelled
         progress:        show a progress bar on stderr
 
@@ -165,29 +234,38 @@ class AudioLDM2:
         asked = recipe(
             prompt, negative_prompt, seconds=seconds, steps=steps, guidance_scale=guidance_scale, sampler=sampler,
             eta=eta, seed=seed, num_waveforms=num_waveforms, transcription=transcription, phonemes=phonemes,
-            defaults=self.defaults,
+            window=window, overlap=overlap, loop=loop, prompt_at=prompt_at, defaults=self.defaults,
         )
+        if asked.loop:
+            asked = replace(asked, seconds=self._whole_frames(asked.seconds))
         noise = SeededNoise(asked.seeds)
         shape = self.latent_shape(asked.seconds)
         latents = noise.draw(*shape) if latents is None else self._given_latents(latents, (len(asked.seeds), *shape))
+        changes = [start for start, _ in asked.prompt_at]
+        windows = self.windows(shape[1], asked.window, asked.overlap, loop=asked.loop, changes=changes)
         conditioning, unconditional = self._conditionings(asked)
         latents = self.denoise(
             conditioning, unconditional, latents=latents, steps=asked.steps, guidance_scale=asked.guidance_scale,
-            sampler=asked.sampler, eta=asked.eta, noise=noise, callback=callback, progress=progress,
+            sampler=asked.sampler, eta=asked.eta, noise=noise, windows=windows, callback=callback, progress=progress,
         )
-        mel = self.decode(latents)
-        waveforms = self.vocode(mel)[:, : round(asked.seconds * self.sample_rate)]
+        mel = self.decode(latents, loop=asked.loop)
+        waveforms = self.vocode(mel, loop=asked.loop)[:, : round(asked.seconds * self.sample_rate)]
         return self._result(asked, waveforms.numpy(), latents.cpu(), mel[:, 0].float().cpu())
 
     def _conditionings(self, asked: Recipe) -> tuple[Conditioning, Conditioning | None]:
-        """Both sides of guidance, a row for each waveform; the second is None without guidance."""
+        """Both sides of guidance, a row for each waveform and prompt over time; the second is None without guidance."""
         speech = {"transcription": asked.transcription, "phonemes": asked.phonemes}
-        conditioning = self.encode(asked.prompts, **speech)
-        unconditional = None
-        if asked.guided:
-            unconditional = self.encode_unconditional(conditioning, asked.negative_prompts, **speech)
-            unconditional = unconditional.repeat(asked.num_waveforms)
-        return conditioning.repeat(asked.num_waveforms), unconditional
+        later = [[text] * len(asked.prompts) for _, text in asked.prompt_at]
+        sides = [self.encode(prompts, **speech) for prompts in [asked.prompts, *later]]
+        conditioning = Conditioning.join([side.repeat(asked.num_waveforms) for side in sides])
+        if not asked.guided:
+            return conditioning, None
+        sides = [self.encode_unconditional(side, asked.negative_prompts, **speech) for side in sides]
+        return conditioning, Conditioning.join([side.repeat(asked.num_waveforms) for side in sides])
+
+    def _whole_frames(self, seconds: float) -> float:
+        """The length of the whole number of latent frames, one at least, that is nearest to `seconds`."""
+        return max(1, round(seconds * self.sample_rate / self.frame_samples)) * self.frame_samples / self.sample_rate
 
     def _result(self, asked: Recipe, waveforms: np.ndarray, latents: Tensor, mel: Tensor) -> Result:
         """Rank the candidates of each prompt, if there are several, and collect everything."""

@@ -32,6 +32,10 @@ class Recipe:
     num_waveforms: int
     transcription: tuple[str, ...] | None = None
     phonemes: tuple[str, ...] | None = None
+    window: float | None = None
+    overlap: float | None = None
+    loop: bool = False
+    prompt_at: tuple[tuple[float, str], ...] = ()
 
     @property
     def guided(self) -> bool:
@@ -53,6 +57,10 @@ class Recipe:
             "eta": self.eta,
             "seed": _one_or_list(self.seeds),
             "num_waveforms": self.num_waveforms,
+            "window": self.window,
+            "overlap": self.overlap,
+            "loop": self.loop,
+            "prompt_at": [list(change) for change in self.prompt_at],
         }
 
 
@@ -80,6 +88,10 @@ def recipe(
     num_waveforms: int = 1,
     transcription: str | Sequence[str] | None = None,
     phonemes: str | Sequence[str] | None = None,
+    window: float | None = None,
+    overlap: float | None = None,
+    loop: bool = False,
+    prompt_at: Sequence[tuple[float, str]] = (),
     defaults: Mapping[str, object] = DEFAULTS,
 ) -> Recipe:
     """Check the arguments of a call; None takes the value from `defaults`. Raises ValueError naming value and rule.
@@ -93,10 +105,11 @@ def recipe(
     steps = check_count("steps", defaults["steps"] if steps is None else steps)
     sampler = defaults["sampler"] if sampler is None else sampler
     check_settings(sampler, steps, eta)
+    seconds = check_seconds(defaults["seconds"] if seconds is None else seconds)
     return Recipe(
         prompts=prompts,
         negative_prompts=check_texts("negative_prompt", negative_prompt, len(prompts)),
-        seconds=check_seconds(defaults["seconds"] if seconds is None else seconds),
+        seconds=seconds,
         steps=steps,
         guidance_scale=check_number(
             "guidance_scale", defaults["guidance_scale"] if guidance_scale is None else guidance_scale
@@ -107,6 +120,10 @@ def recipe(
         num_waveforms=num_waveforms,
         transcription=check_texts("transcription", transcription, len(prompts)),
         phonemes=check_texts("phonemes", phonemes, len(prompts)),
+        window=check_window("window", window),
+        overlap=check_window("overlap", overlap, smallest=0),
+        loop=bool(loop),
+        prompt_at=check_prompt_at(prompt_at, seconds),
     )
 
 
@@ -155,6 +172,33 @@ def check_seconds(seconds: float) -> float:
     if not 0 < seconds <= MAX_SECONDS:
         raise ValueError(f"seconds must be above 0 and at most {MAX_SECONDS:g}, got {seconds:g}")
     return seconds
+
+
+def check_window(name: str, seconds: float | None, smallest: float = 0.001) -> float | None:
+    """A length in seconds of at least `smallest`, or None for the model's own."""
+    if seconds is None:
+        return None
+    seconds = check_number(name, seconds)
+    if seconds < smallest:
+        raise ValueError(f"{name} must be at least {smallest:g} seconds, got {seconds:g}")
+    return seconds
+
+
+def check_prompt_at(changes: Sequence[tuple[float, str]], seconds: float) -> tuple[tuple[float, str], ...]:
+    """(seconds, prompt) from where on other prompts hold: ascending, inside the sound, none of them empty."""
+    if not isinstance(changes, Sequence) or not all(isinstance(c, Sequence) and len(c) == 2 for c in changes):
+        raise ValueError(f"prompt_at must be a list of (seconds, prompt), got {changes!r}")
+    checked: list[tuple[float, str]] = []
+    for start, text in changes:
+        start = check_number("the time of a prompt", start)
+        if not 0 < start < seconds:
+            raise ValueError(f"a prompt must begin inside the {seconds:g} seconds of sound, after 0, got {start:g}")
+        if checked and start <= checked[-1][0]:
+            raise ValueError(f"prompts over time must be in order, got {start:g} after {checked[-1][0]:g}")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"a prompt over time must be a string that is not empty, got {text!r}")
+        checked.append((start, text))
+    return tuple(checked)
 
 
 def check_seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
