@@ -63,7 +63,7 @@ def randomise(module: nn.Module, seed: int, gain: float = 1.0) -> nn.Module:
 def unet(seed: int = 0, **changes) -> diffusers.AudioLDM2UNet2DConditionModel:
     """UNet with three levels; heads 8 everywhere by the scalar, as in the published configs."""
     config = {
-        "sample_size": 16,
+        "sample_size": 32,
         "in_channels": 4,
         "out_channels": 4,
         "block_out_channels": (32, 64, 96),
