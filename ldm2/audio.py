@@ -215,7 +215,7 @@ FORMATS = {
 }
 
 
-_TAKEN = "{} exists already: choose another name, or ask for overwriting"
+_TAKEN = "{} exists already: choose another name, or ask for it (overwrite=True, --overwrite)"
 
 
 def check_output(path: str | Path, overwrite: bool = False, *, sample_rate: int | None = None, channels: int = 1,
@@ -256,6 +256,18 @@ def _format_of(path: Path, encoding: str | None) -> _Format:
     if encoding is not None and encoding not in kind.subtypes:
         raise ValueError(f"the encoding of {path.suffix} must be one of {', '.join(kind.subtypes)}, got {encoding!r}")
     return kind
+
+
+def nearest_encoding(path: str | Path, encoding: str | None) -> str | None:
+    """The encoding to write to `path` in which samples of `encoding` lose nothing, or least; None is the default.
+
+    Raises ValueError for an unknown suffix.
+    """
+    subtypes, order = _format_of(Path(path), None).subtypes, ("pcm16", "pcm24", "float32")
+    choices = [name for name in order if name in subtypes]
+    if encoding is None or not choices:
+        return None
+    return next((name for name in choices if order.index(name) >= order.index(encoding)), choices[-1])
 
 
 def _check_rate(suffix: str, kind: _Format, sample_rate: int) -> None:

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm2 import __version__, chunks, guidance, hub, samplers, weights
+from ldm2 import __version__, chunks, edit, guidance, hub, inputs, reconstruction, samplers, weights
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
 from ldm2.noise import SeededNoise
 from ldm2.ranking import Ranker, best_first
 from ldm2.recipe import DEFAULTS, Recipe, recipe
 from ldm2.result import Result
+from ldm2.samplers import Step
 from ldm2.samplers.core import Denoiser
 from ldm2.schedules import Schedule
 from ldm2.text import TextEncoder
@@ -132,6 +133,7 @@ class AudioLDM2:
         self, conditioning: Conditioning, unconditional: Conditioning | None = None, *, latents: Tensor, steps: int,
         guidance_scale: float = 1.0, sampler: str = "ddim", eta: float = 0.0,
         noise: Callable[[Tensor], Tensor] | None = None, windows: Sequence[Window] | None = None,
+        x0: Tensor | None = None, start: int = 0, edit: Callable[[Step], Tensor] | None = None,
         callback: Callback | None = None, progress: bool = False,
     ) -> Tensor:
         """Standard normal `latents` (B, C, T/f, F/f) -> latents of sound, same shape, float32.
@@ -139,6 +141,7 @@ class AudioLDM2:
         conditioning, unconditional: B rows each; the latter is needed for guidance_scale > 1 and unused otherwise.
         windows: what the UNet sees at once (see `windows`), all if None. For prompts over time the conditionings have B
         rows for the first prompt, then B for the second, and so on.
+        x0, start, edit: a late start from latents of sound, and what is held fixed: see samplers.sample.
         noise: draws what stochastic samplers add. callback(step, total, latents) may return False: raises Cancelled.
         """
         guided = functools.partial(
@@ -149,7 +152,7 @@ class AudioLDM2:
             denoiser = guided(conditioning, unconditional)
         else:
             denoiser = self._windowed(guided, windows, conditioning, unconditional, rows=len(latents))
-        with tqdm(total=steps, unit="step", disable=not progress, leave=False) as bar:
+        with tqdm(total=steps - start, unit="step", disable=not progress, leave=False) as bar:
 
             def after_step(done: int, total: int, latents: Tensor) -> object:
                 bar.update()
@@ -157,7 +160,7 @@ class AudioLDM2:
 
             latents = samplers.sample(
                 sampler, denoiser, latents.to(self.device, torch.float32), self.schedule, steps,
-                eta=eta, noise=noise, callback=after_step,
+                eta=eta, noise=noise, x0=x0, start=start, edit=edit, callback=after_step,
             )
         return self._finite(latents, "the sampler's latents")
 
@@ -198,6 +201,14 @@ class AudioLDM2:
         mel, chunk = mel.to(self.device, self.dtype), self.own_frames * self.vae.config.downsampling
         waveform = torch.cat([chunks.vocode(self.vocoder, row, chunk, loop) for row in mel.split(1)])
         return self._finite(waveform, "the vocoder's waveform")
+
+    encode_audio = inputs.encode_audio
+    reconstruct = reconstruction.reconstruct
+    transfer = edit.transfer
+    variations = edit.variations
+    inpaint = edit.inpaint
+    extend = edit.extend
+    super_resolution = edit.super_resolution
 
     def generate(
         self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None, *,

@@ -1,0 +1,84 @@
+"""How far a sound is from another: distances between waveforms (N,) of the same length and rate.
+
+References: "Fast Spectrogram Inversion using Multi-head Convolutional Neural Networks", arXiv:1808.06719, section 3
+(spectral convergence, log magnitudes); "Parallel WaveGAN", arXiv:1910.11480, equations 3 to 6 and table 1 (their sum
+over several resolutions).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm2.mel import MelConfig, log_mel
+
+RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))          # FFT, hop and window in samples
+FLOOR = 1e-5                                               # magnitudes and levels below count as this: -100 dB
+
+
+def log_mel_distance(reference: np.ndarray, estimate: np.ndarray, config: MelConfig) -> float:
+    """Mean absolute difference of the log-mel spectrograms, in natural logarithms. 0.115 is one decibel."""
+    a, b = (log_mel(_filled(waveform, config.hop_length), config) for waveform in _pair(reference, estimate))
+    return float((a - b).abs().mean())
+
+
+def spectral_convergence(
+    reference: np.ndarray, estimate: np.ndarray, fft: int = 1024, hop: int = 120, window: int = 600
+) -> float:
+    """Frobenius norm of the difference of the magnitude spectrograms over that of the reference: 0 is equal.
+
+    Of a silent reference: 0 for a silent estimate and infinite for any other.
+    """
+    a, b = (_magnitudes(waveform, fft, hop, window) for waveform in _pair(reference, estimate))
+    difference, norm = float(torch.linalg.norm(a - b)), float(torch.linalg.norm(a))
+    if norm == 0:
+        return 0.0 if difference == 0 else math.inf
+    return difference / norm
+
+
+def multi_resolution_stft(reference: np.ndarray, estimate: np.ndarray) -> float:
+    """Spectral convergence plus mean absolute difference of log magnitudes, averaged over RESOLUTIONS."""
+    total = 0.0
+    for resolution in RESOLUTIONS:
+        a, b = (_magnitudes(waveform, *resolution).clamp(min=FLOOR).log() for waveform in _pair(reference, estimate))
+        total += spectral_convergence(reference, estimate, *resolution) + float((a - b).abs().mean())
+    return total / len(RESOLUTIONS)
+
+
+def level(waveform: np.ndarray) -> float:
+    """Root mean square in dB of full scale, -100 at least."""
+    return 20 * math.log10(max(float(np.sqrt(np.mean(np.square(waveform, dtype=np.float64)))), FLOOR))
+
+
+def compare(reference: np.ndarray, estimate: np.ndarray, config: MelConfig) -> dict[str, float]:
+    """All of them by their names; level_difference is in dB, above zero where the estimate is louder.
+
+    Raises ValueError unless both are (N,) of the same length.
+    """
+    return {
+        "log_mel_distance": log_mel_distance(reference, estimate, config),
+        "spectral_convergence": spectral_convergence(reference, estimate),
+        "multi_resolution_stft": multi_resolution_stft(reference, estimate),
+        "level_difference": level(estimate) - level(reference),
+    }
+
+
+def _pair(reference: np.ndarray, estimate: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Both as (1, N) float64."""
+    if reference.ndim != 1 or reference.shape != estimate.shape or not len(reference):
+        raise ValueError(f"two waveforms (N,) of one length are needed, got {reference.shape} and {estimate.shape}")
+    return tuple(torch.from_numpy(np.asarray(waveform, np.float64))[None] for waveform in (reference, estimate))
+
+
+def _filled(waveform: Tensor, multiple: int) -> Tensor:
+    """(1, N) continued with silence to the next multiple."""
+    return torch.nn.functional.pad(waveform, (0, -waveform.shape[1] % multiple))
+
+
+def _magnitudes(waveform: Tensor, fft: int, hop: int, window: int) -> Tensor:
+    """|STFT| of (1, N), with silence around it."""
+    hann = torch.hann_window(window, dtype=waveform.dtype)
+    return torch.stft(waveform, fft, hop, window, hann, pad_mode="constant", return_complex=True).abs()
