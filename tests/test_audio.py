@@ -338,7 +338,7 @@ def test_a_file_has_the_rights_that_the_umask_leaves(tmp_path):
 
 def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(tmp_path):
     audio.write(tmp_path / "a.wav", noise(10), 16_000)
-    with pytest.raises(FileExistsError, match=r"a\.wav exists already: choose another name, or ask for overwriting"):
+    with pytest.raises(FileExistsError, match=r"a\.wav exists already: choose another name, or ask for it"):
         audio.write(tmp_path / "a.wav", noise(20), 16_000)
     assert len(audio.read(tmp_path / "a.wav")[0]) == 10
     audio.write(tmp_path / "a.wav", noise(20), 16_000, overwrite=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import soundfile
 
+from ldm2.__main__ import main
+
 ROOT = Path(__file__).parents[1]
 PROMPT = "a dog barking in the rain"
 
@@ -32,14 +34,23 @@ def generate(tiny_checkpoint, tmp_path):
     return run
 
 
-def refused(process: subprocess.CompletedProcess, *words: str) -> None:
-    """Assert exit code 2, nothing on stdout and one line on stderr that holds `words`."""
-    lines = [line for line in process.stderr.splitlines() if line.strip()]
-    assert process.returncode == 2, process.stderr
-    assert process.stdout == ""
-    assert len(lines) == 1, process.stderr
-    for word in words:
-        assert word in lines[0], process.stderr
+@pytest.fixture
+def refuse(tmp_path, monkeypatch, capsys):
+    """Run `ldm2 ARGUMENTS` in this process, in an empty folder; check that it is refused in one line holding `words`."""
+    def run(arguments, words):
+        monkeypatch.chdir(tmp_path)
+        before = sorted(tmp_path.rglob("*"))
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:                          # how argparse ends
+            code = stop.code
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if line.strip()]
+        assert (code, out, len(lines)) == (2, "", 1), err
+        for word in words:
+            assert word in lines[0]
+        assert sorted(tmp_path.rglob("*")) == before
+    return run
 
 
 def test_generate_writes_the_file_and_prints_its_path_last(generate, tmp_path):
@@ -64,9 +75,16 @@ def test_several_waveforms_become_several_files(generate, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x-1.wav", "x-2.wav"]
 
 
-def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(generate, tmp_path):
+def test_bad_input_is_one_line_and_exit_code_2(generate, tmp_path):
+    done = generate("--sampler", "magic")
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "magic" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(generate, refuse, tmp_path):
     (tmp_path / "x.wav").write_text("precious")
-    refused(generate("-o", "x.wav"), "x.wav", "--overwrite")
+    refuse(("generate", PROMPT, "-o", "x.wav"), ("x.wav", "--overwrite"))
     assert (tmp_path / "x.wav").read_text() == "precious"
     assert generate("-o", "x.wav", "--overwrite").returncode == 0
     assert soundfile.info(tmp_path / "x.wav").frames == 3200
@@ -81,6 +99,7 @@ def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(generate, tmp_
     (("--seconds", -2), ("seconds", "-2")),
     (("--seconds", "1e9"), ("seconds",)),
     (("--sampler", "magic"), ("magic", "ddim", "unipc")),
+    (("--eta", 0.5, "--sampler", "euler"), ("eta", "ddim")),
     (("--dtype", "int8"), ("int8", "float16")),
     (("--device", "gpu"), ("gpu", "cuda")),
     (("--device", "cuda:42"), ("cuda:42",)),
@@ -88,25 +107,23 @@ def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(generate, tmp_
     (("--num-waveforms", 0), ("num_waveforms", "0")),
     (("--seed", -1), ("seed", "-1")),
     (("--model", "no/such/folder/"), ("no/such/folder",)),
+    (("--model", "."), ("model_index.json",)),
+    (("--model", "audioldm3"), ("audioldm3", "audioldm2")),
+    (("--model", "audioldm2", "--local-files-only"), ("ldm2 download",)),
     (("--nonsense",), ("--nonsense",)),
 ])
-def test_bad_options_are_refused_in_one_line(generate, tmp_path, arguments, words):
-    refused(generate(*arguments), *words)
-    assert list(tmp_path.iterdir()) == []
+def test_bad_options_are_refused_in_one_line(refuse, arguments, words):
+    refuse(("generate", PROMPT, *arguments), words)
 
 
-def test_an_empty_prompt_is_refused(generate):
-    refused(generate(prompt=""), "empty")
-
-
-def test_a_folder_without_a_model_is_refused(generate, tmp_path):
-    refused(generate("--model", tmp_path), "model_index.json")
+def test_an_empty_prompt_is_refused(refuse):
+    refuse(("generate", " "), ("empty",))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_write_permission_is_refused(generate, tmp_path):
+def test_a_folder_without_write_permission_is_refused(refuse, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
-    refused(generate("-o", "locked/x.wav"), "locked")
+    refuse(("generate", PROMPT, "-o", "locked/x.wav"), ("locked",))
 
 
 def test_ctrl_c_ends_with_130_and_leaves_no_file(tiny_checkpoint, tmp_path):
@@ -135,7 +152,7 @@ def test_help_imports_nothing_heavy(tmp_path):
 
 
 def test_help_lists_the_samplers_that_exist():
-    from ldm2.__main__ import SAMPLERS
+    from ldm2.options import SAMPLERS
     from ldm2.samplers import SAMPLERS as exist
 
     assert set(SAMPLERS) == set(exist)
