@@ -263,7 +263,7 @@ def _download(
 
 
 def _available(hub: HfApi, repo: str, revisions: list[str]) -> str:
-    """The first of the revisions that the hub has. Fails at once without network, where snapshot_download tries long."""
+    """The first of the revisions that the hub has. Without network this fails at once, unlike snapshot_download."""
     from huggingface_hub import constants, errors
 
     for revision in revisions[:-1]:

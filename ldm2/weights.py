@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldm2.config import UNetConfig, VocoderConfig
 from ldm2.hub import WITHOUT_WEIGHTS, parts, resolve, weight_files
@@ -157,6 +158,23 @@ def rename(
 # Building and filling
 
 
+class _SkipInitialisation(TorchFunctionMode):
+    """Filling a tensor without memory does nothing, yet takes most of the time of building a module."""
+
+    FILLS = frozenset({
+        "normal_", "uniform_", "zero_", "fill_",                                        # of Tensor
+        "constant_", "zeros_", "ones_", "kaiming_uniform_", "xavier_uniform_",          # of torch.nn.init
+    })
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", None) in self.FILLS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return function(*args, **kwargs)
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Modules built inside get parameters without memory; buffers are real, since no file fills some of them."""
@@ -169,7 +187,8 @@ def parameters_on_meta() -> Iterator[None]:
 
     hook = nn.modules.module.register_module_parameter_registration_hook(to_meta)
     try:
-        yield
+        with _SkipInitialisation():
+            yield
     finally:
         hook.remove()
 
