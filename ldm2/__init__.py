@@ -16,8 +16,8 @@ _HOMES = {
     "AudioLDM2": "ldm2.pipeline",
     "Cancelled": "ldm2.samplers",
     "Result": "ldm2.result",
-    "generate": "ldm2.pipeline",
-    "load": "ldm2.pipeline",
+    "generate": "ldm2.loading",
+    "load": "ldm2.loading",
 }
 
 __all__ = ["AudioLDM2", "Cancelled", "Result", "__version__", "generate", "load"]

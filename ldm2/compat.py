@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm2 import hub, pipeline, samplers
+from ldm2 import hub, loading, pipeline, samplers
 from ldm2.conditioning import Conditioning
 from ldm2.schedules import Schedule
 
@@ -77,7 +77,7 @@ class AudioLDM2Pipeline:
         return cls(folder, reference, torch_dtype if dtype is None else dtype)
 
     def _load(self, device: str, dtype: torch.dtype) -> None:
-        self._model = pipeline.load(
+        self._model = loading.load(
             self._folder, reference=self._reference, device=device, dtype=str(dtype).removeprefix("torch.")
         )
 

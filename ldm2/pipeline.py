@@ -7,20 +7,17 @@ Reference: "AudioLDM 2: Learning Holistic Audio Generation with Self-supervised 
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm2 import __version__, chunks, edit, guidance, hub, inputs, reconstruction, samplers, weights
+from ldm2 import __version__, chunks, edit, guidance, inputs, reconstruction, samplers
 from ldm2.conditioning import Conditioning
-from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
 from ldm2.noise import SeededNoise
 from ldm2.ranking import Ranker, best_first
 from ldm2.recipe import DEFAULTS, Recipe, recipe
@@ -33,10 +30,6 @@ from ldm2.unet import UNet
 from ldm2.vae import VAE
 from ldm2.vocoder import Vocoder
 from ldm2.windows import Window, average, plan
-
-DEFAULT_MODEL = "cvssp/audioldm2"
-REFERENCES = ("authors", "diffusers")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Callback = Callable[[int, int, Tensor], object]
 
@@ -84,6 +77,11 @@ class AudioLDM2:
         return self.unet.config.sample_size or 256
 
     @property
+    def whole(self) -> bool:
+        """Whether sound of any length is made in one piece, as diffusers does, unless windows are asked for."""
+        return self.text.reference == "diffusers"
+
+    @property
     def frame_samples(self) -> int:
         """Samples per latent frame."""
         return self.vae.config.downsampling * self.vocoder.config.hop_length
@@ -94,10 +92,12 @@ class AudioLDM2:
     ) -> list[Window] | None:
         """How `denoise` splits a timeline of latent frames; None where the UNet sees all of it at once.
 
-        window:  seconds that the UNet sees at once, default the model's own length
+        window:  seconds that the UNet sees at once, default the model's own length (reference="diffusers": any length)
         overlap: seconds that neighbours share, default a quarter of the window; must be shorter than it
         loop:    the end goes on at the start. changes: seconds at which another prompt begins
         """
+        if self.whole and window is None and not loop and not changes:
+            return None
         frames = self.sample_rate / self.frame_samples                       # per second
         width = self.own_frames if window is None else max(1, round(window * frames))
         shared = width // 4 if overlap is None else round(overlap * frames)
@@ -184,10 +184,12 @@ class AudioLDM2:
     def decode(self, latents: Tensor, *, loop: bool = False, tile: int | None = None) -> Tensor:
         """Latents (B, C, T/f, F/f), scaled as `denoise` returns them -> log-mel (B, 1, T, F) in the model's dtype.
 
-        tile: latent frames to decode at once, default the model's own length. loop: the end goes on at the start.
+        tile: latent frames to decode at once, default the model's own length (reference="diffusers": all of them).
+        loop: the end goes on at the start.
         """
         unscaled = latents.to(self.device, torch.float32) / self.vae.config.scaling_factor
-        tile = self.own_frames if tile is None else tile
+        if tile is None:
+            tile = latents.shape[2] if self.whole and not loop else self.own_frames
         tiles = plan(latents.shape[2], tile, tile // 4, loop=loop)
         mel = torch.cat([chunks.decode(self.vae, row, tiles) for row in unscaled.to(self.dtype).split(1)])
         return self._finite(mel, "the VAE's log-mel spectrogram")
@@ -314,99 +316,3 @@ class AudioLDM2:
         half = self.dtype == torch.float16
         way_out = "load the model with dtype float32 or bfloat16" if half else "check the weights and the latents"
         raise NonFiniteError(f"{stage} holds NaN or infinite numbers in {str(self.dtype)[6:]}: {way_out}")
-
-
-def load(
-    model: str | Path = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto", reference: str = "authors",
-    revision: str | None = None, local_files_only: bool = False,
-) -> AudioLDM2:
-    """A checkpoint, ready to generate.
-
-    model:            short name ("audioldm2", "tiny"), hub name ("cvssp/audioldm2") or local folder in the hub's layout
-    device:           "auto" (CUDA, else Apple's MPS, else CPU) or a torch device
-    dtype:            "auto" (float16 on CUDA, else float32), "float32", "float16" or "bfloat16"
-    reference:        whose arithmetic: "authors" as the model was trained, or "diffusers" (see weights.md)
-    revision:         branch, tag or commit on the hub
-    local_files_only: use the cache and never the network
-
-    Raises ValueError or OSError, one line each, naming what is missing or does not fit.
-    """
-    if reference not in REFERENCES:
-        raise ValueError(f"unknown reference {reference!r}, choose from {', '.join(REFERENCES)}")
-    place = choose_device(device)
-    precision = choose_dtype(dtype, place)
-    folder = hub.resolve(str(model), revision=revision, local_files_only=local_files_only)
-    where = {"device": place, "dtype": precision}
-    text = TextEncoder.from_folder(folder, reference=reference, **where)
-    return AudioLDM2(
-        unet=_part(UNet, UNetConfig.from_json(folder / "unet/config.json", reference), folder / "unet", **where),
-        vae=_part(VAE, VAEConfig.from_json(folder / "vae/config.json"), folder / "vae", **where),
-        vocoder=_part(Vocoder, VocoderConfig.from_json(folder / "vocoder/config.json"), folder / "vocoder", **where),
-        text=text,
-        schedule=Schedule.from_json(folder / "scheduler/scheduler_config.json"),
-        defaults=_checkpoint_defaults(folder),
-        origin={"model": str(model), "revision": revision, "reference": reference, "dtype": str(precision)[6:]},
-        make_ranker=lambda: Ranker.from_folder(folder, text.clap, device=place),
-        **where,
-    )
-
-
-@functools.lru_cache(maxsize=1)
-def _loaded(model: str, device: str, dtype: str, reference: str) -> AudioLDM2:
-    return load(model, device=device, dtype=dtype, reference=reference)
-
-
-def generate(
-    prompt: str | Sequence[str], *, model: str = DEFAULT_MODEL, device: str = "auto", dtype: str = "auto",
-    reference: str = "authors", **settings,
-) -> Result:
-    """`load` and `AudioLDM2.generate` in one call; the last model stays loaded. `settings` as for the latter."""
-    return _loaded(model, device, dtype, reference).generate(prompt, **settings)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" takes the best there is. Raises ValueError if it is unknown or absent."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"unknown device {name!r}, choose from auto, cpu, cuda, cuda:N, mps") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: torch finds {torch.cuda.device_count()} CUDA devices")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device 'mps' is not there: it needs macOS on Apple silicon")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"unknown device {name!r}, choose from auto, cpu, cuda, cuda:N, mps")
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called `name`; "auto" is float16 on CUDA and float32 elsewhere. Raises ValueError if it is unknown."""
-    if name == "auto":
-        name = "float16" if device.type == "cuda" else "float32"
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}, choose from auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _part(build: type[torch.nn.Module], config, folder: Path, device: torch.device, dtype: torch.dtype):
-    """A module with the weights of its folder."""
-    with weights.parameters_on_meta():
-        module = build(config)
-    return weights.load(module, weights.read_tensors(folder), device=device, dtype=dtype, source=folder)
-
-
-def _checkpoint_defaults(folder: Path) -> dict:
-    """What a checkpoint asks for in its ldm2.json: any of seconds, steps, guidance_scale and sampler."""
-    path = folder / "ldm2.json"
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    unknown = set(values) - set(DEFAULTS) if isinstance(values, dict) else {"no object"}
-    if unknown:
-        raise ValueError(f"{path} may hold {', '.join(DEFAULTS)}, found {', '.join(sorted(unknown))}")
-    return values

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import ldm2
-from ldm2.pipeline import NonFiniteError, choose_device, choose_dtype
+from ldm2.loading import choose_device, choose_dtype
+from ldm2.pipeline import NonFiniteError
 from tests import checkpoints
 
 PROMPT = "a dog barking in the rain"
