@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ LOWEST = -100.0                                            # dB of full scale
 WIDEST = 30.0                                              # dB of difference
 
 
-def check_plot(path: str | Path, overwrite: bool = False) -> None:
-    """Raise ImportError without matplotlib, ValueError for a suffix other than .png, OSError if the name is taken."""
+def check_plot(path: str | Path, overwrite: bool = False, inputs: Sequence[str | Path] = ()) -> None:
+    """Raise ImportError without matplotlib, OSError if the name is taken, ValueError for a suffix other than .png and
+    for one of `inputs`, which `overwrite` does not allow either."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -21,6 +23,8 @@ def check_plot(path: str | Path, overwrite: bool = False) -> None:
         raise ValueError(f"a plot is a .png file, got {str(path)!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist")
+    if any(path.exists() and path.samefile(source) for source in inputs):
+        raise ValueError(f"{path} is the input: choose another name for the plot")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already: choose another name, or ask for overwriting")
 

@@ -1,0 +1,190 @@
+"""The commands that take a sound: transfer, inpaint, extend, super-resolution, variations, reconstruct."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm2 import audio, options
+
+if TYPE_CHECKING:
+    from ldm2.inputs import Sound
+
+UNITS = {
+    "log_mel_distance": "(natural log)", "spectral_convergence": "", "multi_resolution_stft": "",
+    "level_difference": "dB",
+}
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the commands to the parser's."""
+    command = _command(commands, "transfer", "give a sound the content of a prompt", transfer, "PROMPT")
+    _add_strength(command, 0.6)
+
+    command = _command(commands, "inpaint", "make parts of a sound anew", inpaint, "PROMPT")
+    command.add_argument("--time", action="append", metavar="FROM:TO", help="seconds to make anew, for example 2.5:4, "
+                         "3: or :3; may be given several times")
+    command.add_argument("--band", action="append", metavar="FROM:TO", help="Hz to make anew, within the times if both "
+                         "are given; may be given several times")
+    command.add_argument("--soft-seconds", type=float, default=0.0, metavar="S", help="ramp of the mask inside each "
+                         "border of a time (default: 0)")
+    command.add_argument("--soft-hz", type=float, default=0.0, metavar="HZ", help="the same for bands (default: 0)")
+    _add_joint(command, crossfade=True)
+
+    command = _command(commands, "extend", "continue a sound", extend, "PROMPT")
+    command.add_argument("--seconds", type=float, default=10.0, help="how much (default: %(default)g)")
+    command.add_argument("--side", choices=("after", "before", "both"), default="after",
+                         help="after, before, or both, then as many seconds on each side (default: after)")
+    _add_joint(command, crossfade=True)
+
+    command = _command(commands, "super-resolution", "make the highest frequencies anew", super_resolution, "[PROMPT]")
+    command.add_argument("--above", type=float, required=True, metavar="HZ", help="from where on, for example 4000")
+    _add_joint(command, crossfade=False)
+
+    command = _command(commands, "variations", "make sounds that resemble one", variations, "[PROMPT]", candidates=3)
+    _add_strength(command, 0.5)
+
+    command = _command(commands, "reconstruct", "send a sound through the model and back, and measure what is lost",
+                       reconstruct, candidates=None)
+    command.add_argument("--stage", choices=("vocoder", "vae", "diffusion"), default="vae",
+                         help="how far in: vocoder (mel and back), vae (latents and back) or diffusion (noised to "
+                         "the strength and denoised) (default: vae)")
+    command.add_argument("--prompt", metavar="TEXT", help="guides the stage diffusion (default: nothing does)")
+    command.add_argument("--plot", metavar="FILE.png", help="draw the spectrograms of input, output and difference")
+    _add_strength(command, 0.3)
+
+
+def _command(
+    commands: argparse._SubParsersAction, name: str, what: str, run, prompt: str | None = None,
+    candidates: int | None = 1,
+) -> argparse.ArgumentParser:
+    """A command with the options that all of them have. prompt: its name in the usage; in brackets if optional."""
+    command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+    command.add_argument("input", metavar="IN", help="sound file of any format, rate and number of channels")
+    if prompt is not None:
+        optional = {"nargs": "?"} if prompt.startswith("[") else {}
+        command.add_argument("prompt", metavar="PROMPT", help="what to hear", **optional)
+    options.add_output_options(command, "input's name")
+    options.add_model_options(command)
+    options.add_sampling_options(command, candidates)
+    command.add_argument("--channel", type=int, metavar="N", help="channel that the model hears, from 0 (default: the "
+                         "mean of all)")
+    if prompt is not None:
+        command.add_argument("--keep-format", action="store_true", help="write the input's own rate and channels "
+                             "(default: one channel at the model's rate)")
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_strength(command: argparse.ArgumentParser, default: float) -> None:
+    command.add_argument("--strength", type=float, default=default, help="0 keeps the input, 1 ignores it "
+                         "(default: %(default)g)")
+
+
+def _add_joint(command: argparse.ArgumentParser, crossfade: bool) -> None:
+    if crossfade:
+        command.add_argument("--crossfade", type=float, default=0.02, metavar="S", help="seconds over which input and "
+                             "new sound fade into each other (default: %(default)g)")
+    command.add_argument("--no-paste", dest="paste", action="store_false", help="write what the model makes of "
+                         "everything, instead of the input's own samples where nothing was to change")
+
+
+def transfer(args: argparse.Namespace) -> None:
+    """Noise a sound to a strength and denoise it under a prompt."""
+    _check_strength(args)
+    _edit(args, _opened(args), strength=args.strength)
+
+
+variations = transfer
+
+
+def inpaint(args: argparse.Namespace) -> None:
+    """Make ranges of time and frequency anew."""
+    from ldm2.masks import merge_ranges, parse_range
+
+    sound = _opened(args)
+    if args.time is None and args.band is None:
+        raise ValueError("inpaint needs --time FROM:TO, --band FROM:TO, or both")
+    times, bands = ([parse_range(text) for text in given] if given else None for given in (args.time, args.band))
+    if times is not None:
+        times = merge_ranges(times, sound.seconds)
+    _edit(args, sound, times=times, bands=bands, soft_seconds=args.soft_seconds, soft_hz=args.soft_hz,
+          crossfade=args.crossfade, paste=args.paste)
+
+
+def extend(args: argparse.Namespace) -> None:
+    """Continue a sound on one side or both."""
+    _edit(args, _opened(args), seconds=args.seconds, side=args.side, crossfade=args.crossfade, paste=args.paste)
+
+
+def super_resolution(args: argparse.Namespace) -> None:
+    """Make what lies above a frequency anew."""
+    _edit(args, _opened(args), above=args.above, paste=args.paste)
+
+
+def reconstruct(args: argparse.Namespace) -> None:
+    """Through the model and back; prints the distances."""
+    _check_strength(args)
+    sound, target = _opened(args), _target(args)
+    if args.plot is not None:
+        from ldm2 import plot
+
+        plot.check_plot(args.plot, args.overwrite, inputs=[args.input])
+    pipe = options.load(args)
+    settings = options.sampling(args) | {"progress": options.progress(args)} if args.stage == "diffusion" else {}
+    result = pipe.reconstruct(
+        args.input, args.stage, strength=args.strength, prompt=args.prompt, channel=args.channel, **settings
+    )
+    encoding = audio.nearest_encoding(target, sound.encoding)
+    audio.write(target, result.waveform, result.sample_rate, overwrite=args.overwrite, encoding=encoding)
+    if args.plot is not None:
+        plot.compare(args.plot, result.original, result.waveform, result.sample_rate, overwrite=args.overwrite)
+    if not args.quiet:
+        for name, value in result.distances.items():
+            print(f"{name.replace('_', ' '):<22}{value:9.4f} {UNITS[name]}".rstrip())
+    print(target)
+
+
+def _check_strength(args: argparse.Namespace) -> None:
+    from ldm2.masks import start_step
+
+    start_step(args.strength, 1)
+
+
+def _opened(args: argparse.Namespace) -> Sound:
+    """The input, read whole, so that what is wrong with it is told before gigabytes are loaded."""
+    from ldm2.inputs import open_sound
+
+    return open_sound(args.input, channel=args.channel)
+
+
+def _target(args: argparse.Namespace, count: int = 1, channels: int = 1) -> Path:
+    """The file to write, checked; never the input."""
+    from ldm2.result import output_paths
+
+    target = Path(args.output) if args.output else options.free_name(f"{Path(args.input).stem} {args.command}")
+    for path in output_paths(target, max(1, count)):
+        audio.check_output(path, overwrite=args.overwrite, channels=channels, inputs=[args.input])
+    return target
+
+
+def _edit(args: argparse.Namespace, sound: Sound, **choices) -> None:
+    """Run the edit that the command is named after, and write what comes out."""
+    from ldm2.recipe import recipe
+
+    settings = options.sampling(args)
+    recipe("sound" if args.prompt is None else args.prompt, seconds=sound.seconds, **settings)
+    target = _target(args, args.num_waveforms, len(sound.channels) if args.keep_format else 1)
+    pipe = options.load(args)
+    start = time.perf_counter()
+    edit = getattr(pipe, args.command.replace("-", "_"))
+    result = edit(args.input, args.prompt, channel=args.channel, keep_format=args.keep_format,
+                  progress=options.progress(args), **choices, **settings)
+    elapsed = time.perf_counter() - start
+    paths = result.save(target, overwrite=args.overwrite)
+    if not args.quiet:
+        options.report(result, pipe, elapsed)
+    for path in paths:
+        print(path)

@@ -1,0 +1,99 @@
+"""What the commands of the command line have in common: options, and what they say when they are done.
+
+Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm2.recipe import DEFAULTS
+
+if TYPE_CHECKING:
+    from ldm2.pipeline import AudioLDM2
+    from ldm2.result import Result
+
+SAMPLERS = ("ddim", "ddpm", "pndm", "lms", "euler", "euler-ancestral", "heun", "dpmpp-2m", "dpmpp-2m-sde", "unipc")
+
+
+def add_output_options(command: argparse.ArgumentParser, source: str) -> None:
+    """Where the result goes, and how much is said."""
+    command.add_argument("-o", "--output", metavar="FILE", help="file to write; the suffix names the format "
+                         f"(default: a name made from the {source}, .wav, in the current folder)")
+    command.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    command.add_argument("-q", "--quiet", action="store_true", help="print the written path only")
+
+
+def add_model_options(command: argparse.ArgumentParser) -> None:
+    """Which checkpoint, and where and how it runs."""
+    command.add_argument("--model", default="cvssp/audioldm2", help="short name, hub name or folder; \"tiny\" is "
+                         "bundled and needs no network (default: %(default)s)")
+    command.add_argument("--revision", help="branch, tag or commit on the hub")
+    command.add_argument("--local-files-only", action="store_true", help="use the cache, never the network")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    command.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: auto)")
+    command.add_argument("--reference", default="authors", help="whose arithmetic to reproduce: authors or diffusers "
+                         "(default: authors; see weights.md)")
+
+
+def add_sampling_options(command: argparse.ArgumentParser, candidates: int | None = 1) -> None:
+    """How the diffusion runs. candidates: the default of --num-waveforms, None for a command without it."""
+    command.add_argument("--steps", type=int, help=f"sampler steps (default: {DEFAULTS['steps']}, or the model's own)")
+    command.add_argument("--guidance-scale", type=float, metavar="SCALE",
+                         help=f"how strictly to follow the prompt; 1 or less: not at all (default: "
+                         f"{DEFAULTS['guidance_scale']}, or the model's own)")
+    command.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from")
+    command.add_argument("--sampler", choices=SAMPLERS, metavar="NAME",
+                         help=f"one of: {', '.join(SAMPLERS)} (default: {DEFAULTS['sampler']})")
+    command.add_argument("--eta", type=float, default=0.0, help="share of fresh noise in ddim, 0 to 1 (default: 0)")
+    command.add_argument("--seed", type=int, help="number that fixes the noise (default: drawn, and printed)")
+    if candidates is not None:
+        command.add_argument("--num-waveforms", type=int, default=candidates, metavar="N", help="candidates, written "
+                             "best first by CLAP similarity with the prompt (default: %(default)s)")
+
+
+def sampling(args: argparse.Namespace) -> dict:
+    """The settings of add_sampling_options as arguments of AudioLDM2.generate and of the edits."""
+    names = ("steps", "guidance_scale", "negative_prompt", "sampler", "eta", "seed", "num_waveforms")
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def load(args: argparse.Namespace) -> AudioLDM2:
+    """The checkpoint of add_model_options."""
+    import ldm2
+
+    return ldm2.load(
+        args.model, device=args.device, dtype=args.dtype, reference=args.reference, revision=args.revision,
+        local_files_only=args.local_files_only,
+    )
+
+
+def progress(args: argparse.Namespace) -> bool:
+    """Whether to show a progress bar."""
+    return sys.stderr.isatty() and not args.quiet
+
+
+def report(result: Result, pipe: AudioLDM2, elapsed: float) -> None:
+    """One line on stderr: what was written, how long it is, how fast it was made."""
+    count, seconds = len(result.waveforms), result.waveforms.shape[-1] / result.sample_rate
+    order = ", best first," if result.scores is not None else ""
+    what = "1 waveform" if count == 1 else f"{count} waveforms{order}"
+    seeds = ", ".join(map(str, result.seeds))
+    print(
+        f"wrote {what} of {seconds:.2f} s at {result.sample_rate} Hz (model {pipe.origin['model']}, seed {seeds}) "
+        f"in {elapsed:.1f} s, {elapsed / (count * seconds):.2f} s per second of sound",
+        file=sys.stderr,
+    )
+
+
+def free_name(text: str, suffix: str = ".wav") -> Path:
+    """A file name in the current folder made from a text, with a number if that one is taken."""
+    stem = "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:60].strip("-") or "sound"
+    path, number = Path(stem + suffix), 2
+    while path.exists():
+        path, number = Path(f"{stem}-{number}{suffix}"), number + 1
+    return path
