@@ -1,0 +1,142 @@
+"""Sounds beyond the model's own length: does time grow no faster than the length, does memory stay, do loops close?
+
+    python -m benchmarks.long_sound [--model NAME] [--steps N] [--short 10] [--long 120] [--loops N]
+
+Each length runs in a process of its own, so that the peak of its memory is its own. Peak memory is what the generation
+adds to the process with the model loaded and warmed up (resident set on a CPU, allocated memory on a GPU). On a CPU the
+time is CPU time on one thread, which other processes disturb least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+PROMPT = "white noise"
+
+
+def resident() -> float:
+    """Resident memory of this process in MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 1e6
+
+
+def reset_peak() -> None:
+    """Let VmHWM start again from the present size (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> float:
+    """Highest resident memory in MB since `reset_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
+
+
+def measure(model: str, seconds: float, steps: int, device: str) -> dict:
+    """Time in s and memory in MB of one generation, after a short one that warms up."""
+    import torch
+
+    import ldm2
+
+    torch.set_num_threads(1)
+    pipe = ldm2.load(model, device=device)
+    pipe.generate(PROMPT, seconds=1.0, steps=1, seed=0)
+    gpu = pipe.device.type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    reset_peak()
+    before = torch.cuda.memory_allocated() / 1e6 if gpu else resident()
+    clock = time.perf_counter if gpu else time.process_time
+    start = clock()
+    pipe.generate(PROMPT, seconds=seconds, steps=steps, seed=0)
+    elapsed = clock() - start
+    after = torch.cuda.max_memory_allocated() / 1e6 if gpu else peak()
+    return {"seconds": seconds, "time": elapsed, "memory": after - before}
+
+
+def apart(model: str, seconds: float, steps: int, device: str) -> dict:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.long_sound", "--model", model, "--steps", str(steps),
+               "--device", device, "--measure", str(seconds)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def joint_ranks(waveform: np.ndarray, sample_rate: int) -> dict[str, float]:
+    """Where the joint of a loop (N,) stands among all its places, 0 (smoothest) to 1 (roughest), by three measures.
+
+    level: jump of the log level between 20 ms before and after. phase: error of continuing the samples by a line
+    through the last two. spectrum: mean difference of the log spectra, in bands of 100 Hz, of 20 ms before and after.
+    """
+    hop, span = sample_rate // 200, sample_rate // 50
+    places = np.arange(0, len(waveform) - hop + 1, hop)                      # the joint is place 0
+    around = np.concatenate([waveform[-span:], waveform, waveform[:span]])
+    before = np.stack([around[p : p + span] for p in places])
+    after = np.stack([around[p + span : p + 2 * span] for p in places])
+
+    def level(x: np.ndarray) -> np.ndarray:
+        return np.log(np.sqrt((x**2).mean(axis=1)) + 1e-5)
+
+    def bands(x: np.ndarray) -> np.ndarray:
+        power = np.abs(np.fft.rfft(x * np.hanning(span), axis=1))[:, : span // 2] ** 2
+        return np.log(power.reshape(len(x), -1, 2).mean(axis=2) + 1e-6)
+
+    kink = np.abs(waveform - 2 * np.roll(waveform, 1) + np.roll(waveform, 2))
+    kink = np.maximum(kink, np.roll(kink, -1))                               # the sample at a place and the next
+    measures = {
+        "level": np.abs(level(after) - level(before)),
+        "phase": kink,
+        "spectrum": np.abs(bands(after) - bands(before)).mean(axis=1),
+    }
+    return {name: float((values[1:] < values[0]).mean()) for name, values in measures.items()}
+
+
+def loops(model: str, steps: int, count: int, device: str) -> dict[str, dict[str, float]]:
+    """Mean rank of the joint over several sounds, and the share of them beyond the 95th percentile: loops, and not."""
+    import ldm2
+
+    pipe = ldm2.load(model, device=device)
+    seconds = 1.5 * pipe.own_frames * pipe.frame_samples / pipe.sample_rate
+    table = {}
+    for loop in (True, False):
+        sounds = [pipe.generate(PROMPT, seconds=seconds, steps=steps, seed=seed, loop=loop) for seed in range(count)]
+        ranks = [joint_ranks(sound.waveforms[0], sound.sample_rate) for sound in sounds]
+        for name in ranks[0]:
+            values = np.array([rank[name] for rank in ranks])
+            row = f"{'looped' if loop else 'not looped'}, {name}"
+            table[row] = {"mean rank": values.mean(), "beyond 95 %": (values > 0.95).mean()}
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--short", type=float, default=10.0)
+    parser.add_argument("--long", type=float, default=120.0)
+    parser.add_argument("--loops", type=int, default=0, metavar="N", help="also judge the joints of N loops")
+    parser.add_argument("--measure", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure is not None:
+        print(json.dumps(measure(args.model, args.measure, args.steps, args.device)))
+        return
+    short, long = (apart(args.model, seconds, args.steps, args.device) for seconds in (args.short, args.long))
+    print(f"{'sound':>8} {'time':>9} {'per second':>11} {'peak memory':>12}")
+    for row in (short, long):
+        per_second = row["time"] / row["seconds"]
+        print(f"{row['seconds']:6.0f} s {row['time']:7.2f} s {per_second:9.4f} s {row['memory']:9.1f} MB")
+    time_ratio = long["time"] / long["seconds"] / (short["time"] / short["seconds"])
+    print(f"{'ratio':>8} {'':>9} {time_ratio:10.2f}x {long['memory'] / short['memory']:11.2f}x")
+    if args.loops:
+        for row, values in loops(args.model, args.steps, args.loops, args.device).items():
+            print(f"{row:>22}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
+
+
+if __name__ == "__main__":
+    main()
