@@ -102,7 +102,8 @@ def load_gpt2(
     dtype: torch.dtype | None = None, source: str = "language_model",
 ) -> transformers.GPT2Model:
     """GPT-2 without head from the fields of its config.json and its tensors, maybe those of a GPT2LMHeadModel."""
-    config = transformers_config(transformers.GPT2Config, fields, source)
+    no_tokens = {"bos_token_id": None, "eos_token_id": None}      # unused, and a warning where the table is small
+    config = transformers_config(transformers.GPT2Config, {**fields, **no_tokens}, source)
     with torch.device("meta"):
         gpt2 = transformers.GPT2Model(config)
     return weights.load(gpt2, tensors, table=WITHOUT_HEAD, dtype=dtype, device=device, source=source)

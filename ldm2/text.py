@@ -194,11 +194,17 @@ class TextEncoder(nn.Module):
         return [Line(prompt, ids[text]) for prompt, text in zip(prompts, words)]
 
     def _each_alone(self, lines: list[Line], num_vectors: int) -> Conditioning:
-        """One row for each line, none of which sees another."""
-        return Conditioning.join([
-            self._unconditional(num_vectors) if line == UNCONDITIONAL else self._together([line], num_vectors)
-            for line in lines
-        ])
+        """One row for each line (no two equal), none of which changes another.
+
+        Phonemes always fill the same number of places, so lines to say can share a batch without sharing padding.
+        """
+        prompted = [line for line in lines if line != UNCONDITIONAL]
+        batches = [[line] for line in prompted] if self.phonemes is None else [prompted]
+        parts = [self._together(batch, num_vectors) for batch in batches if batch]
+        if len(prompted) < len(lines):
+            parts.append(self._unconditional(num_vectors))
+        order = [*prompted, UNCONDITIONAL]
+        return Conditioning.join(parts).select([order.index(line) for line in lines])
 
     def _together(self, lines: list[Line], num_vectors: int, length: int | None = None) -> Conditioning:
         """Lines in one batch: T5 states padded to the longest, or padded and cut to `length` tokens."""

@@ -161,6 +161,12 @@ def test_a_prompt_does_not_depend_on_its_neighbours(authors):
         assert batch.masks[1][row].sum() == length
 
 
+def test_speech_does_not_depend_on_its_neighbours(speech):
+    batch = speech.encode(CAPTIONS[:3], transcription=[SAID, "hello", "a"])
+    alone = speech.encode(CAPTIONS[1], transcription="hello")
+    torch.testing.assert_close(batch.contexts[0][1:2], alone.contexts[0], atol=5e-6, rtol=0)
+
+
 def test_padding_changes_the_vectors_of_diffusers(authors, as_diffusers):
     """The reason for the other reference."""
     difference = authors.encode(CAPTIONS).contexts[0] - as_diffusers.encode(CAPTIONS).contexts[0]
@@ -216,6 +222,13 @@ def test_negative_prompt_of_speech_says_the_same_words(speech):
     conditioning = speech.encode(CAPTIONS[4], transcription=SAID)
     negative = speech.encode_unconditional(conditioning, "rain", transcription=SAID)
     close(negative, speech.encode("rain", transcription=SAID))
+
+
+def test_negative_and_unconditional_speech_rows_keep_their_places(speech):
+    conditioning = speech.encode(CAPTIONS[:3], transcription=SAID)
+    mixed = speech.encode_unconditional(conditioning, ["", "rain", ""], transcription=SAID)
+    assert not mixed.contexts[0][[0, 2]].any()
+    torch.testing.assert_close(mixed.contexts[0][1:2], speech.encode("rain", transcription=SAID).contexts[0])
 
 
 def test_ready_phonemes_are_taken_as_they_are(speech):
