@@ -1,4 +1,4 @@
-"""Full-size random checkpoints beside diffusers: run with `python -m pytest -m slow`; 15 GB of memory, 12 GB of disk."""
+"""Full-size random checkpoints beside diffusers: `python -m pytest -m slow`; 15 GB of memory, 12 GB of disk."""
 
 from __future__ import annotations
 
