@@ -28,7 +28,7 @@ class Repo:
 
 
 class Hub:
-    """The server. `cut`: paths whose first download breaks off halfway."""
+    """The server. `cut`: paths whose first download breaks off near the end."""
 
     def __init__(self):
         self.repos: dict[str, Repo] = {}
@@ -46,6 +46,11 @@ class Hub:
         repo.commits[commit] = folder
         repo.revisions[revision] = commit
         return commit
+
+    def clear(self) -> None:
+        """Forget repositories and requests."""
+        for kept in (self.repos, self.requests, self.ranges, self.cut):
+            kept.clear()
 
     def files(self) -> list[str]:
         """Paths of the files downloaded so far."""
@@ -128,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content[: len(content) // 2] if cut else content)
+            self.wfile.write(content[: len(content) * 11 // 12] if cut else content)
         if cut:
             self.hub.cut.clear()
             self.close_connection = True
