@@ -22,7 +22,8 @@ class Parser(argparse.ArgumentParser):
 
 def generate(args: argparse.Namespace) -> None:
     """Prompt -> sound file(s)."""
-    target = Path(args.output) if args.output else options.free_name(args.prompt)
+    prompt, prompt_at = options.prompts(args)
+    target = Path(args.output) if args.output else options.free_name(prompt)
     from ldm2.result import output_paths
 
     for path in output_paths(target, max(1, args.num_waveforms)):
@@ -30,11 +31,12 @@ def generate(args: argparse.Namespace) -> None:
 
     from ldm2.recipe import recipe
 
-    settings = options.sampling(args) | {"seconds": args.seconds}
-    recipe(args.prompt, **settings)                        # a wrong value is told before gigabytes are loaded
+    settings = options.sampling(args) | {"prompt_at": prompt_at}
+    settings |= {name: getattr(args, name) for name in ("seconds", "window", "overlap", "loop")}
+    recipe(prompt, **settings)                             # a wrong value is told before gigabytes are loaded
     pipe = options.load(args)
     start = time.perf_counter()
-    result = pipe.generate(args.prompt, **settings, progress=options.progress(args))
+    result = pipe.generate(prompt, **settings, progress=options.progress(args))
     elapsed = time.perf_counter() - start
     paths = result.save(target, overwrite=args.overwrite)
     if not args.quiet:
@@ -71,10 +73,11 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     command = commands.add_parser("generate", help="make sound from a prompt", description="Make sound from a prompt.")
-    command.add_argument("prompt", help="what to hear, for example \"a dog barking in the rain\"")
+    command.add_argument("prompt", nargs="?", help="what to hear, for example \"a dog barking in the rain\"")
     options.add_output_options(command, "prompt")
     options.add_model_options(command)
     command.add_argument("--seconds", type=float, help=f"length (default: {DEFAULTS['seconds']}, or the model's own)")
+    options.add_time_options(command)
     options.add_sampling_options(command)
     command.set_defaults(run=generate)
 

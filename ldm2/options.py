@@ -56,6 +56,37 @@ def add_sampling_options(command: argparse.ArgumentParser, candidates: int | Non
                              "best first by CLAP similarity with the prompt (default: %(default)s)")
 
 
+def add_time_options(command: argparse.ArgumentParser) -> None:
+    """Sounds longer than the model's own length, prompts over time, loops."""
+    command.add_argument("--prompt-at", type=prompt_at, action="append", default=[], metavar="SECONDS:PROMPT",
+                         help="from this time on the sound follows another prompt; may be given several times; "
+                         "0:PROMPT takes the place of PROMPT")
+    command.add_argument("--loop", action="store_true", help="make the end go on at the start; the length is rounded "
+                         "to whole frames of the model (0.04 s at 16 kHz)")
+    command.add_argument("--window", type=float, metavar="SECONDS", help="longer sounds are made in overlapping "
+                         "windows of this length (default: the length that the model was trained on)")
+    command.add_argument("--overlap", type=float, metavar="SECONDS",
+                         help="what neighbouring windows share (default: a quarter of a window)")
+
+
+def prompt_at(text: str) -> tuple[float, str]:
+    """"20:thunder" -> (20.0, "thunder"), for argparse."""
+    start, _, prompt = text.partition(":")
+    try:
+        return float(start), prompt
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be SECONDS:PROMPT, for example 20:thunder, got {text!r}") from None
+
+
+def prompts(args: argparse.Namespace) -> tuple[str, list[tuple[float, str]]]:
+    """The prompt to begin with, and those that follow. Raises ValueError if there is none for the beginning."""
+    if args.prompt is not None:
+        return args.prompt, args.prompt_at
+    if not args.prompt_at or args.prompt_at[0][0] != 0:
+        raise ValueError("a prompt is needed for the beginning: PROMPT, or --prompt-at 0:PROMPT")
+    return args.prompt_at[0][1], args.prompt_at[1:]
+
+
 def sampling(args: argparse.Namespace) -> dict:
     """The settings of add_sampling_options as arguments of AudioLDM2.generate and of the edits."""
     names = ("steps", "guidance_scale", "negative_prompt", "sampler", "eta", "seed", "num_waveforms")
@@ -82,6 +113,8 @@ def report(result: Result, pipe: AudioLDM2, elapsed: float) -> None:
     count, seconds = len(result.waveforms), result.waveforms.shape[-1] / result.sample_rate
     order = ", best first," if result.scores is not None else ""
     what = "1 waveform" if count == 1 else f"{count} waveforms{order}"
+    if result.settings.get("loop"):
+        what += ", seamless loop," if count == 1 else " seamless loops,"
     seeds = ", ".join(map(str, result.seeds))
     print(
         f"wrote {what} of {seconds:.2f} s at {result.sample_rate} Hz (model {pipe.origin['model']}, seed {seeds}) "

@@ -9,10 +9,12 @@ import json
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 import ldm2
 from benchmarks.long_sound import joint_ranks
+from ldm2.__main__ import main
 from ldm2.windows import plan
 
 PROMPT, OTHER = "a dog barking in the rain", "techno music with a strong beat"
@@ -177,3 +179,42 @@ def test_windows_need_a_conditioning_for_each_prompt(pipe):
     windows = plan(20, 8, 2, borders=[0, 10])
     with pytest.raises(ValueError, match="2 rows"):
         pipe.denoise(pipe.encode(PROMPT), latents=torch.zeros(1, 4, 20, 8), steps=1, windows=windows)
+
+
+def command(tiny_checkpoint, path, *arguments) -> int:
+    """`ldm2 generate` with one step without guidance."""
+    fixed = ("--model", tiny_checkpoint, "--steps", 1, "--guidance-scale", 1, "--seed", 1, "-o", path)
+    return main(["generate", *map(str, [*arguments, *fixed])])
+
+
+def test_the_command_line_makes_a_long_loop_with_several_prompts(tiny_checkpoint, tmp_path, capsys):
+    prompts = ("--prompt-at", "0:rain", "--prompt-at", "0.8:a: b")
+    settings = ("--seconds", 1.41, "--loop", "--window", 0.4, "--overlap", 0.08)
+    assert command(tiny_checkpoint, tmp_path / "x.wav", *prompts, *settings) == 0
+    assert "seamless loop, of 1.40 s" in capsys.readouterr().err
+    with soundfile.SoundFile(tmp_path / "x.wav") as file:
+        assert file.frames == 22400
+        made = json.loads(file.copy_metadata()["comment"])
+    assert (made["prompt"], made["prompt_at"]) == ("rain", [[0.8, "a: b"]])
+    assert (made["seconds"], made["window"], made["overlap"], made["loop"]) == (1.4, 0.4, 0.08, True)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--seconds", "2"], "prompt is needed"),
+    (["--prompt-at", "1:rain"], "prompt is needed"),
+    (["--prompt-at", "0:"], "empty"),
+    (["rain", "--prompt-at", "rain"], "SECONDS:PROMPT"),
+    (["rain", "--prompt-at", "99:x"], "inside the"),
+    (["rain", "--prompt-at", "nan:x"], "finite"),
+    (["rain", "--prompt-at", "2:x", "--prompt-at", "1:y"], "in order"),
+    (["rain", "--window", "0"], "window"),
+    (["rain", "--window", "1", "--overlap", "1"], "overlap"),
+])
+def test_the_command_line_refuses_the_impossible_in_one_line(tiny_checkpoint, tmp_path, capsys, arguments, words):
+    try:
+        code = command(tiny_checkpoint, tmp_path / "x.wav", *arguments)
+    except SystemExit as refused:
+        code = refused.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and len(lines) == 1 and words in lines[0]
+    assert not list(tmp_path.iterdir())
