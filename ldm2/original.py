@@ -1,0 +1,299 @@
+"""The authors' checkpoints: one `.pth` file that holds everything, read directly.
+
+    parts = original.components("audioldm2-full.pth")
+    parts.unet, parts.vae, parts.vocoder, parts.text, parts.scale_factor
+
+The file is memory-mapped and no tensor is copied: what the parts do not use (the moving average of the UNet, AudioMAE,
+a second CLAP and T5) is never read from disk. `read` gives each part as a published hub folder would hold it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm2 import original_configs as configs
+from ldm2 import original_keys as keys
+from ldm2 import weights
+from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
+from ldm2.encoders import ClapText, T5Text
+from ldm2.gpt2 import load_gpt2, load_projection
+from ldm2.original_tokenizers import LazyTokenizer, Tokenizer, tokenizer
+from ldm2.phonemes import PhonemeText
+from ldm2.schedules import Schedule
+from ldm2.text import TextEncoder
+from ldm2.unet import UNet
+from ldm2.vae import VAE
+from ldm2.vocoder import Vocoder
+
+EXPECTED = "an authors' checkpoint with names such as model.diffusion_model.*, first_stage_model.*, cond_stage_models.*"
+
+_UNET = "model.diffusion_model."
+_VOCODER = "first_stage_model.vocoder."
+_VAE = "first_stage_model."
+_RANKING = "clap."                                         # CLAP once more, to rank candidates with
+_STAGE = re.compile(r"(cond_stage_models\.\d+\.(?:cond_stage_models\.\d+\.)?).*")
+
+# What a stage of the conditioning is, told by one of its names: its number means something else in each variant.
+_KINDS = {
+    "gpt2": r"model\.wte\.weight",
+    "clap": r"model\.text_branch\..*",
+    "t5": r"model\.encoder\.block\..*",
+    "phonemes": r"text_encoder\.emb\.weight",
+}
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part as a hub folder would hold it: the fields of its config.json, and its tensors, memory-mapped."""
+
+    fields: dict[str, Any]
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
+class Components:
+    """The parts of one file as loaded modules; None for what the file does not hold.
+
+    scale_factor: scaled latents = scale_factor * VAE latents; None without VAE.
+    text: the text encoders that the file holds, without CLAP's audio branch, which is in parts["text_encoder"].
+    schedule: the noise schedule of the training.
+    parts: the same (and what else was kept) as fields and tensors, by the names of a hub folder.
+    """
+
+    unet: UNet | None
+    vae: VAE | None
+    vocoder: Vocoder | None
+    text: TextEncoder | None
+    scale_factor: float | None
+    schedule: Schedule
+    parts: dict[str, Part]
+
+
+def components(
+    path: str | Path,
+    config: Mapping[str, Any] | str | Path | None = None,
+    *,
+    tokenizers: str | Path | None = None,
+    reference: str = "authors",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    local_files_only: bool = False,
+) -> Components:
+    """The parts of an authors' checkpoint, loaded.
+
+    path:       the `.pth` or `.ckpt` file (or the same tensors as safetensors)
+    config:     the authors' configuration: a mapping, or a YAML or JSON file. Without it, the variant is recognised
+                from names and shapes, and the UNet has heads of 32 channels, as all seven published checkpoints do.
+    tokenizers: folder with the sub-folders `tokenizer` and `tokenizer_2`; None takes them from their own hub
+                repositories when the first prompt is encoded
+    reference:  "authors" or "diffusers", for the text side; the heads of the UNet are those of the file in both
+    device, dtype: where the parts go and in which precision; None leaves the tensors mapped in the file
+    local_files_only: take tokenizers from the hub's cache and never from the network
+
+    Raises ValueError, one line, for a file that is not such a checkpoint, or not complete, or holds anything unknown.
+    """
+    parts = read(path, config)
+    where = {"device": device, "dtype": dtype}
+    fields = {name: part.fields for name, part in parts.items()}
+    source = f"{path}: "
+    find_tokenizer = partial(tokenizer, folder=tokenizers, local_files_only=local_files_only)
+    load = partial(_load, parts, source=source, **where)
+    return Components(
+        unet=load("unet", lambda: UNet(UNetConfig.from_dict(fields["unet"], source + "UNet"))),
+        vae=load("vae", lambda: VAE(VAEConfig.from_dict(fields["vae"], source + "VAE"))),
+        vocoder=load("vocoder", lambda: Vocoder(VocoderConfig.from_dict(fields["vocoder"], source + "vocoder"))),
+        text=_text(parts, source, find_tokenizer, reference, where),
+        scale_factor=fields["vae"]["scaling_factor"] if "vae" in parts else None,
+        schedule=Schedule.from_dict(fields["scheduler"], source + "schedule"),
+        parts=parts,
+    )
+
+
+def _load(
+    parts: Mapping[str, Part], name: str, build: Callable[[], nn.Module], *, source: str, device: Any, dtype: Any
+) -> nn.Module | None:
+    """The module of one part, or None if the file does not hold it."""
+    if name not in parts:
+        return None
+    with weights.parameters_on_meta():
+        module = build()
+    return weights.load(module, parts[name].tensors, table={}, device=device, dtype=dtype, source=source + name)
+
+
+def _text(
+    parts: Mapping[str, Part], source: str, find_tokenizer: Callable[[str], Tokenizer | LazyTokenizer],
+    reference: str, where: dict[str, Any],
+) -> TextEncoder | None:
+    """The text encoders that the file holds; a T5 without GPT-2 needs no CLAP."""
+
+    def load(name: str, loader: Callable[..., nn.Module], encoder: str | None = None, *more: int) -> nn.Module | None:
+        if name not in parts:
+            return None
+        arguments = more if encoder is None else (find_tokenizer(encoder), *more)
+        return loader(parts[name].fields, parts[name].tensors, *arguments, source=source + name, **where)
+
+    speaks = "text_encoder_2" in parts and parts["text_encoder_2"].fields["model_type"] == "vits"
+    gpt2 = load("language_model", load_gpt2)
+    clap = t5 = phonemes = projection = None
+    if "projection_model" in parts and parts["projection_model"].fields:
+        projection = load("projection_model", load_projection)
+    if speaks:
+        positions = parts["projection_model"].tensors["learnable_positional_embedding"].shape[2]
+        phonemes = load("text_encoder_2", PhonemeText.load, "phonemes", positions)
+    else:
+        t5 = load("text_encoder_2", T5Text.load, "t5")
+    if t5 is None or gpt2 is not None:
+        clap = load("text_encoder", ClapText.load, "clap")
+    if not any((clap, t5, phonemes, gpt2, projection)):
+        return None
+    vectors = configs.SPEECH_VECTORS if speaks else configs.VECTORS
+    return TextEncoder(clap=clap, t5=t5, phonemes=phonemes, projection=projection, gpt2=gpt2, num_vectors=vectors,
+                       reference=reference)
+
+
+def read(path: str | Path, config: Mapping[str, Any] | str | Path | None = None) -> dict[str, Part]:
+    """The parts of an authors' checkpoint by the names of a hub folder: `unet`, `vae`, `vocoder`, `text_encoder`
+    (CLAP), `text_encoder_2` (T5 or phonemes), `projection_model`, `language_model` (GPT-2), and `scheduler` without
+    tensors.
+
+    Each tensor of the file is used in exactly one part, or dropped by one of the tables in `original_keys`, or belongs
+    to the second copy of an encoder. Raises ValueError, one line, as `components` does.
+    """
+    return split(_open(path), configs.read(config), str(path))
+
+
+def split(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: str) -> dict[str, Part]:
+    """As `read`, from the tensors of a file; `source` is its name, for errors."""
+    groups = _groups(tensors, source)
+    try:
+        parts = _models(groups, config, source) | _texts(groups, source)
+    except KeyError as error:
+        raise ValueError(f"{source} is not complete: {error.args[0]} is missing") from error
+    return parts | {"scheduler": Part(configs.scheduler(config, tensors.get("betas"), source), {})}
+
+
+def _open(path: str | Path) -> Tensors:
+    """All tensors of the file, memory-mapped. Raises ValueError that says what was found and what was expected."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder, expected a file: {EXPECTED}")
+    try:
+        return weights.read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; expected {EXPECTED}") from error
+
+
+def _groups(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensors]:
+    """Tensors by the prefix of their names, which is cut off. Raises ValueError for a prefix that is not known."""
+    dropped = re.compile("|".join(keys.DROPPED))
+    groups: dict[str, Tensors] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        if name == "scale_factor":
+            groups[name] = {name: tensor}
+        elif not dropped.fullmatch(name):
+            stage = _STAGE.fullmatch(name)
+            known = (_UNET, _VOCODER, _VAE, _RANKING)
+            prefix = stage[1] if stage else next((prefix for prefix in known if name.startswith(prefix)), None)
+            if prefix is None:
+                unknown.append(name)
+            else:
+                groups.setdefault(prefix, {})[name.removeprefix(prefix)] = tensor
+    if not groups:
+        kind = "a LoRA" if any("lora" in name.lower() for name in tensors) else "no checkpoint of the authors"
+        raise ValueError(f"{source} is {kind}: found {len(tensors)} tensors ({_few(tensors)}), expected {EXPECTED}")
+    if unknown:
+        raise ValueError(f"{source} holds {len(unknown)} unknown tensors ({_few(unknown)}), expected {EXPECTED}")
+    return groups
+
+
+def _models(groups: Mapping[str, Tensors], config: Mapping[str, Any], source: str) -> dict[str, Part]:
+    """UNet, VAE and vocoder."""
+    parts = {}
+    if _UNET in groups:
+        tensors = keys.unet(groups[_UNET], source)
+        parts["unet"] = Part(configs.unet(tensors, config), tensors)
+    if _VAE in groups:
+        tensors = keys.vae(groups[_VAE], source)
+        parts["vae"] = Part(configs.vae(tensors, _scale_factor(groups, config, source)), tensors)
+    if _VOCODER in groups:
+        tensors = keys.vocoder(groups[_VOCODER], source)
+        parts["vocoder"] = Part(configs.vocoder(tensors, config, source), tensors)
+    return parts
+
+
+def _scale_factor(groups: Mapping[str, Tensors], config: Mapping[str, Any], source: str) -> float:
+    if "scale_factor" in groups:
+        return groups["scale_factor"]["scale_factor"].item()
+    if "scale_factor" not in config:
+        raise ValueError(f"{source} holds a VAE but no scale_factor: pass the authors' configuration (config=) with it")
+    return float(config["scale_factor"])
+
+
+def _texts(groups: Mapping[str, Tensors], source: str) -> dict[str, Part]:
+    """The text encoders. A CLAP that conditions goes before the one that only ranks; two T5s must be the same."""
+    stages = _stages(groups, source)
+    parts = {}
+    projection: Tensors = {}
+    claps = stages["clap"] + ([groups[_RANKING]] if _RANKING in groups else [])
+    if claps:
+        tensors = keys.clap(_inside(claps[0], "model."), source)
+        parts["text_encoder"] = Part(configs.clap(tensors), tensors)
+    if stages["t5"]:
+        _check_copies(stages["t5"], source)
+        tensors = weights.rename(_inside(stages["t5"][0], "model."), keys.T5, source=source)
+        parts["text_encoder_2"] = Part(configs.t5(tensors), tensors)
+    for stage in stages["phonemes"]:
+        tensors = keys.phonemes(_inside(stage, "text_encoder."), source)
+        parts["text_encoder_2"] = Part(configs.vits(tensors), tensors)
+        projection |= _outside(stage, "text_encoder.")
+    for stage in stages["gpt2"]:
+        tensors = weights.rename(_inside(stage, "model."), keys.GPT2, source=source)
+        parts["language_model"] = Part(configs.gpt2(tensors, speech=bool(stages["phonemes"])), tensors)
+        projection |= _outside(stage, "model.")
+    if projection:
+        tensors = keys.projection(projection, source)
+        parts["projection_model"] = Part(configs.projection(tensors), tensors)
+    return parts
+
+
+def _stages(groups: Mapping[str, Tensors], source: str) -> dict[str, list[Tensors]]:
+    """The stages of the conditioning by their kind."""
+    stages: dict[str, list[Tensors]] = {kind: [] for kind in _KINDS}
+    for prefix, tensors in groups.items():
+        if _STAGE.fullmatch(prefix):
+            kinds = [kind for kind, pattern in _KINDS.items() if any(re.fullmatch(pattern, name) for name in tensors)]
+            if len(kinds) != 1:
+                raise ValueError(f"{source}: {prefix}* is none of {', '.join(_KINDS)} ({_few(tensors)})")
+            stages[kinds[0]].append(tensors)
+    return stages
+
+
+def _check_copies(copies: list[Tensors], source: str) -> None:
+    """Raise ValueError unless the copies of T5, which no training changed, agree (in all their norms)."""
+    for name, tensor in copies[0].items():
+        if name.endswith("norm.weight") and not all(torch.equal(tensor, copy[name]) for copy in copies[1:]):
+            raise ValueError(f"{source}: its {len(copies)} T5 encoders differ, which ldm2 cannot run")
+
+
+def _inside(tensors: Tensors, prefix: str) -> Tensors:
+    """The tensors below `prefix`, which is cut off."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _outside(tensors: Tensors, prefix: str) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+
+
+def _few(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
