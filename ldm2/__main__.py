@@ -32,7 +32,8 @@ def generate(args: argparse.Namespace) -> None:
     from ldm2.recipe import recipe
 
     settings = options.sampling(args) | {"prompt_at": prompt_at}
-    settings |= {name: getattr(args, name) for name in ("seconds", "window", "overlap", "loop")}
+    names = ("seconds", "window", "overlap", "loop", "transcription", "phonemes")
+    settings |= {name: getattr(args, name) for name in names}
     recipe(prompt, **settings)                             # a wrong value is told before gigabytes are loaded
     pipe = options.load(args)
     start = time.perf_counter()
@@ -66,6 +67,18 @@ def info(args: argparse.Namespace) -> None:
     print(weights.describe(hub.resolve(args.model, revision=args.revision, local_files_only=args.local_files_only)))
 
 
+def convert(args: argparse.Namespace) -> None:
+    """Checkpoint of any kind -> folder in the hub's layout."""
+    from ldm2.convert import convert
+
+    done = convert(
+        args.source, args.folder, args.dtype, args.overwrite, config=args.config, tokenizers=args.tokenizers,
+        reference=args.reference, revision=args.revision, local_files_only=args.local_files_only,
+    )
+    print(done.notice, file=sys.stderr)
+    print(args.folder)
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     top = Parser(prog="ldm2", description="AudioLDM2: text in, sound, music or speech out.")
@@ -77,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_output_options(command, "prompt")
     options.add_model_options(command)
     command.add_argument("--seconds", type=float, help=f"length (default: {DEFAULTS['seconds']}, or the model's own)")
+    options.add_speech_options(command)
     options.add_time_options(command)
     options.add_sampling_options(command)
     command.set_defaults(run=generate)
@@ -93,9 +107,22 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("info", help="describe a checkpoint: parts, parameters, dtype, heads")
     command.add_argument("model", help="short name, hub name or folder")
-    command.add_argument("--revision", help="branch, tag or commit on the hub")
-    command.add_argument("--local-files-only", action="store_true", help="use the cache, never the network")
+    options.add_source_options(command)
     command.set_defaults(run=info)
+
+    command = commands.add_parser("convert", help="write a checkpoint as a folder of safetensors")
+    command.add_argument("source", help="authors' .pth file, folder with pickles, or a name that ldm2 knows")
+    command.add_argument("folder", help="where to; grows as FOLDER.partial, and a second call takes up what is there")
+    options.add_source_options(command)
+    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as in the source")
+    command.add_argument("--config", metavar="FILE", help="the authors' configuration, YAML or JSON (default: "
+                         "recognised from the file)")
+    command.add_argument("--tokenizers", metavar="FOLDER", help="a folder with tokenizer and tokenizer_2 (default: "
+                         "their own hub repositories)")
+    command.add_argument("--reference", choices=("authors", "diffusers"), default="authors",
+                         help="what a single number of heads in a folder means (default: authors; see weights.md)")
+    command.add_argument("--overwrite", action="store_true", help="replace the folder if it is a checkpoint")
+    command.set_defaults(run=convert)
     return top
 
 

@@ -32,12 +32,26 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     """Which checkpoint, and where and how it runs."""
     command.add_argument("--model", default="cvssp/audioldm2", help="short name, hub name or folder; \"tiny\" is "
                          "bundled and needs no network (default: %(default)s)")
-    command.add_argument("--revision", help="branch, tag or commit on the hub")
-    command.add_argument("--local-files-only", action="store_true", help="use the cache, never the network")
+    add_source_options(command)
+    command.add_argument("--tokenizers", metavar="FOLDER", help="for authors' .pth files: a folder with tokenizer and "
+                         "tokenizer_2 (default: their own hub repositories)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     command.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: auto)")
     command.add_argument("--reference", default="authors", help="whose arithmetic to reproduce: authors or diffusers "
                          "(default: authors; see weights.md)")
+
+
+def add_source_options(command: argparse.ArgumentParser) -> None:
+    """Which version of a checkpoint on the hub."""
+    command.add_argument("--revision", help="branch, tag or commit on the hub")
+    command.add_argument("--local-files-only", action="store_true", help="use the cache, never the network")
+
+
+def add_speech_options(command: argparse.ArgumentParser) -> None:
+    """What speech models say."""
+    command.add_argument("--transcription", metavar="TEXT", help="what a speech model says, in English; needs "
+                         "phonemizer and espeak-ng")
+    command.add_argument("--phonemes", metavar="IPA", help="the same as ready phonemes, which need neither")
 
 
 def add_sampling_options(command: argparse.ArgumentParser, candidates: int | None = 1) -> None:
@@ -99,7 +113,7 @@ def load(args: argparse.Namespace) -> AudioLDM2:
 
     return ldm2.load(
         args.model, device=args.device, dtype=args.dtype, reference=args.reference, revision=args.revision,
-        local_files_only=args.local_files_only,
+        local_files_only=args.local_files_only, tokenizers=args.tokenizers,
     )
 
 
