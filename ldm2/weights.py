@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import struct
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +35,12 @@ __all__ = [
 
 Table = Mapping[str, "str | None"]
 REFERENCES = ("authors", "diffusers")
+
+# What torch.load raises on bytes that are no pickle, or a damaged one; UnpicklingError is for what is forbidden in it.
+DAMAGED = (
+    RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError,
+    MemoryError, struct.error,
+)
 
 # Names that older versions of the libraries wrote, for every part of a hub folder: {regular expression: new name}.
 # None means dropped on purpose: tables that are computed, not learned.
@@ -91,7 +98,7 @@ def read_pickle(path: str | Path) -> object:
         raise ValueError(f"{path} is missing") from error
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is {_kind(path)}, not a pickle of plain tensors; nothing of it was run") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is {_kind(path)}, not a complete pickle of tensors ({_one_line(error)})") from error
 
 
