@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import ClapFeatureExtractor
 
-from ldm2 import hub, weights
+from ldm2 import hub, original, original_tokenizers, weights
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
+from ldm2.encoders import ClapText
 from ldm2.pipeline import AudioLDM2
-from ldm2.ranking import Ranker
+from ldm2.ranking import FEATURE_EXTRACTOR, ClapAudio, Ranker
 from ldm2.recipe import DEFAULTS
 from ldm2.result import Result
 from ldm2.schedules import Schedule
@@ -29,16 +31,19 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def load(
     model: str | Path = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto", reference: str = "authors",
-    revision: str | None = None, local_files_only: bool = False,
+    revision: str | None = None, local_files_only: bool = False, tokenizers: str | Path | None = None,
 ) -> AudioLDM2:
     """A checkpoint, ready to generate.
 
-    model:            short name ("audioldm2", "tiny"), hub name ("cvssp/audioldm2") or local folder in the hub's layout
+    model:            short name ("audioldm2", "tiny"), hub name ("cvssp/audioldm2"), local folder in the hub's layout,
+                      or an authors' `.pth` or `.ckpt` file
     device:           "auto" (CUDA, else Apple's MPS, else CPU) or a torch device
     dtype:            "auto" (float16 on CUDA, else float32), "float32", "float16" or "bfloat16"
     reference:        whose arithmetic: "authors" as the model was trained, or "diffusers" (see weights.md)
     revision:         branch, tag or commit on the hub
     local_files_only: use the cache and never the network
+    tokenizers:       for authors' files, which hold none: a folder with `tokenizer` and `tokenizer_2`; default: their
+                      own hub repositories
 
     Raises ValueError or OSError, one line each, naming what is missing or does not fit.
     """
@@ -46,8 +51,22 @@ def load(
         raise ValueError(f"unknown reference {reference!r}, choose from {', '.join(REFERENCES)}")
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
-    folder = hub.resolve(str(model), revision=revision, local_files_only=local_files_only)
-    where = {"device": place, "dtype": precision}
+    path = hub.resolve(str(model), revision=revision, local_files_only=local_files_only)
+    settings = {
+        "device": place,
+        "dtype": precision,
+        "origin": {"model": str(model), "revision": revision, "reference": reference, "dtype": str(precision)[6:]},
+    }
+    if path.is_dir():
+        if tokenizers is not None:
+            raise ValueError(f"{path} brings its own tokenizers: leave out tokenizers={str(tokenizers)!r}")
+        return _from_folder(path, reference, settings)
+    return _from_original(path, reference, tokenizers, local_files_only, settings)
+
+
+def _from_folder(folder: Path, reference: str, settings: dict) -> AudioLDM2:
+    """A checkpoint in the hub's layout."""
+    where = {"device": settings["device"], "dtype": settings["dtype"]}
     text = TextEncoder.from_folder(folder, reference=reference, **where)
     return AudioLDM2(
         unet=_part(UNet, UNetConfig.from_json(folder / "unet/config.json", reference), folder / "unet", **where),
@@ -56,9 +75,38 @@ def load(
         text=text,
         schedule=Schedule.from_json(folder / "scheduler/scheduler_config.json"),
         defaults=_checkpoint_defaults(folder),
-        origin={"model": str(model), "revision": revision, "reference": reference, "dtype": str(precision)[6:]},
-        make_ranker=lambda: Ranker.from_folder(folder, text.clap, device=place),
-        **where,
+        make_ranker=lambda: Ranker.from_folder(folder, text.clap, device=settings["device"]),
+        **settings,
+    )
+
+
+def _from_original(
+    path: Path, reference: str, tokenizers: str | Path | None, local_files_only: bool, settings: dict
+) -> AudioLDM2:
+    """A checkpoint in the authors' layout."""
+    found = original.components(
+        path, tokenizers=tokenizers, reference=reference, device=settings["device"], dtype=settings["dtype"],
+        local_files_only=local_files_only,
+    )
+    lacking = [name for name in ("unet", "vae", "vocoder", "text") if getattr(found, name) is None]
+    if lacking:
+        raise ValueError(f"{path} holds no {' and no '.join(lacking)}: generating needs all parts in one file")
+
+    def make_ranker() -> Ranker:
+        clap = found.parts["text_encoder"]
+        text = found.text.clap
+        if text is None:
+            words = original_tokenizers.tokenizer("clap", folder=tokenizers, local_files_only=local_files_only)
+            text = ClapText.load(clap.fields, clap.tensors, words, device=settings["device"], source=f"{path}: CLAP")
+        return Ranker(text, ClapAudio.load(
+            clap.fields, clap.tensors, ClapFeatureExtractor(**FEATURE_EXTRACTOR), device=settings["device"],
+            source=f"{path}: CLAP",
+        ))
+
+    can_rank = "text_encoder" in found.parts and "audio_config" in found.parts["text_encoder"].fields
+    return AudioLDM2(
+        unet=found.unet, vae=found.vae, vocoder=found.vocoder, text=found.text, schedule=found.schedule,
+        make_ranker=make_ranker if can_rank else None, **settings,
     )
 
 
