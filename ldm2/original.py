@@ -156,7 +156,7 @@ def _text(
         clap = load("text_encoder", ClapText.load, "clap")
     if not any((clap, t5, phonemes, gpt2, projection)):
         return None
-    vectors = configs.SPEECH_VECTORS if speaks else configs.VECTORS
+    vectors = configs.VECTORS if gpt2 is None else parts["language_model"].fields["max_new_tokens"]
     return TextEncoder(clap=clap, t5=t5, phonemes=phonemes, projection=projection, gpt2=gpt2, num_vectors=vectors,
                        reference=reference)
 
@@ -244,6 +244,7 @@ def _texts(groups: Mapping[str, Tensors], source: str) -> dict[str, Part]:
     stages = _stages(groups, source)
     parts = {}
     projection: Tensors = {}
+    places = None
     claps = stages["clap"] + ([groups[_RANKING]] if _RANKING in groups else [])
     if claps:
         tensors = keys.clap(_inside(claps[0], "model."), source)
@@ -256,9 +257,10 @@ def _texts(groups: Mapping[str, Tensors], source: str) -> dict[str, Part]:
         tensors = keys.phonemes(_inside(stage, "text_encoder."), source)
         parts["text_encoder_2"] = Part(configs.vits(tensors), tensors)
         projection |= _outside(stage, "text_encoder.")
+        places = projection["learnable_positional_embedding"].shape[2]
     for stage in stages["gpt2"]:
         tensors = weights.rename(_inside(stage, "model."), keys.GPT2, source=source)
-        parts["language_model"] = Part(configs.gpt2(tensors, speech=bool(stages["phonemes"])), tensors)
+        parts["language_model"] = Part(configs.gpt2(tensors, places), tensors)
         projection |= _outside(stage, "model.")
     if projection:
         tensors = keys.projection(projection, source)

@@ -300,9 +300,13 @@ def vits(tensors: Tensors) -> Fields:
     }
 
 
-def gpt2(tensors: Tensors, speech: bool) -> Fields:
-    """config.json of a GPT2Model from tensors under its names."""
+def gpt2(tensors: Tensors, phoneme_places: int | None) -> Fields:
+    """config.json of a GPT2Model from tensors under its names; phoneme_places is None without phonemes.
+
+    A speech model whose GPT-2 has not enough positions for all vectors (none that is published) writes what fits.
+    """
     positions, width = tensors["wpe.weight"].shape
+    room = VECTORS if phoneme_places is None else positions - phoneme_places - 5
     return {
         "architectures": ["GPT2Model"],
         "model_type": "gpt2",
@@ -311,7 +315,7 @@ def gpt2(tensors: Tensors, speech: bool) -> Fields:
         "n_embd": width,
         "n_layer": len(_numbers(tensors, r"h\.(\d+)\..*")),
         "n_head": max(width // TEXT_HEAD_CHANNELS, 1),
-        "max_new_tokens": SPEECH_VECTORS if speech else VECTORS,
+        "max_new_tokens": min(room, SPEECH_VECTORS),
     }
 
 

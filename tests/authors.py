@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from diffusers import AudioLDM2ProjectionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -201,6 +202,59 @@ def gpt2(seed: int = 5, max_new_tokens: int = 8) -> transformers.GPT2Model:
     config = transformers.GPT2Config(vocab_size=16, n_positions=128, n_embd=128, n_layer=2, n_head=2)
     config.max_new_tokens = max_new_tokens
     return checkpoints.randomise(transformers.GPT2Model(config), seed)
+
+
+def modules(kind: str) -> dict[str, nn.Module]:
+    """The parts of a tiny checkpoint, by their names in a hub folder: "sound", "speech", "film" or "t5".
+
+    Everything that the authors' files do not say is as in the published ones: 32 groups, heads of 32 and 64 channels,
+    a vocoder with known kernels.
+    """
+    contexts = {"sound": [None, 128, 32], "speech": [None, 128], "film": [None, None], "t5": [None, 32]}[kind]
+    film = {
+        "class_embed_type": "simple_projection", "class_embeddings_concat": True,
+        "projection_class_embeddings_input_dim": 64,
+    }
+    unet = checkpoints.unet(
+        block_out_channels=(32, 64), cross_attention_dim=[contexts] * 2, attention_head_dim=(1, 2), norm_num_groups=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        **(film if kind == "film" else {}),
+    )
+    parts = {
+        "unet": unet, "vae": checkpoints.vae(block_out_channels=(32, 32, 32), norm_num_groups=32),
+        "vocoder": checkpoints.vocoder(resblock_dilation_sizes=[[1, 3, 5]] * 2),
+    }
+    if kind != "t5":
+        parts["text_encoder"] = clap()
+    if kind in ("sound", "t5"):
+        parts["text_encoder_2"] = checkpoints.t5()
+    if kind == "speech":
+        parts["text_encoder_2"] = checkpoints.vits()
+    if kind in ("sound", "speech"):
+        places = {"use_learned_position_embedding": True, "max_seq_length": 40} if kind == "speech" else {}
+        projection = AudioLDM2ProjectionModel(64, 16 if kind == "speech" else 32, 128, **places)
+        parts["projection_model"] = checkpoints.randomise(projection, 6)
+        parts["language_model"] = gpt2(max_new_tokens=8 if kind == "sound" else 128 - 40 - 5)
+    return parts
+
+
+def whole_state(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The weights of all `modules` under the authors' names."""
+    second = parts.get("text_encoder_2")
+    speaks = isinstance(second, transformers.VitsModel)
+    return state(**{name: parts[name] for name in PARTS}) | text_state(
+        clap=parts.get("text_encoder"), t5=None if speaks else second, vits=second if speaks else None,
+        projection=parts.get("projection_model"), gpt2=parts.get("language_model"),
+    )
+
+
+def save_tokenizers(folder: Path, speech: bool = False) -> Path:
+    """A folder with the tokenizers of CLAP and of T5 or the phonemes. Returns it."""
+    folder.mkdir(exist_ok=True)
+    checkpoints.roberta_tokenizer().save_pretrained(folder / "tokenizer")
+    second = checkpoints.vits_tokenizer(folder) if speech else checkpoints.t5_tokenizer()
+    second.save_pretrained(folder / "tokenizer_2")
+    return folder
 
 
 def text_state(

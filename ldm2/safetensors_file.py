@@ -1,0 +1,56 @@
+"""Write a safetensors file one tensor at a time, so that memory holds one tensor and not the file.
+
+Format: https://github.com/huggingface/safetensors#format (length of the header, header as JSON, tensors one after
+another).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+NAMES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Write `tensors`, floating ones in `dtype` unless it is None. The file has its name only when it is complete.
+
+    Raises ValueError, naming the tensor, where a number does not fit into `dtype`.
+    """
+    path = Path(path)
+    kinds = {
+        name: dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        for name, tensor in tensors.items()
+    }
+    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))     # keeps every tensor aligned
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(_header({name: (kinds[name], tensors[name].shape) for name in order}))
+        for name in order:
+            tensor = tensors[name].detach().to("cpu", kinds[name]).contiguous()
+            if not torch.isfinite(tensor).all() and torch.isfinite(tensors[name]).all():
+                raise ValueError(f"{name} holds numbers beyond the range of {dtype}: choose bfloat16 or float32")
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    os.replace(temporary, path)
+
+
+def _header(tensors: Mapping[str, tuple[torch.dtype, torch.Size]]) -> bytes:
+    """Length (8 bytes, little endian) and table of contents, padded with spaces to 8 bytes."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        table[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
