@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from ldm2.pipeline import AudioLDM2
     from ldm2.result import Result
 
+TOY = (
+    "tiny is a toy trained on formulas; for the real sound leave --model away: cvssp/audioldm2 (4.5 GB, non-commercial "
+    "licence) is then fetched once. `ldm2 models` lists others."
+)
 SAMPLERS = ("ddim", "ddpm", "pndm", "lms", "euler", "euler-ancestral", "heun", "dpmpp-2m", "dpmpp-2m-sde", "unipc")
 
 
@@ -135,6 +139,8 @@ def report(result: Result, pipe: AudioLDM2, elapsed: float) -> None:
         f"in {elapsed:.1f} s, {elapsed / (count * seconds):.2f} s per second of sound",
         file=sys.stderr,
     )
+    if pipe.origin["model"] == "tiny":
+        print(TOY, file=sys.stderr)
 
 
 def free_name(text: str, suffix: str = ".wav") -> Path:
