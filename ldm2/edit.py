@@ -193,12 +193,11 @@ class _Job:
         settings = {name: value for name, value in settings.items() if name not in watch}
         if settings.get("loop"):
             raise ValueError("loop is for new sounds: an edit keeps the ends that it finds")
-        if prompt is None:
-            for name in ("negative_prompt", "guidance_scale", "prompt_at"):
-                if settings.get(name):
-                    raise ValueError(f"{name} {settings[name]!r} needs a prompt: without one there is no guidance")
-            settings["guidance_scale"] = 1.0
-        asked = recipe("sound" if prompt is None else prompt, seconds=sound.seconds, defaults=pipe.defaults, **settings)
+        defaults = pipe.defaults | ({"guidance_scale": 1.0} if prompt is None else {})
+        asked = recipe("sound" if prompt is None else prompt, seconds=sound.seconds, defaults=defaults, **settings)
+        for name in ("negative_prompt", "prompt_at", "guidance_scale"):
+            if prompt is None and (asked.guided if name == "guidance_scale" else settings.get(name)):
+                raise ValueError(f"{name} {settings[name]!r} needs a prompt: without one there is no guidance")
         name = None if sound.path is None else sound.path.name
         return cls(pipe, sound, asked, prompt is not None, watch, edit | {"input": name})
 
