@@ -39,7 +39,7 @@ class Model:
 
 MODELS = (
     Model(
-        "tiny", "formula sounds", "Apache-2.0", layout="bundled",
+        "tiny", "formula sounds", "Apache-2.0", layout="bundled", parameters=5_400_000,
     ),
     Model(
         "audioldm2", "sound", "CC-BY-NC-SA-4.0", "cvssp/audioldm2",

@@ -10,7 +10,6 @@ time. Pickle files are read with `weights_only=True`, never otherwise.
 
 from __future__ import annotations
 
-import math
 import pickle
 import re
 import struct
@@ -26,12 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm2.config import UNetConfig, VocoderConfig
-from ldm2.hub import WITHOUT_WEIGHTS, parts, resolve, weight_files
-
-__all__ = [
-    "OLD_NAMES", "Description", "Part", "describe", "load", "parameters_on_meta", "read_pickle", "read_safetensors",
-    "read_tensors", "rename", "resolve", "weight_files",
-]
+from ldm2.hub import WITHOUT_WEIGHTS, parts, weight_files
 
 Table = Mapping[str, "str | None"]
 REFERENCES = ("authors", "diffusers")
@@ -272,13 +266,13 @@ def _check(groups: list[tuple[list[str], Tensor]], tensors: Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a checkpoint: its class, how many numbers it holds, in which dtypes, in which files."""
+    """One part of a checkpoint: its class ("" in an authors' file), how many numbers it holds, in which dtypes."""
 
     name: str
     kind: str
     parameters: int
     dtypes: tuple[str, ...]
-    files: tuple[Path, ...]
+    size: int                                               # bytes
 
 
 @dataclass(frozen=True)
@@ -288,57 +282,67 @@ class Description:
     path: Path
     parts: tuple[Part, ...]
     heads: Mapping[str, tuple[int | None, ...]]
-    sample_rate: int | None                                 # Hz
+    sample_rate: int | None                                 # Hz; None in a file without vocoder
 
     def __str__(self) -> str:
-        rows = [("part", "class", "parameters", "dtype", "size", "files")]
-        for part in self.parts:
-            size = sum(file.stat().st_size for file in part.files)
-            rows.append((
-                part.name, part.kind, _millions(part.parameters), " ".join(part.dtypes), f"{size / 1e6:.2f} MB",
-                " ".join(file.name for file in part.files),
-            ))
-        rows.append(("all", "", _millions(sum(part.parameters for part in self.parts)), "", "", ""))
+        total = Part("all", "", sum(p.parameters for p in self.parts), (), sum(p.size for p in self.parts))
+        rows = [("part", "class", "parameters", "dtype", "size")] + [
+            (p.name, p.kind, _millions(p.parameters), " ".join(p.dtypes), f"{p.size / 1e6:.2f} MB")
+            for p in (*self.parts, total)
+        ]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [str(self.path)]
-        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         for reference, heads in self.heads.items():
             levels = " ".join("-" if number is None else str(number) for number in heads)
             lines.append(f"heads per level of the UNet, reference {reference}: {levels}")
         if self.sample_rate is not None:
             lines.append(f"sample rate: {self.sample_rate} Hz")
-        return "\n".join(lines)
+        return "\n".join([str(self.path), *lines])
 
 
 def describe(path: str | Path) -> Description:
-    """Parts, sizes, dtypes and heads of a checkpoint (a folder, or a .pth file), from headers and configs alone."""
+    """Parts, sizes, dtypes and heads of a checkpoint (folder or authors' file), from headers and configs alone.
+
+    Raises ValueError for files that cannot be read and configs that make no sense.
+    """
     path = Path(path)
-    if path.is_file():
-        tensors = read_tensors(path)
-        names = dict.fromkeys(name.partition(".")[0] for name in tensors)
-        return Description(path, tuple(
-            _part(name, "", {key: tensor for key, tensor in tensors.items() if key.partition(".")[0] == name}, [path])
-            for name in names
-        ), {}, None)
-    found = [
-        _part(name, kind, read_tensors(path / name), weight_files(path / name))
+    return _describe_file(path) if path.is_file() else _describe_folder(path)
+
+
+def _describe_folder(path: Path) -> Description:
+    found = tuple(
+        _part(name, kind, read_tensors(path / name))
         for name, kind in parts(path).items() if not WITHOUT_WEIGHTS.fullmatch(kind)
-    ]
-    configs = {reference: UNetConfig.from_json(path / "unet/config.json", reference) for reference in REFERENCES}
-    heads = {
-        reference: tuple(
-            number if contexts else None for number, contexts in zip(config.num_heads, config.context_dims)
-        )
-        for reference, config in configs.items()
-    }
-    return Description(path, tuple(found), heads, VocoderConfig.from_json(path / "vocoder/config.json").sample_rate)
+    )
+    heads = {name: _heads(UNetConfig.from_json(path / "unet/config.json", name)) for name in REFERENCES}
+    return Description(path, found, heads, VocoderConfig.from_json(path / "vocoder/config.json").sample_rate)
 
 
-def _part(name: str, kind: str, tensors: Mapping[str, Tensor], files: list[Path]) -> Part:
+def _describe_file(path: Path) -> Description:
+    from ldm2 import original  # which is built on this module
+
+    contents = original.read(path)
+    found = tuple(_part(name, "", part.tensors) for name, part in contents.items() if part.tensors)
+    heads, sample_rate = {}, None
+    if "unet" in contents:
+        fields = contents["unet"].fields
+        heads = {name: _heads(UNetConfig.from_dict(fields, f"{path}: UNet", name)) for name in REFERENCES}
+    if "vocoder" in contents:
+        sample_rate = VocoderConfig.from_dict(contents["vocoder"].fields, f"{path}: vocoder").sample_rate
+    return Description(path, found, heads, sample_rate)
+
+
+def _heads(config: UNetConfig) -> tuple[int | None, ...]:
+    """Heads at each level, None where nothing attends."""
+    return tuple(number if contexts else None for number, contexts in zip(config.num_heads, config.context_dims))
+
+
+def _part(name: str, kind: str, tensors: Mapping[str, Tensor]) -> Part:
     # Tied tensors of a pickle share their memory: they count once.
     distinct = {(tensor.data_ptr(), tensor.shape): tensor for tensor in tensors.values() if tensor.is_floating_point()}
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in distinct.values()})
-    return Part(name, kind, sum(math.prod(tensor.shape) for tensor in distinct.values()), tuple(dtypes), tuple(files))
+    parameters = sum(tensor.numel() for tensor in distinct.values())
+    return Part(name, kind, parameters, tuple(dtypes), sum(tensor.nbytes for tensor in distinct.values()))
 
 
 def _millions(number: int) -> str:

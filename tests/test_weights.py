@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 import threading
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm2 import weights
+from tests import authors
 
 TENSORS = {"linear.weight": torch.arange(6.0).reshape(2, 3), "linear.bias": torch.tensor([7.0, 8.0])}
 
@@ -389,18 +391,28 @@ def test_a_description_names_parts_sizes_and_heads(tiny_checkpoint):
 
 def test_a_description_prints_a_line_for_each_part_and_reference(tiny_checkpoint):
     text = str(weights.describe(tiny_checkpoint))
-    assert re.search(r"^vae +AutoencoderKL +\d+\.\d+ M +float32 +\d+\.\d+ MB +diffusion_pytorch_model", text, re.M)
+    assert re.search(r"^vae +AutoencoderKL +\d+\.\d+ M +float32 +\d+\.\d+ MB$", text, re.M)
     assert "heads per level of the UNet, reference authors: - 2 3\n" in text
     assert text.endswith("sample rate: 16000 Hz")
 
 
-def test_a_file_is_described_by_its_first_names(tmp_path):
-    torch.save({"state_dict": TENSORS | {"betas": torch.zeros(4)}}, tmp_path / "model.pth")
-    found = weights.describe(tmp_path / "model.pth")
-    assert [(part.name, part.parameters) for part in found.parts] == [("linear", 8), ("betas", 4)]
+def test_an_authors_file_is_described_by_its_parts(tmp_path):
+    path = authors.save(authors.golden_state("base"), tmp_path / "model.pth")
+    found = weights.describe(path)
+    assert {"unet", "vae", "vocoder"} <= {part.name for part in found.parts}
+    assert found.heads["authors"] == found.heads["diffusers"]
 
 
-def test_tied_tensors_count_once(tmp_path):
-    shared = torch.zeros(3, 2)
-    torch.save({"t5.shared.weight": shared, "t5.embed.weight": shared}, tmp_path / "model.pth")
-    assert [part.parameters for part in weights.describe(tmp_path / "model.pth").parts] == [6]
+def test_tied_tensors_count_once(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    tensors = weights.read_tensors(folder / "text_encoder_2")
+    torch.save(tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, folder / "text_encoder_2/model.bin")
+    (folder / "text_encoder_2/model.safetensors").unlink()
+    assert weights.describe(folder).parts == weights.describe(tiny_checkpoint).parts
+
+
+def test_a_broken_config_is_named(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    (folder / "vocoder/config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"vocoder/config\.json"):
+        weights.describe(folder)
