@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -109,3 +110,12 @@ def test_a_bundled_checkpoint_is_a_folder_of_the_package(tmp_path, monkeypatch):
 def test_importing_the_table_imports_nothing_heavy():
     code = "import ldm2.models, sys; print({'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_weights_md_tells_each_checkpoint_as_the_table_does():
+    lines = (Path(__file__).parents[1] / "weights.md").read_text().splitlines()
+    for model in models.MODELS:
+        line = next(line for line in lines if line.startswith(f"| `{model.name}`"))
+        assert model.license.lower() in line.lower()
+        assert (model.repo or "this package") in line
+        assert model.layout == "bundled" or (model.revision or "| main (") in line
