@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm2 import ops
@@ -127,8 +128,14 @@ class Transformer2D(nn.Module):
 
     def forward(self, x: Tensor, memories: tuple[Memory | None, ...]) -> Tensor:
         """One memory per block, None for self-attention; k * B rows of memory give k * B rows of output."""
-        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)            # (B, C, T, F) -> (B, T F, C)
+        h = self.norm(x).flatten(2).transpose(1, 2)                          # (B, C, T, F) -> (B, T F, C)
+        h = _pointwise(self.proj_in, h)
         for block, memory in zip(self.transformer_blocks, memories, strict=True):
             h = block(h, memory)
-        h = h.transpose(1, 2).unflatten(2, x.shape[2:])                      # (B, T F, C) -> (B, C, T, F)
-        return repeat_rows(x, h.shape[0]) + self.proj_out(h)
+        h = _pointwise(self.proj_out, h)
+        return repeat_rows(x, h.shape[0]) + h.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 convolution applied to positions (B, L, C): as one matrix product it leaves them dense in memory."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)

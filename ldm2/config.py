@@ -269,8 +269,9 @@ def _film_dim(read: _Fields) -> int | None:
         return None
     if kind != "simple_projection":
         raise read.error("class_embed_type", "must be null or 'simple_projection'", kind)
-    if read.get("class_embeddings_concat", False) is not True:
-        raise read.error("class_embeddings_concat", "must be true where class_embed_type is given", False)
+    concat = read.get("class_embeddings_concat", False)
+    if concat is not True:
+        raise read.error("class_embeddings_concat", "must be true where class_embed_type is given", concat)
     return read.integer("projection_class_embeddings_input_dim")
 
 

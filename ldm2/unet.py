@@ -200,12 +200,15 @@ class UNet(nn.Module):
             raise ValueError(f"conditioning must have a multiple of {len(x_t)} rows, got {prepared.rows}")
 
     def _check_conditioning(self, conditioning: Conditioning) -> None:
-        got = tuple(context.shape[-1] for context in conditioning.contexts)
-        if got != self.config.context_widths:
-            raise ValueError(f"contexts must be {list(self.config.context_widths)} wide, got {list(got)}")
-        film = None if conditioning.film is None else conditioning.film.shape[-1]
-        if film != self.config.film_dim:
-            raise ValueError(f"the FiLM condition must be {self.config.film_dim} wide, got {film}")
+        widths = tuple(context.shape[-1] for context in conditioning.contexts)
+        if widths != self.config.context_widths:
+            raise ValueError(f"contexts must be {list(self.config.context_widths)} wide, got {list(widths)}")
+        film = conditioning.film
+        if self.config.film_dim is None and film is not None:
+            raise ValueError(f"this UNet takes no FiLM condition, got one {film.shape[-1]} wide")
+        if self.config.film_dim is not None and (film is None or film.shape[-1] != self.config.film_dim):
+            got = "none" if film is None else film.shape[-1]
+            raise ValueError(f"the FiLM condition must be {self.config.film_dim} wide, got {got}")
 
 
 def _resnet(config: UNetConfig, in_channels: int, out_channels: int) -> ResnetBlock:
