@@ -94,7 +94,7 @@ def parts(folder: str | Path) -> dict[str, str]:
         index = json.loads(path.read_text(encoding="utf-8"))
         return {
             name: entry[1] for name, entry in index.items()
-            if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+            if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
         }
     except FileNotFoundError as error:
         raise ValueError(f"{path.parent} has no model_index.json: not a checkpoint in the hub's layout") from error
