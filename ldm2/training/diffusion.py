@@ -1,0 +1,82 @@
+"""Training of the latent diffusion model: UNet and text side together, to tell the noise that was added.
+
+References: arXiv:2006.11239 (loss, equation 14); arXiv:2303.09556 (weights of the time steps); arXiv:2207.12598
+(dropped prompts); arXiv:2112.10752 (latents).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ldm2.schedules import Schedule
+from ldm2.training.loop import Clock, Recipe, train
+from ldm2.training.text import TextSide, drop_prompts, vary
+from ldm2.unet import UNet
+
+_GAMMA = 5.0                               # signal-to-noise ratio above which a time step counts less
+_LEAST = 0.1                               # weight of the easiest time steps
+
+
+class TextToLatents(nn.Module):
+    """The two parts that are trained together, as one module."""
+
+    def __init__(self, unet: UNet, text: TextSide):
+        super().__init__()
+        self.unet, self.text = unet, text
+
+
+def add_noise(x_0: Tensor, eps: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """x_t of arXiv:2006.11239 equation 4, alphas_cumprod (B,) at each row's time step."""
+    a = alphas_cumprod[:, None, None, None]
+    return a.sqrt() * x_0 + (1 - a).sqrt() * eps
+
+
+def step_weights(alphas_cumprod: Tensor) -> Tensor:
+    """min(SNR, gamma) / SNR for an eps loss, arXiv:2303.09556 section 3.4, but not below _LEAST."""
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return (snr.clamp(max=_GAMMA) / snr).clamp(min=_LEAST)
+
+
+def spread_steps(rows: int, total: int, generator: torch.Generator) -> Tensor:
+    """One time step for each row, evenly spread over the schedule, in random order: int64 (rows,)."""
+    share = (torch.randperm(rows, generator=generator) + torch.rand(rows, generator=generator)) / rows
+    return (share * total).long().clamp(max=total - 1)
+
+
+def train_diffusion(
+    model: TextToLatents, latents: Tensor, captions: Sequence[str], held_out_latents: Tensor,
+    held_out_captions: Sequence[str], schedule: Schedule, recipe: Recipe, clock: Clock, batch_size: int = 24,
+) -> None:
+    """latents (M, C, T, F) are scaled; captions has one entry for each of them."""
+    device = model.unet.conv_in.weight.device
+    alphas_cumprod = torch.as_tensor(schedule.alphas_cumprod, dtype=torch.float32)
+
+    def error(x_0: Tensor, t: Tensor, eps: Tensor, prompts: list[str], zeroed: Tensor | None) -> Tensor:
+        x_t = add_noise(x_0, eps, alphas_cumprod[t]).to(device)
+        conditioning = model.text(prompts, None if zeroed is None else zeroed.to(device))
+        predicted = model.unet(x_t, t.to(device), conditioning)
+        return ((predicted - eps.to(device)) ** 2).mean(dim=(1, 2, 3))       # (B,)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(latents), (batch_size,), generator=generator)
+        x_0 = latents[rows].float()
+        t = spread_steps(len(rows), len(alphas_cumprod), generator)
+        eps = torch.randn(x_0.shape, generator=generator)
+        prompts, zeroed = drop_prompts(vary([captions[i] for i in rows], generator), generator)
+        weights = step_weights(alphas_cumprod[t]).to(device)
+        return (weights * error(x_0, t, eps, prompts, zeroed)).mean()
+
+    def evaluate() -> dict[str, float]:
+        """Errors with the right captions and with each other's; the gap is what the text tells."""
+        generator = torch.Generator().manual_seed(0)
+        x_0 = held_out_latents[:128].float()
+        t = spread_steps(len(x_0), len(alphas_cumprod), generator)
+        eps = torch.randn(x_0.shape, generator=generator)
+        prompts = list(held_out_captions[: len(x_0)])
+        right, wrong = (error(x_0, t, eps, p, None).mean() for p in (prompts, prompts[1:] + prompts[:1]))
+        return {"error": right, "error_swapped": wrong}
+
+    train("diffusion", model, loss, recipe, clock, evaluate, evaluate_every=500)
