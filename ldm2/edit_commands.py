@@ -68,6 +68,8 @@ def _command(
         command.add_argument("prompt", metavar="PROMPT", help="what to hear", **optional)
     options.add_output_options(command, "input's name")
     options.add_model_options(command)
+    options.add_speech_options(command)
+    options.add_window_options(command)
     options.add_sampling_options(command, candidates)
     command.add_argument("--channel", type=int, metavar="N", help="channel that the model hears, from 0 (default: the "
                          "mean of all)")
@@ -133,7 +135,7 @@ def reconstruct(args: argparse.Namespace) -> None:
 
         plot.check_plot(args.plot, args.overwrite, inputs=[args.input])
     pipe = options.load(args)
-    settings = options.sampling(args) | {"progress": options.progress(args)} if args.stage == "diffusion" else {}
+    settings = _settings(args) | {"progress": options.progress(args)} if args.stage == "diffusion" else {}
     result = pipe.reconstruct(
         args.input, args.stage, strength=args.strength, prompt=args.prompt, channel=args.channel, **settings
     )
@@ -145,6 +147,12 @@ def reconstruct(args: argparse.Namespace) -> None:
         for name, value in result.distances.items():
             print(f"{name.replace('_', ' '):<22}{value:9.4f} {UNITS[name]}".rstrip())
     print(target)
+
+
+def _settings(args: argparse.Namespace) -> dict:
+    """The settings of generation that edits have too."""
+    names = ("window", "overlap", "transcription", "phonemes")
+    return options.sampling(args) | {name: getattr(args, name) for name in names}
 
 
 def _check_strength(args: argparse.Namespace) -> None:
@@ -174,7 +182,7 @@ def _edit(args: argparse.Namespace, sound: Sound, **choices) -> None:
     """Run the edit that the command is named after, and write what comes out."""
     from ldm2.recipe import recipe
 
-    settings = options.sampling(args)
+    settings = _settings(args)
     recipe("sound" if args.prompt is None else args.prompt, seconds=sound.seconds, **settings)
     target = _target(args, args.num_waveforms, len(sound.channels) if args.keep_format else 1)
     pipe = options.load(args)

@@ -81,6 +81,11 @@ def add_time_options(command: argparse.ArgumentParser) -> None:
                          "0:PROMPT takes the place of PROMPT")
     command.add_argument("--loop", action="store_true", help="make the end go on at the start; the length is rounded "
                          "to whole frames of the model (0.04 s at 16 kHz)")
+    add_window_options(command)
+
+
+def add_window_options(command: argparse.ArgumentParser) -> None:
+    """How sounds longer than the model's own length are split."""
     command.add_argument("--window", type=float, metavar="SECONDS", help="longer sounds are made in overlapping "
                          "windows of this length (default: the length that the model was trained on)")
     command.add_argument("--overlap", type=float, metavar="SECONDS",
