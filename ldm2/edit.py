@@ -227,7 +227,7 @@ class _Job:
     def _conditionings(self) -> tuple[Conditioning, Conditioning | None]:
         """Both sides of guidance; without a prompt the unconditional one alone."""
         if self.prompted:
-            return self.pipe._conditionings(self.asked)
+            return self.pipe.conditionings(self.asked)
         speech = {"transcription": self.asked.transcription, "phonemes": self.asked.phonemes}
         unconditional = self.pipe.encode_unconditional(self.pipe.encode(self.asked.prompts, **speech), **speech)
         return unconditional.repeat(self.asked.num_waveforms), None

@@ -135,7 +135,7 @@ def encode_audio(
         if len(seeds) != len(rows):
             raise ValueError(f"{len(seeds)} seeds for {len(rows)} sounds: give one number, or one for each")
         latents = latents + torch.cat([posterior.std for posterior in posteriors]) * SeededNoise(seeds)(latents)
-    return pipe._finite(latents * pipe.vae.config.scaling_factor, "the VAE's latents")
+    return pipe.finite(latents * pipe.vae.config.scaling_factor, "the VAE's latents")
 
 
 def encode(vae: VAE, mel: Tensor, tiles: Sequence[Window]) -> Posterior:

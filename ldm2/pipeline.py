@@ -63,8 +63,11 @@ class AudioLDM2:
         return self.vocoder.config.sample_rate
 
     def latent_shape(self, seconds: float) -> tuple[int, int, int]:
-        """(C, T/f, F/f) of the latents that hold `seconds` of sound, rounded up."""
-        return self.latent_shape_of(math.ceil(round(seconds * self.sample_rate) / self.vocoder.config.hop_length))
+        """(C, T/f, F/f) of the latents that hold `seconds` of sound, rounded up. Raises ValueError below one sample."""
+        num_samples = round(seconds * self.sample_rate)
+        if num_samples < 1:
+            raise ValueError(f"seconds must be at least one sample at {self.sample_rate} Hz, got {seconds:g}")
+        return self.latent_shape_of(math.ceil(num_samples / self.vocoder.config.hop_length))
 
     def latent_shape_of(self, num_frames: int) -> tuple[int, int, int]:
         """(C, T/f, F/f) of the latents that hold `num_frames` mel frames, rounded up."""
@@ -162,7 +165,7 @@ class AudioLDM2:
                 sampler, denoiser, latents.to(self.device, torch.float32), self.schedule, steps,
                 eta=eta, noise=noise, x0=x0, start=start, edit=edit, callback=after_step,
             )
-        return self._finite(latents, "the sampler's latents")
+        return self.finite(latents, "the sampler's latents")
 
     def _windowed(
         self, guided: Callable[..., Denoiser], windows: Sequence[Window], conditioning: Conditioning,
@@ -192,7 +195,7 @@ class AudioLDM2:
             tile = latents.shape[2] if self.whole and not loop else self.own_frames
         tiles = plan(latents.shape[2], tile, tile // 4, loop=loop)
         mel = torch.cat([chunks.decode(self.vae, row, tiles) for row in unscaled.to(self.dtype).split(1)])
-        return self._finite(mel, "the VAE's log-mel spectrogram")
+        return self.finite(mel, "the VAE's log-mel spectrogram")
 
     @torch.inference_mode()
     def vocode(self, mel: Tensor, *, loop: bool = False) -> Tensor:
@@ -202,7 +205,7 @@ class AudioLDM2:
         """
         mel, chunk = mel.to(self.device, self.dtype), self.own_frames * self.vae.config.downsampling
         waveform = torch.cat([chunks.vocode(self.vocoder, row, chunk, loop) for row in mel.split(1)])
-        return self._finite(waveform, "the vocoder's waveform")
+        return self.finite(waveform, "the vocoder's waveform")
 
     encode_audio = inputs.encode_audio
     reconstruct = reconstruction.reconstruct
@@ -256,7 +259,7 @@ class AudioLDM2:
         latents = noise.draw(*shape) if latents is None else self._given_latents(latents, (len(asked.seeds), *shape))
         changes = [start for start, _ in asked.prompt_at]
         windows = self.windows(shape[1], asked.window, asked.overlap, loop=asked.loop, changes=changes)
-        conditioning, unconditional = self._conditionings(asked)
+        conditioning, unconditional = self.conditionings(asked)
         latents = self.denoise(
             conditioning, unconditional, latents=latents, steps=asked.steps, guidance_scale=asked.guidance_scale,
             sampler=asked.sampler, eta=asked.eta, noise=noise, windows=windows, callback=callback, progress=progress,
@@ -265,7 +268,7 @@ class AudioLDM2:
         waveforms = self.vocode(mel, loop=asked.loop)[:, : round(asked.seconds * self.sample_rate)]
         return self._result(asked, waveforms.numpy(), latents.cpu(), mel[:, 0].float().cpu())
 
-    def _conditionings(self, asked: Recipe) -> tuple[Conditioning, Conditioning | None]:
+    def conditionings(self, asked: Recipe) -> tuple[Conditioning, Conditioning | None]:
         """Both sides of guidance, a row for each waveform and prompt over time; the second is None without guidance."""
         speech = {"transcription": asked.transcription, "phonemes": asked.phonemes}
         later = [[text] * len(asked.prompts) for _, text in asked.prompt_at]
@@ -310,7 +313,8 @@ class AudioLDM2:
             raise ValueError(f"latents must be a tensor of shape {shape} for these settings, got {found}")
         return latents
 
-    def _finite(self, values: Tensor, stage: str) -> Tensor:
+    def finite(self, values: Tensor, stage: str) -> Tensor:
+        """`values`, if all of them are finite numbers. Raises NonFiniteError naming the stage otherwise."""
         if torch.isfinite(values).all():
             return values
         half = self.dtype == torch.float16

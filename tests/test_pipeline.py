@@ -200,6 +200,7 @@ def test_overflow_names_the_stage_and_the_way_out(pipe):
     ({"prompt": 3}, "string"),
     ({"prompt": ["a", 3]}, "string"),
     ({"seconds": 0}, "seconds"),
+    ({"seconds": 1e-6}, "one sample"),
     ({"seconds": -1}, "seconds"),
     ({"seconds": float("nan")}, "seconds"),
     ({"seconds": 1e9}, "seconds"),
