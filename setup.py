@@ -1,13 +1,12 @@
-"""Packaging of ldm2. The C++ and Triton kernels are plain files here; nothing is compiled at installation unless asked."""
+"""Packaging of ldm2. Nothing is compiled or downloaded by it."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = next(
-    line.split('"')[1] for line in (HERE / "ldm2" / "__init__.py").read_text().splitlines() if line.startswith("__version__")
-)
+INIT = (HERE / "ldm2" / "__init__.py").read_text().splitlines()
+VERSION = next(line.split('"')[1] for line in INIT if line.startswith("__version__"))
 
 PLOT = ["matplotlib>=3.8"]
 TTS = ["phonemizer>=3.3"]

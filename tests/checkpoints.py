@@ -1,6 +1,6 @@
 """Tiny random checkpoints in the published layout, and diffusers' pipeline on them as the oracle.
 
-The parts have the structure of `cvssp/audioldm2` (three transformers per layer, eight GPT-2 vectors, a VAE with factor 4,
+The parts have the structure of `cvssp/audioldm2` (three transformers per layer, eight GPT-2 vectors, VAE with factor 4,
 HiFi-GAN at 16 kHz with hop 160) in small. Every parameter is random, also those that are zero or one at initialisation,
 so that a layer which is skipped or misread changes the result.
 """
@@ -251,14 +251,14 @@ PARTS = {
 
 
 def library(part: object) -> str:
-    """What model_index.json calls the package of a part: "audioldm2" for the classes that live with diffusers' pipeline."""
+    """What model_index.json calls the package of a part: "audioldm2" for classes beside diffusers' pipeline."""
     if "audioldm2" in type(part).__module__:
         return "audioldm2"
     return type(part).__module__.split(".")[0]
 
 
 def save(folder: str | Path, **parts) -> Path:
-    """Write a checkpoint of tiny parts in the published layout, some of them replaced by `parts`. Returns the folder."""
+    """Write a checkpoint of tiny parts in the published layout, some replaced by `parts`. Returns the folder."""
     folder = Path(folder)
     index = {"_class_name": "AudioLDM2Pipeline", "_diffusers_version": "0.21.0"}
     for name, build in PARTS.items():
@@ -273,7 +273,7 @@ def save(folder: str | Path, **parts) -> Path:
 
 
 def diffusers_pipeline(folder: str | Path) -> diffusers.AudioLDM2Pipeline:
-    """diffusers' AudioLDM2Pipeline on `folder`, made to run: its GPT-2 is wrapped in the class that can still generate."""
+    """diffusers' AudioLDM2Pipeline on `folder`, its GPT-2 wrapped in the class that can still generate."""
     pipeline = diffusers.AudioLDM2Pipeline.from_pretrained(folder)
     model = pipeline.language_model
     if isinstance(model, transformers.GPT2Model):

@@ -36,7 +36,7 @@ def generate(tiny_checkpoint, tmp_path):
 
 @pytest.fixture
 def refuse(tmp_path, monkeypatch, capsys):
-    """Run `ldm2 ARGUMENTS` in this process, in an empty folder; check that it is refused in one line holding `words`."""
+    """Run `ldm2 ARGUMENTS` in this process, in an empty folder; check that it is refused in one line with `words`."""
     def run(arguments, words):
         monkeypatch.chdir(tmp_path)
         before = sorted(tmp_path.rglob("*"))
