@@ -200,40 +200,44 @@ def _louder(mel: Tensor, gain: Tensor) -> Tensor:
 
 
 class SpectralLoss:
-    """Distance of two waveforms (B, N) by magnitudes only: point by point where the mel tells them, else by their
-    grain.
+    """Distance of two waveforms (B, N) by magnitudes only: log-mels point by point, and the grain of spectrograms.
 
     The grain of a block of the spectrogram is its mean power and how far its mean log power is below that: steady
-    lines, a comb and noise of the same power differ in it, two draws of the same noise do not.
+    lines, a comb and noise of the same power differ in it, two draws of the same noise do not. Nothing is heard 50 dB
+    below a clip's strongest block, and the few blocks with sound count as much as all the silent ones: otherwise the
+    best answer to a bell or a tone is silence.
     """
 
     def __init__(self):
-        self.sharp = [(512, 160), (1024, 160)]
-        self.grain = [(256, 64, 8, 10), (1024, 256, 8, 5), (4096, 1024, 16, 2)]   # n_fft, hop, bins, frames of a block
+        self.blocks = [(256, 64, 8, 10), (1024, 256, 8, 5), (4096, 1024, 16, 2)]   # n_fft, hop, bins, frames of a block
 
     def __call__(self, made: Tensor, wanted: Tensor) -> Tensor:
-        total = 1.0 * (log_mel(made) - log_mel(wanted)).clamp(-4, 4).abs().mean()
-        for n_fft, hop in self.sharp:
-            a, b = (_magnitude(x, n_fft, hop).clamp(min=1e-5) ** 0.4 for x in (made, wanted))
-            total = total + ((a - b).abs().mean() + 2 * ((a - b) ** 2).mean()) / b.mean()
-        for n_fft, hop, bins, frames in self.grain:
-            a, b = (_grain(_magnitude(x, n_fft, hop), bins, frames) for x in (made, wanted))
-            total = total + 0.5 * (a - b).abs().mean()
+        mel, target = log_mel(made), log_mel(wanted)
+        floor = target.amax(dim=(1, 2, 3), keepdim=True) - 5.5
+        total = _balanced((mel.maximum(floor) - target.maximum(floor)).abs(), target > floor + 0.5)
+        for n_fft, hop, bins, frames in self.blocks:
+            a, b = (_power(x, n_fft, hop) for x in (made, wanted))
+            size = (bins, frames)
+            mean = F.avg_pool2d(b, size)
+            floor = 1e-5 * mean.amax(dim=(1, 2, 3), keepdim=True) + 1e-10
+            level = ((F.avg_pool2d(a, size) + floor) / (mean + floor)).log().abs()
+            depth = (F.avg_pool2d((a + floor).log(), size) - F.avg_pool2d((b + floor).log(), size)).abs()
+            total = total + 0.5 * _balanced(level + depth, mean > 10 * floor)
         return total
 
 
-def _magnitude(waveform: Tensor, n_fft: int, hop: int) -> Tensor:
-    """(B, N) -> (B, bins, frames), 1 for a sine of amplitude 1."""
+def _balanced(error: Tensor, active: Tensor) -> Tensor:
+    """Mean over what is active, and a third of the mean over the rest."""
+    part = active.to(error)
+    loud, rest = ((error * p).sum() / p.sum().clamp(min=1) for p in (part, 1 - part))
+    return loud + rest / 3
+
+
+def _power(waveform: Tensor, n_fft: int, hop: int) -> Tensor:
+    """(B, N) -> (B, 1, bins, frames), 1 for a sine of amplitude 1."""
     window = torch.hann_window(n_fft, device=waveform.device)
     spectrum = torch.stft(waveform, n_fft, hop, window=window, return_complex=True)
-    return (spectrum.real**2 + spectrum.imag**2 + 1e-12).sqrt() * (2 / window.sum())
-
-
-def _grain(magnitude: Tensor, bins: int, frames: int) -> Tensor:
-    """Log of the mean power of each block, and its mean log power: (B, 2, ...)."""
-    power = magnitude[:, None] ** 2 + 1e-8
-    mean = F.avg_pool2d(power, (bins, frames)).log()
-    return torch.cat([mean, F.avg_pool2d(power.log(), (bins, frames))], dim=1)
+    return (spectrum.real**2 + spectrum.imag**2)[:, None] * (2 / window.sum()) ** 2
 
 
 def train_spectra(vocoder: Vocoder, pool: Pool, held_out: Pool, recipe: Recipe, clock: Clock,
