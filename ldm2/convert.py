@@ -93,6 +93,8 @@ def convert(
     path = hub.resolve(source, revision, local_files_only)
     folder = Path(folder).expanduser().absolute()
     _check_target(folder, path, overwrite)
+    if path.is_dir() and (config is not None or tokenizers is not None):
+        raise ValueError(f"config and tokenizers belong to authors' files, {path} is a folder that has its own")
     partial = folder.with_name(f"{folder.name}.partial")
     _begin(partial, _job(path, dtype, config, reference))
     if path.is_dir():

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from ldm2 import original_configs as configs
@@ -27,6 +28,7 @@ from ldm2.encoders import ClapText, T5Text
 from ldm2.gpt2 import load_gpt2, load_projection
 from ldm2.original_tokenizers import LazyTokenizer, Tokenizer, tokenizer
 from ldm2.phonemes import PhonemeText
+from ldm2.ranking import FEATURE_EXTRACTOR, ClapAudio, Ranker
 from ldm2.schedules import Schedule
 from ldm2.text import TextEncoder
 from ldm2.unet import UNet
@@ -119,6 +121,25 @@ def components(
     )
 
 
+def ranker(
+    parts: Mapping[str, Part], text: ClapText | None = None, *, tokenizers: str | Path | None = None,
+    device: torch.device | str | None = None, local_files_only: bool = False,
+) -> Ranker:
+    """What ranks candidates, from the CLAP of a file. Raises ValueError if it holds none.
+
+    parts: those of `Components`; text: its text branch if that is loaded, else it is loaded here; the rest as for
+    `components`.
+    """
+    part = parts.get("text_encoder")
+    if part is None:
+        raise ValueError("the file holds no CLAP: this checkpoint cannot rank")
+    if text is None:
+        words = tokenizer("clap", tokenizers, local_files_only)
+        text = ClapText.load(part.fields, part.tensors, words, device=device, dtype=torch.float32)
+    extractor = transformers.ClapFeatureExtractor(**FEATURE_EXTRACTOR)
+    return Ranker(text, ClapAudio.load(part.fields, part.tensors, extractor, device=device))
+
+
 def _load(
     parts: Mapping[str, Part], name: str, build: Callable[[], nn.Module], *, source: str, device: Any, dtype: Any
 ) -> nn.Module | None:
@@ -156,7 +177,9 @@ def _text(
         clap = load("text_encoder", ClapText.load, "clap")
     if not any((clap, t5, phonemes, gpt2, projection)):
         return None
-    vectors = configs.VECTORS if gpt2 is None else parts["language_model"].fields["max_new_tokens"]
+    vectors = configs.SPEECH_VECTORS if speaks else configs.VECTORS
+    if gpt2 is not None:
+        vectors = parts["language_model"].fields["max_new_tokens"]
     return TextEncoder(clap=clap, t5=t5, phonemes=phonemes, projection=projection, gpt2=gpt2, num_vectors=vectors,
                        reference=reference)
 
@@ -219,12 +242,12 @@ def _groups(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensors]:
 def _models(groups: Mapping[str, Tensors], config: Mapping[str, Any], source: str) -> dict[str, Part]:
     """UNet, VAE and vocoder."""
     parts = {}
+    vae = keys.vae(groups.get(_VAE, {}), source)
     if _UNET in groups:
         tensors = keys.unet(groups[_UNET], source)
-        parts["unet"] = Part(configs.unet(tensors, config), tensors)
-    if _VAE in groups:
-        tensors = keys.vae(groups[_VAE], source)
-        parts["vae"] = Part(configs.vae(tensors, _scale_factor(groups, config, source)), tensors)
+        parts["unet"] = Part(configs.unet(tensors, config, configs.latent_frames(vae)), tensors)
+    if vae:
+        parts["vae"] = Part(configs.vae(vae, _scale_factor(groups, config, source)), vae)
     if _VOCODER in groups:
         tensors = keys.vocoder(groups[_VOCODER], source)
         parts["vocoder"] = Part(configs.vocoder(tensors, config, source), tensors)

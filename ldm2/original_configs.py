@@ -22,7 +22,7 @@ Fields = dict[str, Any]
 
 GROUPS = 32                                                # of every group norm, in UNet and VAE
 HEAD_CHANNELS = 32                                         # channels of each head of the UNet
-LATENT_FRAMES = 1024                                       # mel frames of the length that the models were trained on
+MEL_FRAMES = 1024                                       # mel frames of the length that the models were trained on
 TEXT_HEAD_CHANNELS = 64                                    # of RoBERTa and GPT-2
 SPEECH_VECTORS = 512                                       # that GPT-2 writes in the speech models
 VECTORS = 8                                                # in all others
@@ -76,8 +76,11 @@ def section(config: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
     return config
 
 
-def unet(tensors: Tensors, config: Mapping[str, Any]) -> Fields:
-    """unet/config.json, heads listed per level, from tensors under the hub's names."""
+def unet(tensors: Tensors, config: Mapping[str, Any], latent_frames: int) -> Fields:
+    """unet/config.json, heads listed per level, from tensors under the hub's names.
+
+    latent_frames: how long the latents of the training were, from which diffusers takes its default length.
+    """
     given = section(config, "model", "params", "unet_config", "params")
     levels = _numbers(tensors, r"down_blocks\.(\d+)\..*")
     channels = [_rows(tensors, f"down_blocks.{level}.resnets.0.conv1.weight") for level in levels]
@@ -88,7 +91,7 @@ def unet(tensors: Tensors, config: Mapping[str, Any]) -> Fields:
     ]
     fields = {
         "_class_name": "AudioLDM2UNet2DConditionModel",
-        "sample_size": section(config, "model", "params").get("latent_t_size", 256),
+        "sample_size": latent_frames,
         "in_channels": tensors["conv_in.weight"].shape[1],
         "out_channels": _rows(tensors, "conv_out.weight"),
         "block_out_channels": channels,
@@ -130,17 +133,24 @@ def _context_dim(
         for level in levels
     }
     itself = all(width == channels[level] for level, width in widths.items())
-    if itself and len(set(widths.values())) == 1 and transformer and given:      # a context could be as wide
-        return given[transformer - 1] if transformer <= len(given) else None
+    if itself and len(levels) == 1 and 0 < transformer <= len(given or ()):      # a context could be as wide
+        return given[transformer - 1]
     return None if itself else widths[levels[0]]
 
 
 def _heads(channels: list[int], given: Mapping[str, Any]) -> list[int]:
     """Number of heads at each level: of equal width, or equally many where the configuration says so."""
-    width = given.get("num_head_channels", HEAD_CHANNELS)
-    if width == -1:
-        return [given.get("num_heads", -1)] * len(channels)
-    return [max(count // width, 1) for count in channels]
+    name = "num_heads" if given.get("num_head_channels", HEAD_CHANNELS) == -1 else "num_head_channels"
+    number = given.get(name, HEAD_CHANNELS)
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"config: {name} must be a positive integer, got {number!r}")
+    return [number if name == "num_heads" else max(count // number, 1) for count in channels]
+
+
+def latent_frames(vae_tensors: Tensors) -> int:
+    """Length in latent positions of what the models were trained on."""
+    levels = len(_numbers(vae_tensors, r"encoder\.down_blocks\.(\d+)\..*"))
+    return MEL_FRAMES // 2 ** max(levels - 1, 0)
 
 
 def vae(tensors: Tensors, scale_factor: float) -> Fields:
@@ -158,7 +168,7 @@ def vae(tensors: Tensors, scale_factor: float) -> Fields:
         "up_block_types": ["UpDecoderBlock2D"] * len(levels),
         "layers_per_block": len(_numbers(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\..*")),
         "norm_num_groups": GROUPS,
-        "sample_size": LATENT_FRAMES,
+        "sample_size": MEL_FRAMES,
         "scaling_factor": scale_factor,
     }
 
@@ -338,8 +348,9 @@ def projection(tensors: Tensors) -> Fields:
 def _compare(given: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Raise ValueError if the authors' configuration says anything else than the file holds."""
     for name, value in found.items():
-        if name in given and given[name] != value:
-            raise ValueError(f"the config says {name} {json.dumps(given[name])}, the file holds {json.dumps(value)}")
+        if name in given and json.dumps(given[name], default=str) != json.dumps(value):
+            said = json.dumps(given[name], default=str)
+            raise ValueError(f"the config says {name} {said}, the file holds {json.dumps(value)}")
 
 
 def _rows(tensors: Tensors, name: str) -> int:

@@ -121,6 +121,11 @@ def test_heads_are_listed_per_level(golden_film):
     assert json.loads((golden_film / "unet/config.json").read_text())["attention_head_dim"] == [4, 8, 12, 20]
 
 
+def test_the_default_length_in_diffusers_is_that_of_the_training(golden_film):
+    unet, vae = (json.loads((golden_film / part / "config.json").read_text()) for part in ("unet", "vae"))
+    assert unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1) == 1024
+
+
 def test_a_converted_clap_can_rank(made):
     result = ldm2.load(made("sound")[2]).generate(PROMPT, num_waveforms=2, **SETTINGS | {"steps": 1})
     assert len(result.scores) == 2
@@ -272,6 +277,11 @@ def test_a_partial_folder_of_somebody_else_is_left_alone(made, tmp_path):
 def test_a_folder_is_not_converted_onto_itself(pickles):
     with pytest.raises(ValueError, match="holds the source"):
         convert(pickles, pickles, overwrite=True)
+
+
+def test_tokenizers_for_a_folder_that_has_its_own_are_refused(pickles, tmp_path):
+    with pytest.raises(ValueError, match="has its own"):
+        convert(pickles, tmp_path / "folder", tokenizers=tmp_path)
 
 
 def test_a_missing_parent_folder_is_named(made, tmp_path):

@@ -142,6 +142,13 @@ def test_a_yaml_file_is_read_as_configuration(files, tmp_path):
     assert original.components(files["film"], path).unet.config.num_heads == (4, 8, 12, 20)
 
 
+@pytest.mark.parametrize("value", [0, "8", None])
+def test_an_impossible_number_of_head_channels_is_refused(value):
+    config = {"model": {"params": {"unet_config": {"params": {"num_head_channels": value}}}}}
+    with pytest.raises(ValueError, match="num_head_channels must be a positive integer"):
+        original.split(authors.golden_state("film"), config, "file.pth")
+
+
 def test_without_configuration_heads_have_32_channels(files):
     assert original.components(files["film"]).unet.config.num_heads == (1, 2, 3, 5)
 
@@ -291,6 +298,20 @@ def test_clap_audio_equals_transformers(clap_file):
     assert_within(audio.audio_model(input_features=features).pooler_output, theirs, 2e-5)
     for name, field in {"depths": [2, 2], "num_attention_heads": [1, 2], "window_size": 4, "hidden_size": 64}.items():
         assert part.fields["audio_config"][name] == field
+
+
+def test_candidates_are_ranked_with_the_clap_of_the_file(clap_file, tmp_path):
+    checkpoints.roberta_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    ranker = original.ranker(original.read(clap_file[1]), tokenizers=tmp_path)
+    noise = torch.randn(2, 4800, generator=torch.Generator().manual_seed(0))
+    scores = ranker.scores(["a dog barking in the rain"], noise, 48_000)
+    assert scores.shape == (1, 2)
+    assert scores.abs().max() <= 1
+
+
+def test_a_file_without_clap_cannot_rank(opened):
+    with pytest.raises(ValueError, match="cannot rank"):
+        original.ranker(opened["base"].parts)
 
 
 @pytest.fixture(scope="module")
