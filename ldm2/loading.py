@@ -9,13 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import ClapFeatureExtractor
 
-from ldm2 import hub, original, original_tokenizers, weights
+from ldm2 import hub, original, weights
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
-from ldm2.encoders import ClapText
 from ldm2.pipeline import AudioLDM2
-from ldm2.ranking import FEATURE_EXTRACTOR, ClapAudio, Ranker
+from ldm2.ranking import Ranker
 from ldm2.recipe import DEFAULTS
 from ldm2.result import Result
 from ldm2.schedules import Schedule
@@ -91,19 +89,11 @@ def _from_original(
     lacking = [name for name in ("unet", "vae", "vocoder", "text") if getattr(found, name) is None]
     if lacking:
         raise ValueError(f"{path} holds no {' and no '.join(lacking)}: generating needs all parts in one file")
-
-    def make_ranker() -> Ranker:
-        clap = found.parts["text_encoder"]
-        text = found.text.clap
-        if text is None:
-            words = original_tokenizers.tokenizer("clap", folder=tokenizers, local_files_only=local_files_only)
-            text = ClapText.load(clap.fields, clap.tensors, words, device=settings["device"], source=f"{path}: CLAP")
-        return Ranker(text, ClapAudio.load(
-            clap.fields, clap.tensors, ClapFeatureExtractor(**FEATURE_EXTRACTOR), device=settings["device"],
-            source=f"{path}: CLAP",
-        ))
-
-    can_rank = "text_encoder" in found.parts and "audio_config" in found.parts["text_encoder"].fields
+    make_ranker = functools.partial(
+        original.ranker, found.parts, found.text.clap, tokenizers=tokenizers, device=settings["device"],
+        local_files_only=local_files_only,
+    )
+    can_rank = "text_encoder" in found.parts
     return AudioLDM2(
         unet=found.unet, vae=found.vae, vocoder=found.vocoder, text=found.text, schedule=found.schedule,
         make_ranker=make_ranker if can_rank else None, **settings,

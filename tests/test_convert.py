@@ -15,9 +15,7 @@ from safetensors.torch import load_file
 
 import ldm2
 from ldm2 import convert as conversion
-from ldm2 import original
 from ldm2.convert import convert, licence_notice
-from ldm2.pipeline import AudioLDM2
 from tests import authors, checkpoints
 
 KINDS = ("sound", "speech", "film", "t5")
@@ -61,12 +59,6 @@ def pickles(tmp_path_factory) -> Path:
     return folder
 
 
-def from_file(path: Path, tokenizers: Path, reference: str = "authors") -> AudioLDM2:
-    parts = original.components(path, tokenizers=tokenizers, reference=reference)
-    where = {"device": torch.device("cpu"), "dtype": torch.float32}
-    return AudioLDM2(parts.unet, parts.vae, parts.vocoder, parts.text, parts.schedule, **where)
-
-
 def words(kind: str) -> dict[str, str]:
     return {"phonemes": "hɛlo"} if kind == "speech" else {}
 
@@ -83,7 +75,7 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray, bar: float = 2e-4) -> Non
 def test_a_converted_folder_gives_the_sound_of_the_file(made, kind):
     path, tokenizers, folder = made(kind)
     ours = ldm2.load(folder).generate(PROMPT, **words(kind), **SETTINGS)
-    theirs = from_file(path, tokenizers).generate(PROMPT, **words(kind), **SETTINGS)
+    theirs = ldm2.load(path, tokenizers=tokenizers).generate(PROMPT, **words(kind), **SETTINGS)
     assert_close(ours.waveforms, theirs.waveforms)
     assert_close(ours.latents.numpy(), theirs.latents.numpy())
 
@@ -100,7 +92,7 @@ def test_diffusers_gives_the_same_sound_with_a_converted_folder(made, kind, monk
         num_inference_steps=SETTINGS["steps"], guidance_scale=1.0, generator=torch.Generator().manual_seed(1),
     ).audios
     settings = SETTINGS | words(kind) | {"guidance_scale": 1.0}
-    ours = from_file(path, tokenizers, "diffusers").generate(PROMPT, **settings)
+    ours = ldm2.load(path, tokenizers=tokenizers, reference="diffusers").generate(PROMPT, **settings)
     assert_close(ours.waveforms, theirs)
 
 
