@@ -11,21 +11,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ldm2.conditioning import Conditioning
 from ldm2.schedules import Schedule
 from ldm2.training.loop import Clock, Recipe, train
-from ldm2.training.text import TextSide, drop_prompts, vary
+from ldm2.training.text import Describer, TextSide, drop_prompts, vary
 from ldm2.unet import UNet
 
 _GAMMA = 5.0                               # signal-to-noise ratio above which a time step counts less
+_DESCRIPTION = 0.03                        # weight of the descriptions, so that what is not yet used is not forgotten
 _LEAST = 0.1                               # weight of the easiest time steps
 
 
 class TextToLatents(nn.Module):
-    """The two parts that are trained together, as one module."""
+    """What is trained together, as one module: the UNet, and the text side inside its describer."""
 
-    def __init__(self, unet: UNet, text: TextSide):
+    def __init__(self, unet: UNet, describer: Describer):
         super().__init__()
-        self.unet, self.text = unet, text
+        self.unet, self.describer = unet, describer
+
+    @property
+    def text(self) -> TextSide:
+        return self.describer.text
 
 
 def add_noise(x_0: Tensor, eps: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -47,16 +53,15 @@ def spread_steps(rows: int, total: int, generator: torch.Generator) -> Tensor:
 
 
 def train_diffusion(
-    model: TextToLatents, latents: Tensor, captions: Sequence[str], held_out_latents: Tensor,
+    model: TextToLatents, latents: Tensor, captions: Sequence[str], targets: Tensor, held_out_latents: Tensor,
     held_out_captions: Sequence[str], schedule: Schedule, recipe: Recipe, clock: Clock, batch_size: int = 24,
 ) -> None:
-    """latents (M, C, T, F) are scaled; captions has one entry for each of them."""
+    """latents (M, C, T, F) are scaled; captions and targets, their descriptions (M, 3), have one entry for each."""
     device = model.unet.conv_in.weight.device
     alphas_cumprod = torch.as_tensor(schedule.alphas_cumprod, dtype=torch.float32)
 
-    def error(x_0: Tensor, t: Tensor, eps: Tensor, prompts: list[str], zeroed: Tensor | None) -> Tensor:
+    def error(x_0: Tensor, t: Tensor, eps: Tensor, conditioning: Conditioning) -> Tensor:
         x_t = add_noise(x_0, eps, alphas_cumprod[t]).to(device)
-        conditioning = model.text(prompts, None if zeroed is None else zeroed.to(device))
         predicted = model.unet(x_t, t.to(device), conditioning)
         return ((predicted - eps.to(device)) ** 2).mean(dim=(1, 2, 3))       # (B,)
 
@@ -67,7 +72,11 @@ def train_diffusion(
         eps = torch.randn(x_0.shape, generator=generator)
         prompts, zeroed = drop_prompts(vary([captions[i] for i in rows], generator), generator)
         weights = step_weights(alphas_cumprod[t]).to(device)
-        return (weights * error(x_0, t, eps, prompts, zeroed)).mean()
+        conditioning = model.text(prompts, zeroed.to(device))
+        told = torch.tensor([bool(prompt) for prompt in prompts])
+        described = torch.where(told[:, None], targets[rows], -100).to(device)
+        description = model.describer.loss(conditioning, described)
+        return (weights * error(x_0, t, eps, conditioning)).mean() + _DESCRIPTION * description
 
     def evaluate() -> dict[str, float]:
         """Errors with the right captions and with each other's; the gap is what the text tells."""
@@ -76,7 +85,7 @@ def train_diffusion(
         t = spread_steps(len(x_0), len(alphas_cumprod), generator)
         eps = torch.randn(x_0.shape, generator=generator)
         prompts = list(held_out_captions[: len(x_0)])
-        right, wrong = (error(x_0, t, eps, p, None).mean() for p in (prompts, prompts[1:] + prompts[:1]))
+        right, wrong = (error(x_0, t, eps, model.text(p)).mean() for p in (prompts, prompts[1:] + prompts[:1]))
         return {"error": right, "error_swapped": wrong}
 
     train("diffusion", model, loss, recipe, clock, evaluate, evaluate_every=500)

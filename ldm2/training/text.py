@@ -123,7 +123,7 @@ class Describer(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(WIDTH, sum(self.sizes)) for _ in range(2)])
 
     def loss(self, conditioning: Conditioning, targets: Tensor) -> Tensor:
-        """Cross-entropy of the descriptions, targets (B, 3)."""
+        """Cross-entropy of the descriptions, targets (B, 3); a row of -100 does not count."""
         scores = self.read(conditioning)
         return sum(F.cross_entropy(part, targets[:, i]) for parts in scores for i, part in enumerate(parts))
 
@@ -142,10 +142,10 @@ def descriptions(pool: Pool) -> Tensor:
     return torch.tensor([(kinds.index(a), kinds.index(b), levels.index(v)) for (a, b), v in zip(pairs, pool.levels)])
 
 
-def train_description(text: TextSide, pool: Pool, held_out: Pool, recipe: Recipe, clock: Clock) -> None:
+def train_description(describer: Describer, pool: Pool, held_out: Pool, recipe: Recipe, clock: Clock) -> None:
     """T5, projection and GPT-2 learn to keep what a caption says where a linear reader finds it."""
+    text = describer.text
     device = text.projection.sos_embed.device
-    describer = Describer(text).to(device)
     targets, wanted = descriptions(pool).to(device), descriptions(held_out).to(device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:

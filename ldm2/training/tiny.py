@@ -28,7 +28,7 @@ from ldm2.training.data import Pool, formula_pool
 from ldm2.training.export import SCHEDULER, export
 from ldm2.training.loop import Clock, OutOfTime, Recipe
 from ldm2.training.sounds import KINDS, all_captions
-from ldm2.training.text import TextSide, byte_pair_tokenizer, clap_model, train_description
+from ldm2.training.text import Describer, TextSide, byte_pair_tokenizer, clap_model, descriptions, train_description
 from ldm2.unet import UNet
 from ldm2.vae import VAE
 from ldm2.vocoder import Vocoder
@@ -109,7 +109,7 @@ def latents_of(plan: Plan, vae: VAE, pool: Pool, held_out: Pool) -> tuple[Tensor
     return tuple(torch.load(path, weights_only=True))
 
 
-def prepare_text(plan: Plan, pool: Pool, held_out: Pool) -> tuple[transformers.ClapModel, TextSide]:
+def prepare_text(plan: Plan, pool: Pool, held_out: Pool) -> tuple[transformers.ClapModel, Describer]:
     """CLAP, trained, and a text side that describes captions."""
     torch.manual_seed(plan.seed)
     captions = all_captions()
@@ -117,10 +117,10 @@ def prepare_text(plan: Plan, pool: Pool, held_out: Pool) -> tuple[transformers.C
     clap = fresh(plan, clap_model(tokenizer))
     recipe = plan.recipe("clap", 2e-3, decay_from=0.4, average=0.98)
     contrast.train_clap(clap, tokenizer, pool, held_out, recipe, plan.clock)
-    text = fresh(plan, TextSide(captions, clap.eval(), tokenizer))
+    describer = fresh(plan, Describer(TextSide(captions, clap.eval(), tokenizer)))
     recipe = plan.recipe("description", 2e-3, decay_from=0.4, average=0.98)
-    train_description(text, pool, held_out, recipe, plan.clock)
-    return clap, text
+    train_description(describer, pool, held_out, recipe, plan.clock)
+    return clap, describer
 
 
 def prepare_vocoder(plan: Plan, vae: VAE, latents: Tensor, pool: Pool, held_out: Pool) -> Vocoder:
@@ -140,8 +140,8 @@ def prepare_vocoder(plan: Plan, vae: VAE, latents: Tensor, pool: Pool, held_out:
 
 
 def prepare_diffusion(
-    plan: Plan, rank: int, text: TextSide, scaling: float, latents: tuple[Tensor, Tensor],
-    captions: tuple[list[str], list[str]], labels: tuple[list[str], list[str]],
+    plan: Plan, rank: int, describer: Describer, scaling: float, latents: tuple[Tensor, Tensor],
+    captions: tuple[list[str], list[str]], labels: tuple[list[str], list[str]], targets: Tensor,
 ) -> diffusion.TextToLatents:
     """UNet and text side, trained together; one of `plan.processes` processes, each with a batch of its own."""
     if plan.processes > 1:
@@ -149,14 +149,15 @@ def prepare_diffusion(
         address = f"file://{(plan.out / 'meeting').resolve()}"
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=plan.processes)
     torch.manual_seed(plan.seed)
-    model = fresh(plan, diffusion.TextToLatents(UNet(UNetConfig.from_dict(UNET_FIELDS)), text))
+    model = fresh(plan, diffusion.TextToLatents(UNet(UNetConfig.from_dict(UNET_FIELDS)), describer))
     chosen = [[i for i in range(len(z)) for _ in range(SHARES.get(names[i], 0))] for z, names in zip(latents, labels)]
     scaled = [z[rows].float() * scaling for z, rows in zip(latents, chosen)]
     texts = [[words[i] for i in rows] for words, rows in zip(captions, chosen)]
     recipe = plan.recipe("diffusion", 1.2e-3, average=0.9985)
     try:
-        diffusion.train_diffusion(model, scaled[0], texts[0], scaled[1], texts[1], Schedule.from_dict(SCHEDULER),
-                                  recipe, plan.clock, batch_size=24 // plan.processes)
+        diffusion.train_diffusion(
+            model, scaled[0], texts[0], targets[chosen[0]], scaled[1], texts[1], Schedule.from_dict(SCHEDULER), recipe,
+            plan.clock, batch_size=24 // plan.processes)
     finally:
         if plan.processes > 1:
             dist.destroy_process_group()
@@ -177,11 +178,11 @@ def run(plan: Plan) -> Path:
     vae = prepare_vae(plan, pool, held_out)
     latents = latents_of(plan, vae, pool, held_out)
     autoencoder.measure_scaling(vae, latents[0])
-    clap, text = prepare_text(plan, pool, held_out)
+    clap, describer = prepare_text(plan, pool, held_out)
     vocoder = prepare_vocoder(plan, vae, latents[0], pool, held_out)
     plan.clock.check()
     words = (pool.captions, held_out.captions), (pool.labels, held_out.labels)
-    rest = (text, vae.config.scaling_factor, latents, *words)
+    rest = (describer, vae.config.scaling_factor, latents, *words, descriptions(pool))
     if plan.processes > 1:
         (plan.out / "meeting").unlink(missing_ok=True)
         mp.spawn(_worker, (plan, *rest), nprocs=plan.processes)

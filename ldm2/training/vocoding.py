@@ -120,7 +120,7 @@ def solve_front(vocoder: Vocoder, pool: Pool, clips: int = 400) -> None:
         pre.weight[channel, b, tap] = 1.0
         pre.bias[channel] = -level
     teacher, features, wanted = Teacher(atoms), [], []
-    for rows in torch.arange(clips).split(16):
+    for rows in torch.arange(min(clips, len(pool))).split(16):
         waveform, mel = pool.waveform(rows), pool.mel(rows)
         target = teacher(waveform, mel, noisy_frames([pool.labels[i] for i in rows], mel.shape[2])) / _UNIT
         bent = F.pad(F.leaky_relu(pre(mel[:, 0].mT), slope), (1, 1))
