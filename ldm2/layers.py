@@ -94,7 +94,8 @@ class ResnetBlock(nn.Module):
         if shift is not None and shift.shape[0] != 1:
             rows = max(h.shape[0], shift.shape[0])
             h, shift = repeat_rows(h, rows), repeat_rows(shift, rows)
-        h = self.conv2(self.norm2(h, shift))
+        h = self.norm2(h, shift)                                             # lets go of the first half
+        h = self.conv2(h)
         skip = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return repeat_rows(skip, h.shape[0]) + h
 

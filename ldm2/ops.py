@@ -20,7 +20,7 @@ def group_norm_silu(
     """SiLU(group_norm(x + shift)): x (B, C, T, F), shift (B, C) or (1, C), for one value per channel, or None."""
     if shift is not None:
         x = x + shift[:, :, None, None]
-    return F.silu(F.group_norm(x, num_groups, weight, bias, eps))
+    return F.silu(F.group_norm(x, num_groups, weight, bias, eps), inplace=True)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

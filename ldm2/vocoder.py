@@ -27,7 +27,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for conv1, conv2 in zip(self.convs1, self.convs2, strict=True):
             h = conv1(ops.leaky_relu(x, self.slope))
-            x = x + conv2(ops.leaky_relu(h, self.slope))
+            h = ops.leaky_relu(h, self.slope)
+            x = x + conv2(h)
         return x
 
 
@@ -63,7 +64,8 @@ class Vocoder(nn.Module):
             mel = (mel - self.mean) / self.scale
         x = self.conv_pre(mel.transpose(1, 2))             # (B, T, F) -> (B, C, T)
         for stage, upsampler in enumerate(self.upsampler):
-            x = self._fuse(stage, upsampler(ops.leaky_relu(x, self.config.leaky_relu_slope)))
+            x = upsampler(ops.leaky_relu(x, self.config.leaky_relu_slope))
+            x = self._fuse(stage, x)
         return torch.tanh(self.conv_post(ops.leaky_relu(x, _LAST_SLOPE))).squeeze(1)
 
     def _fuse(self, stage: int, x: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ class Vocoder(nn.Module):
         blocks = self.resblocks[stage * count : (stage + 1) * count]
         total = blocks[0](x)
         for block in blocks[1:]:
-            total = total + block(x)
+            total += block(x)
         return total / count
 
 
