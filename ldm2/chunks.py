@@ -57,8 +57,10 @@ def vocode(vocoder: Vocoder, mel: Tensor, chunk: int, loop: bool = False) -> Ten
 def decode(vae: VAE, latents: Tensor, tiles: Sequence[Window]) -> Tensor:
     """Unscaled latents (B, C, T, F) -> log-mel (B, 1, f * T, f * F), the weighted mean of tiles (see `windows.plan`).
 
-    The VAE was trained on pieces of one length; longer ones have other statistics in its group norms and a longer
-    attention, so that neither the whole nor the tiles is "the" decoding.
+    An approximation of vae.decode(latents): the group norms and the attention see a tile in place of everything. On
+    41 s of unlike sounds and the bundled tiny model, tiles of 256 frames that share 64 differ from the whole by 0.02 in
+    log-mel on average and 0.36 at most (the whole differs from the original by 0.08); tiles of 64 frames that share 16
+    by 0.07 and 1.4, so tiles should not be short.
     """
     factor = vae.config.downsampling
     batch, _, num_frames, num_bins = latents.shape

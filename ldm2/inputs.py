@@ -126,7 +126,7 @@ def encode_audio(
     rows = audio.resample(np.atleast_2d(_samples(waveform)), _rate(sample_rate), pipe.sample_rate)
     mel = analyse(pipe, rows).to(pipe.dtype)
     num_frames = mel.shape[2] // pipe.vae.config.downsampling
-    tile = num_frames if pipe.whole else pipe.own_frames
+    tile = num_frames if pipe.whole else pipe.piece_frames
     tiles = plan(num_frames, tile, tile // 4)
     posteriors = [encode(pipe.vae, row, tiles) for row in mel.split(1)]
     latents = torch.cat([posterior.mean for posterior in posteriors])

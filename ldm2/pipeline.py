@@ -80,6 +80,11 @@ class AudioLDM2:
         return self.unet.config.sample_size or 256
 
     @property
+    def piece_frames(self) -> int:
+        """Latent frames that the VAE and the vocoder take at once, 10.24 s at 16 kHz or more: a bound on memory."""
+        return max(self.own_frames, 256)
+
+    @property
     def whole(self) -> bool:
         """Whether sound of any length is made in one piece, as diffusers does, unless windows are asked for."""
         return self.text.reference == "diffusers"
@@ -187,12 +192,12 @@ class AudioLDM2:
     def decode(self, latents: Tensor, *, loop: bool = False, tile: int | None = None) -> Tensor:
         """Latents (B, C, T/f, F/f), scaled as `denoise` returns them -> log-mel (B, 1, T, F) in the model's dtype.
 
-        tile: latent frames to decode at once, default the model's own length (reference="diffusers": all of them).
+        tile: latent frames to decode at once, default `piece_frames` (reference="diffusers": all of them).
         loop: the end goes on at the start.
         """
         unscaled = latents.to(self.device, torch.float32) / self.vae.config.scaling_factor
         if tile is None:
-            tile = latents.shape[2] if self.whole and not loop else self.own_frames
+            tile = latents.shape[2] if self.whole and not loop else self.piece_frames
         tiles = plan(latents.shape[2], tile, tile // 4, loop=loop)
         mel = torch.cat([chunks.decode(self.vae, row, tiles) for row in unscaled.to(self.dtype).split(1)])
         return self.finite(mel, "the VAE's log-mel spectrogram")
@@ -203,7 +208,7 @@ class AudioLDM2:
 
         loop: the end goes on at the start; N is T * hop_length then.
         """
-        mel, chunk = mel.to(self.device, self.dtype), self.own_frames * self.vae.config.downsampling
+        mel, chunk = mel.to(self.device, self.dtype), self.piece_frames * self.vae.config.downsampling
         waveform = torch.cat([chunks.vocode(self.vocoder, row, chunk, loop) for row in mel.split(1)])
         return self.finite(waveform, "the vocoder's waveform")
 
