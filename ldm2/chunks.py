@@ -16,6 +16,8 @@ from ldm2.vae import VAE
 from ldm2.vocoder import Vocoder
 from ldm2.windows import Window
 
+CHUNK_FRAMES = 512                                         # mel frames for the vocoder: few beside them are context
+
 
 def receptive_field(config: VocoderConfig) -> tuple[int, int]:
     """How many mel frames before and behind a frame its samples depend on: the exact numbers for this generator.
@@ -42,16 +44,25 @@ def vocode(vocoder: Vocoder, mel: Tensor, chunk: int, loop: bool = False) -> Ten
     """
     left, right = receptive_field(vocoder.config)
     hop, num_frames = vocoder.config.hop_length, mel.shape[2]
-    pieces = []
+    beyond = 0 if loop else _samples_beyond(vocoder.config)
+    result = torch.empty(len(mel), hop * num_frames + beyond)                # one block: pieces would scatter the heap
     for start in range(0, num_frames, chunk):
         end = min(start + chunk, num_frames)
         begin, finish = start - left, end + right
         if not loop:
             begin, finish = max(begin, 0), min(finish, num_frames)
-        waveform = vocoder(mel[:, :, torch.arange(begin, finish, device=mel.device) % num_frames]).float().cpu()
-        last = end == num_frames and not loop              # the whole ends with some samples more than hop_length * T
-        pieces.append(waveform[:, (start - begin) * hop : None if last else (end - begin) * hop])
-    return torch.cat(pieces, dim=1)
+        waveform = vocoder(mel[:, :, torch.arange(begin, finish, device=mel.device) % num_frames])
+        stop = hop * end + (beyond if end == num_frames else 0)
+        result[:, hop * start : stop] = waveform[:, hop * (start - begin) : stop - hop * begin]
+    return result
+
+
+def _samples_beyond(config: VocoderConfig) -> int:
+    """Samples that the whole waveform has beyond hop_length * T: where kernel - rate is odd, one a stage, upsampled."""
+    samples = 0
+    for rate, kernel in zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True):
+        samples = rate * samples + (kernel - rate) % 2
+    return samples
 
 
 def decode(vae: VAE, latents: Tensor, tiles: Sequence[Window]) -> Tensor:

@@ -81,7 +81,7 @@ class AudioLDM2:
 
     @property
     def piece_frames(self) -> int:
-        """Latent frames that the VAE and the vocoder take at once, 10.24 s at 16 kHz or more: a bound on memory."""
+        """Latent frames that the VAE takes at once, 10.24 s at 16 kHz or more: a bound on memory."""
         return max(self.own_frames, 256)
 
     @property
@@ -208,7 +208,9 @@ class AudioLDM2:
 
         loop: the end goes on at the start; N is T * hop_length then.
         """
-        mel, chunk = mel.to(self.device, self.dtype), self.piece_frames * self.vae.config.downsampling
+        mel = mel.to(self.device, self.dtype)
+        short = mel.shape[2] <= self.own_frames * self.vae.config.downsampling
+        chunk = mel.shape[2] if short else chunks.CHUNK_FRAMES
         waveform = torch.cat([chunks.vocode(self.vocoder, row, chunk, loop) for row in mel.split(1)])
         return self.finite(waveform, "the vocoder's waveform")
 
