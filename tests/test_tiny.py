@@ -24,7 +24,7 @@ def pipe() -> ldm2.AudioLDM2:
 @pytest.fixture(scope="module")
 def say(pipe):
     """(prompt, seed) -> waveform (N,); each is generated once."""
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def generate(prompt: str, seed: int = 0) -> np.ndarray:
         return np.asarray(pipe.generate(prompt, seed=seed).waveforms[0]).reshape(-1)
     return generate
