@@ -46,12 +46,11 @@ def vocode(vocoder: Vocoder, mel: Tensor, chunk: int, loop: bool = False) -> Ten
     hop, num_frames = vocoder.config.hop_length, mel.shape[2]
     beyond = 0 if loop else _samples_beyond(vocoder.config)
     result = torch.empty(len(mel), hop * num_frames + beyond)                # one block: pieces would scatter the heap
+    size = chunk + left + right if loop else min(chunk + left + right, num_frames)                  # the same each time
     for start in range(0, num_frames, chunk):
         end = min(start + chunk, num_frames)
-        begin, finish = start - left, end + right
-        if not loop:
-            begin, finish = max(begin, 0), min(finish, num_frames)
-        waveform = vocoder(mel[:, :, torch.arange(begin, finish, device=mel.device) % num_frames])
+        begin = start - left if loop else min(max(start - left, 0), num_frames - size)
+        waveform = vocoder(mel[:, :, torch.arange(begin, begin + size, device=mel.device) % num_frames])
         stop = hop * end + (beyond if end == num_frames else 0)
         result[:, hop * start : stop] = waveform[:, hop * (start - begin) : stop - hop * begin]
     return result

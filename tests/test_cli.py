@@ -139,7 +139,8 @@ def test_ctrl_c_ends_with_130_and_leaves_no_file(tiny_checkpoint, tmp_path, monk
 
     monkeypatch.setattr(UNet, "forward", interrupted)
     monkeypatch.chdir(tmp_path)
-    code = main(["generate", PROMPT, "--model", str(tiny_checkpoint), "--steps", "50", "--seconds", "0.2", "-o", "x.wav"])
+    short = ("--steps", "50", "--seconds", "0.2", "-o", "x.wav")
+    code = main(["generate", PROMPT, "--model", str(tiny_checkpoint), *short])
     assert code == 130
     assert "stopped" in capsys.readouterr().err
     assert len(calls) == 3
