@@ -20,7 +20,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["ldm2", "ldm2.*"]),
+    packages=[*find_packages(include=["ldm2", "ldm2.*"]), "ldm2_kernels"],
+    package_dir={"ldm2_kernels": "kernels/ldm2_kernels"},
     package_data={"ldm2": ["tiny/**/*"]},
     install_requires=[
         "torch>=2.6",

@@ -1,19 +1,118 @@
 """The operations that models call by name, so that a faster implementation can take their place.
 
-Each function here is the definition of correct: plain PyTorch, any device, any floating dtype, differentiable.
+Each function here is the definition of correct: plain PyTorch, any device, any floating dtype, differentiable. Where
+`ldm2_kernels` has a fused form of one for the device at hand, and no gradient is asked for, that one runs instead, with
+the same arguments and result. `ops.geglu.reference` is always the plain one.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+try:
+    import ldm2_kernels
+except ModuleNotFoundError:                                # ldm2 runs from a folder without being installed
+    ldm2_kernels = None
 
+BACKENDS = ("auto", "fused", "reference")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_backend: ContextVar[str] = ContextVar("backend", default="auto")
+# By type of device, filled when an operation first runs there. None: PyTorch's own is the fused one.
+_kernels: dict[str, dict[str, Callable | None]] = {}
+_HINTS = {"cuda": "it needs the package triton"}
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Which implementation the operations take inside the `with` block, in this thread or task.
+
+    "auto" takes the fused one where there is one, "reference" plain PyTorch. "fused" raises RuntimeError at the first
+    operation that would fall back, so that no measurement times the fallback. A compiled model keeps the choice that it
+    was compiled under. Raises ValueError for another name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}, choose from {', '.join(BACKENDS)}")
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+@torch.compiler.assume_constant_result
+def _choice(name: str, device_type: str) -> tuple[bool, bool]:
+    """(whether there is a kernel to try, whether falling back is an error)."""
+    asked = _backend.get()
+    if asked == "reference":
+        return False, False
+    if device_type not in _kernels:
+        _kernels[device_type] = {} if ldm2_kernels is None else ldm2_kernels.load(device_type)
+    known = _kernels[device_type]
+    native = name in known and known[name] is None
+    return known.get(name) is not None, asked == "fused" and not native
+
+
+def _obstacle(tensors: list[Tensor]) -> str | None:
+    """Why no kernel can take these tensors, None if nothing is in the way."""
+    first = tensors[0]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "a gradient is needed"
+    if any(tensor.device != first.device for tensor in tensors):
+        return "the tensors are on several devices"
+    if any(tensor.dtype not in _DTYPES for tensor in tensors):
+        return f"it takes float32, float16 and bfloat16, not {', '.join({str(t.dtype)[6:] for t in tensors})}"
+    if any(tensor.numel() == 0 for tensor in tensors):
+        return "a tensor is empty"
+    return None
+
+
+def _fusible(reference: Callable) -> Callable:
+    """The operation that `reference` defines, by its kernel where there is one."""
+    name = reference.__name__
+
+    @functools.wraps(reference)
+    def operation(*args, **named):
+        tensors = [arg for arg in (*args, *named.values()) if isinstance(arg, Tensor)]
+        device_type = tensors[0].device.type
+        there, strict = _choice(name, device_type)
+        obstacle = _obstacle(tensors) if there else None
+        if there and obstacle is None:
+            result = _kernels[device_type][name](*args, **named)
+            if result is not NotImplemented:
+                return result
+        if strict:
+            raise RuntimeError(_refusal(name, tensors[0], there, obstacle))
+        return reference(*args, **named)
+
+    operation.reference = reference
+    return operation
+
+
+def _refusal(name: str, like: Tensor, there: bool, obstacle: str | None) -> str:
+    """One line that says why backend("fused") cannot be kept."""
+    device_type = like.device.type
+    if not there:
+        hint = _HINTS.get(device_type)
+        return f"no fused {name} on {device_type}" + ("" if hint is None else f": {hint}")
+    left = f"it leaves {str(like.dtype)[6:]} {tuple(like.shape)} to plain PyTorch"
+    return f"the fused {name} on {device_type} cannot be used: {left if obstacle is None else obstacle}"
+
+
+@_fusible
 def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Group normalisation of x (B, C, ...) over each of `num_groups` groups of channels, arXiv:1803.08494."""
     return F.group_norm(x, num_groups, weight, bias, eps)
 
 
+@_fusible
 def group_norm_silu(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None
 ) -> Tensor:
@@ -23,16 +122,19 @@ def group_norm_silu(
     return F.silu(F.group_norm(x, num_groups, weight, bias, eps), inplace=True)
 
 
+@_fusible
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Layer normalisation of x (..., D) over its last axis, arXiv:1607.06450."""
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
+@_fusible
 def geglu(x: Tensor, gate: Tensor) -> Tensor:
     """x * GELU(gate) with the exact (erf) GELU, arXiv:2002.05202. Both (..., D) -> (..., D)."""
     return x * F.gelu(gate)
 
 
+@_fusible
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v, arXiv:1706.03762 Eq. 1.
 
@@ -41,6 +143,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
+@_fusible
 def leaky_relu(x: Tensor, slope: float) -> Tensor:
     """x where x is positive, slope * x elsewhere."""
     return F.leaky_relu(x, slope)

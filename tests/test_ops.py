@@ -1,7 +1,10 @@
 """Each operation against its formula written out in float64; strided inputs; gradients."""
 
 import math
+import sys
+import types
 
+import ldm2_kernels
 import pytest
 import torch
 
@@ -116,3 +119,76 @@ def test_gradients_are_those_of_finite_differences():
 
     inputs = [draw(1, 4, 2, 3, seed=1), draw(4, seed=2), draw(4, seed=3), draw(1, 4, seed=4)]
     assert torch.autograd.gradcheck(chain, [x.double().requires_grad_() for x in inputs])
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """kernel(name, function) makes `function` the fused form of an operation on the CPU, and the only one there."""
+    monkeypatch.setattr(ops, "_kernels", {})
+    monkeypatch.setitem(ldm2_kernels.MODULES, "cpu", {})
+
+    def add(name, function):
+        home = types.ModuleType("a_kernel")
+        setattr(home, name, function)
+        monkeypatch.setitem(sys.modules, "a_kernel", home)
+        ldm2_kernels.MODULES["cpu"][name] = "a_kernel"
+
+    return add
+
+
+def test_a_kernel_takes_the_place_of_its_operation(kernel):
+    kernel("leaky_relu", lambda x, slope: x * 0 + slope)
+    assert torch.equal(ops.leaky_relu(torch.ones(3), 0.1), torch.full((3,), 0.1))
+
+
+def test_the_reference_backend_takes_no_kernel(kernel):
+    kernel("leaky_relu", lambda x, slope: x * 0)
+    with ops.backend("reference"):
+        assert torch.equal(ops.leaky_relu(torch.ones(3), slope=0.1), torch.ones(3))
+    assert torch.equal(ops.leaky_relu(torch.ones(3), slope=0.1), torch.zeros(3))
+
+
+def test_backends_nest_and_end_with_their_block(kernel):
+    kernel("leaky_relu", lambda x, slope: x * 0)
+    with ops.backend("reference"):
+        with ops.backend("auto"):
+            assert not ops.leaky_relu(torch.ones(3), 0.1).any()
+        assert ops.leaky_relu(torch.ones(3), 0.1).all()
+
+
+@pytest.mark.parametrize("make, reason", [
+    (lambda: torch.ones(3, requires_grad=True), "a gradient is needed"),
+    (lambda: torch.ones(3, dtype=torch.float64), "it takes float32, float16 and bfloat16, not float64"),
+    (lambda: torch.ones(0), "a tensor is empty"),
+    (lambda: torch.ones(3, 1), r"it leaves float32 \(3, 1\) to plain PyTorch"),
+])
+def test_what_a_kernel_cannot_take_goes_to_pytorch_or_raises_where_fused_is_asked_for(kernel, make, reason):
+    kernel("leaky_relu", lambda x, slope: NotImplemented if x.dim() == 2 else x * 0)
+    x = make()
+    assert torch.equal(ops.leaky_relu(x, 0.1), x)
+    with ops.backend("fused"), pytest.raises(RuntimeError, match=f"on cpu cannot be used: {reason}"):
+        ops.leaky_relu(x, 0.1)
+
+
+def test_fused_raises_where_there_is_no_kernel(kernel):
+    with ops.backend("fused"), pytest.raises(RuntimeError, match="no fused geglu on cpu"):
+        ops.geglu(torch.ones(3), torch.ones(3))
+
+
+def test_fused_holds_where_pytorchs_own_is_the_fused_one(kernel):
+    ldm2_kernels.MODULES["cpu"]["attention"] = None
+    q = draw(1, 2, 3, 4)
+    with ops.backend("fused"):
+        assert torch.equal(ops.attention(q, q, q), ops.attention.reference(q, q, q))
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="unknown backend 'fast', choose from auto, fused, reference"), \
+            ops.backend("fast"):
+        pass
+
+
+def test_a_compiled_function_calls_the_kernel(kernel):
+    kernel("leaky_relu", lambda x, slope: x * 0)
+    compiled = torch.compile(lambda x: ops.leaky_relu(x + 1, 0.1), backend="eager", fullgraph=True)
+    assert not compiled(torch.ones(3)).any()

@@ -1,0 +1,32 @@
+"""Fused operations for ldm2. Importing this imports neither Triton nor anything compiled.
+
+Each operation of `ldm2.ops` that has a kernel for a type of device has a line in the table below: a module, imported
+when an operation first runs on such a device, with a function of the operation's name and signature. That function
+returns NotImplemented for arguments which it leaves to plain PyTorch. It need not look at gradients, nor at tensors
+that are empty, on several devices, or not float32, float16 or bfloat16: those never reach it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+MODULES: dict[str, dict[str, str | None]] = {
+    "cuda": {"attention": None},                           # PyTorch's own is fused: FlashAttention
+    "cpu": {},
+}
+
+
+def load(device_type: str) -> dict[str, Callable | None]:
+    """Name -> fused operation for a type of device, None where PyTorch's own is the fused one.
+
+    None of them where what they need is not installed.
+    """
+    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
+        return {}
+    modules = MODULES.get(device_type, {})
+    return {
+        name: None if module is None else getattr(importlib.import_module(module), name)
+        for name, module in modules.items()
+    }
