@@ -1,20 +1,23 @@
 """Classifier-free guidance: eps = u + scale * (c - u) from one model call on both branches.
 
-Reference: "Classifier-Free Diffusion Guidance", arXiv:2207.12598, equation 6 with scale = 1 + w.
+References: "Classifier-Free Diffusion Guidance", arXiv:2207.12598, equation 6 with scale = 1 + w; "Applying Guidance in
+a Limited Interval Improves Sample and Distribution Quality in Diffusion Models", arXiv:2404.07724.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ldm2.conditioning import Conditioning
+from ldm2.reuse import reusing
 from ldm2.samplers.core import Denoiser
-from ldm2.unet import UNet
+from ldm2.unet import PreparedConditioning, UNet
 
 
 def check_scale(scale: float) -> float:
@@ -24,34 +27,63 @@ def check_scale(scale: float) -> float:
     return float(scale)
 
 
-def denoiser(
-    unet: UNet, conditioning: Conditioning, unconditional: Conditioning | None, scale: float, *,
-    dtype: torch.dtype, timesteps: Sequence[float] = (),
-) -> Denoiser:
-    """A denoiser(x_t, t) -> prediction for `samplers.sample`, float32 (B, C, T, F) -> float32.
+def everywhere(t: float) -> bool:
+    """Guidance at all timesteps."""
+    return True
 
-    conditioning, unconditional: B rows each; the latter is used for scale > 1 only, and needed then.
-    dtype:     of the model call; the difference of the branches is taken in float32, where it does not cancel.
-    timesteps: those whose embeddings are computed here, once, instead of in every call.
+
+class Guidance:
+    """A UNet with the conditioning of B rows; what does not depend on x_t is worked out once for all its denoisers.
+
+    unconditional: B rows too; used for scale > 1 only, and needed then.
+    dtype:         of the model call; the difference of the branches is taken in float32, where it does not cancel.
+    timesteps:     those whose embeddings are computed here, once, instead of in every call.
+    acts_at:       whether there is guidance at a timestep; without it the conditional branch is evaluated alone, at
+                   half the cost.
 
     Raises ValueError if the rows disagree, or the unconditional side or a finite scale is missing.
     """
-    guided = check_scale(scale) > 1
-    if guided and unconditional is None:
-        raise ValueError(f"guidance_scale {scale} needs an unconditional side")
-    if guided and unconditional.batch_size != conditioning.batch_size:
-        raise ValueError(f"guidance needs as many unconditional rows as conditional ones, got "
-                         f"{unconditional.batch_size} and {conditioning.batch_size}")
-    both = Conditioning.join([unconditional, conditioning]) if guided else conditioning
-    prepared = unet.prepare(both.to(next(unet.parameters()).device, dtype))
-    visited = list(dict.fromkeys(timesteps))
-    times = dict(zip(visited, unet.embed_time(torch.tensor(visited)).split(1))) if visited else {}
 
-    def denoise(x: Tensor, t: float) -> Tensor:
-        prediction = unet(x.to(dtype), t, prepared, time=times.get(t)).float()
-        if not guided:
-            return prediction
-        negative, positive = prediction.chunk(2)
-        return negative + scale * (positive - negative)
+    def __init__(
+        self, unet: UNet, conditioning: Conditioning, unconditional: Conditioning | None, scale: float, *,
+        dtype: torch.dtype, timesteps: Sequence[float] = (), acts_at: Callable[[float], bool] = everywhere,
+    ):
+        self.unet, self.scale, self.dtype, self.acts_at = unet, check_scale(scale), dtype, acts_at
+        self.conditioning, self.unconditional = conditioning, unconditional
+        if self.scale > 1 and unconditional is None:
+            raise ValueError(f"guidance_scale {scale} needs an unconditional side")
+        if self.scale > 1 and unconditional.batch_size != conditioning.batch_size:
+            raise ValueError(f"guidance needs as many unconditional rows as conditional ones, got "
+                             f"{unconditional.batch_size} and {conditioning.batch_size}")
+        visited = list(dict.fromkeys(timesteps))
+        self.times = dict(zip(visited, unet.embed_time(torch.tensor(visited)).split(1))) if visited else {}
 
-    return denoise
+    def denoiser(self, reuse: int = 1) -> Denoiser:
+        """A denoiser(x_t, t) -> prediction for `samplers.sample`, float32 (B, C, T, F) -> float32.
+
+        reuse: the deep features of the UNet are computed at every so many timesteps and kept in between, by this
+        denoiser and no other (see `reusing`): one denoiser serves one run, of one window.
+        """
+        predict = self.unet if reuse == 1 else reusing(self.unet, reuse)
+
+        def denoise(x: Tensor, t: float) -> Tensor:
+            guided = self.scale > 1 and self.acts_at(t)
+            branches = self._both if guided else self._conditional
+            prediction = predict(x.to(self.dtype), t, branches, time=self.times.get(t)).float()
+            if not guided:
+                return prediction
+            negative, positive = prediction.chunk(2)
+            return negative + self.scale * (positive - negative)
+
+        return denoise
+
+    @cached_property
+    def _both(self) -> PreparedConditioning:
+        return self._prepare(Conditioning.join([self.unconditional, self.conditioning]))
+
+    @cached_property
+    def _conditional(self) -> PreparedConditioning:
+        return self._prepare(self.conditioning)
+
+    def _prepare(self, conditioning: Conditioning) -> PreparedConditioning:
+        return self.unet.prepare(conditioning.to(next(self.unet.parameters()).device, self.dtype))

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm2.recipe import DEFAULTS
+from ldm2.recipe import DEFAULTS, PRESETS
 
 if TYPE_CHECKING:
     from ldm2.pipeline import AudioLDM2
@@ -67,6 +67,13 @@ def add_sampling_options(command: argparse.ArgumentParser, candidates: int | Non
     command.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from")
     command.add_argument("--sampler", choices=SAMPLERS, metavar="NAME",
                          help=f"one of: {', '.join(SAMPLERS)} (default: {DEFAULTS['sampler']})")
+    command.add_argument("--preset", choices=PRESETS, metavar="NAME", help="values for what is not given here: "
+                         f"{'; '.join(map(_told, PRESETS))}")
+    command.add_argument("--guidance-interval", type=interval, metavar="FROM:TO", help="guidance in this part of the "
+                         "run only, which goes from 0 (noise) to 1 (sound), for example 0.1:0.8; other steps cost half "
+                         "(default: all of it)")
+    command.add_argument("--reuse", type=int, metavar="N", help="compute the deep part of the model in every N-th step "
+                         "and reuse it in between: faster and less exact (default: 1)")
     command.add_argument("--eta", type=float, default=0.0, help="share of fresh noise in ddim, 0 to 1 (default: 0)")
     command.add_argument("--seed", type=int, help="number that fixes the noise (default: drawn, and printed)")
     if candidates is not None:
@@ -101,6 +108,22 @@ def prompt_at(text: str) -> tuple[float, str]:
         raise argparse.ArgumentTypeError(f"must be SECONDS:PROMPT, for example 20:thunder, got {text!r}") from None
 
 
+def _told(preset: str) -> str:
+    """A preset in words."""
+    values = PRESETS[preset]
+    start, end = values["guidance_interval"]
+    return f"{preset} is {values['sampler']} in {values['steps']} steps with guidance in {start:g}:{end:g}"
+
+
+def interval(text: str) -> tuple[float, float]:
+    """"0.1:0.8" -> (0.1, 0.8), for argparse; the ends of the run where nothing stands before or after the colon."""
+    start, colon, end = text.partition(":")
+    try:
+        return float(start or 0), float(end if end or not colon else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be FROM:TO, for example 0.1:0.8, got {text!r}") from None
+
+
 def prompts(args: argparse.Namespace) -> tuple[str, list[tuple[float, str]]]:
     """The prompt to begin with, and those that follow. Raises ValueError if there is none for the beginning."""
     if args.prompt is not None:
@@ -112,7 +135,8 @@ def prompts(args: argparse.Namespace) -> tuple[str, list[tuple[float, str]]]:
 
 def sampling(args: argparse.Namespace) -> dict:
     """The settings of add_sampling_options as arguments of AudioLDM2.generate and of the edits."""
-    names = ("steps", "guidance_scale", "negative_prompt", "sampler", "eta", "seed", "num_waveforms")
+    names = ("steps", "guidance_scale", "negative_prompt", "sampler", "eta", "seed", "num_waveforms", "preset",
+             "guidance_interval", "reuse")
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 

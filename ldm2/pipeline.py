@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm2 import __version__, chunks, edit, guidance, inputs, reconstruction, samplers
+from ldm2 import __version__, chunks, edit, inputs, reconstruction, samplers
 from ldm2.conditioning import Conditioning
+from ldm2.guidance import Guidance
 from ldm2.noise import SeededNoise
 from ldm2.ranking import Ranker, best_first
-from ldm2.recipe import DEFAULTS, Recipe, recipe
+from ldm2.recipe import DEFAULTS, Recipe, check_count, check_interval, recipe
 from ldm2.result import Result
 from ldm2.samplers import Step
 from ldm2.samplers.core import Denoiser
@@ -142,6 +143,7 @@ class AudioLDM2:
         guidance_scale: float = 1.0, sampler: str = "ddim", eta: float = 0.0,
         noise: Callable[[Tensor], Tensor] | None = None, windows: Sequence[Window] | None = None,
         x0: Tensor | None = None, start: int = 0, edit: Callable[[Step], Tensor] | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0), reuse: int = 1,
         callback: Callback | None = None, progress: bool = False,
     ) -> Tensor:
         """Standard normal `latents` (B, C, T/f, F/f) -> latents of sound, same shape, float32.
@@ -150,16 +152,19 @@ class AudioLDM2:
         windows: what the UNet sees at once (see `windows`), all if None. For prompts over time the conditionings have B
         rows for the first prompt, then B for the second, and so on.
         x0, start, edit: a late start from latents of sound, and what is held fixed: see samplers.sample.
+        guidance_interval, reuse: see `generate`.
         noise: draws what stochastic samplers add. callback(step, total, latents) may return False: raises Cancelled.
         """
+        interval, reuse = check_interval(guidance_interval), check_count("reuse", reuse)
         guided = functools.partial(
-            guidance.denoiser, self.unet, scale=guidance_scale, dtype=self.dtype,
+            Guidance, self.unet, scale=guidance_scale, dtype=self.dtype,
             timesteps=samplers.timesteps(sampler, self.schedule, steps),
+            acts_at=lambda t: self.schedule.within(t, interval),
         )
         if windows is None:
-            denoiser = guided(conditioning, unconditional)
+            denoiser = guided(conditioning, unconditional).denoiser(reuse)
         else:
-            denoiser = self._windowed(guided, windows, conditioning, unconditional, rows=len(latents))
+            denoiser = self._windowed(guided, windows, conditioning, unconditional, rows=len(latents), reuse=reuse)
         with tqdm(total=steps - start, unit="step", disable=not progress, leave=False) as bar:
 
             def after_step(done: int, total: int, latents: Tensor) -> object:
@@ -173,20 +178,22 @@ class AudioLDM2:
         return self.finite(latents, "the sampler's latents")
 
     def _windowed(
-        self, guided: Callable[..., Denoiser], windows: Sequence[Window], conditioning: Conditioning,
-        unconditional: Conditioning | None, rows: int,
+        self, guided: Callable[..., Guidance], windows: Sequence[Window], conditioning: Conditioning,
+        unconditional: Conditioning | None, rows: int, reuse: int,
     ) -> Denoiser:
         """The mean of the windows' denoisers. On a GPU several windows are one model call."""
         asked = rows * (1 + max(window.prompt for window in windows))
         if conditioning.batch_size < asked:
             raise ValueError(f"the windows need a conditioning of {asked} rows or more, got {conditioning.batch_size}")
 
-        def denoiser(prompts: tuple[int, ...]) -> Denoiser:
+        @functools.cache
+        def guidance(prompts: tuple[int, ...]) -> Guidance:
             places = [prompt * rows + row for prompt in prompts for row in range(rows)]
             other = None if unconditional is None else unconditional.select(places)
             return guided(conditioning.select(places), other)
 
-        return average(windows, denoiser, at_once=1 if self.device.type == "cpu" else max(1, 8 // rows))
+        at_once = 1 if self.device.type == "cpu" else max(1, 8 // rows)
+        return average(windows, lambda prompts: guidance(prompts).denoiser(reuse), at_once)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, *, loop: bool = False, tile: int | None = None) -> Tensor:
@@ -228,7 +235,9 @@ class AudioLDM2:
         sampler: str | None = None, eta: float = 0.0, seed: int | Sequence[int] | None = None, num_waveforms: int = 1,
         transcription: str | Sequence[str] | None = None, phonemes: str | Sequence[str] | None = None,
         latents: Tensor | None = None, window: float | None = None, overlap: float | None = None, loop: bool = False,
-        prompt_at: Sequence[tuple[float, str]] = (), callback: Callback | None = None, progress: bool = False,
+        prompt_at: Sequence[tuple[float, str]] = (), preset: str | None = None,
+        guidance_interval: tuple[float, float] | None = None, reuse: int | None = None,
+        callback: Callback | None = None, progress: bool = False,
     ) -> Result:
         """Sound for one prompt or several.
 
@@ -249,6 +258,10 @@ class AudioLDM2:
         overlap:         seconds that neighbouring windows share, default a quarter of a window
         loop:            make the end go on at the start; rounds the length to whole latent frames (0.04 s at 16 kHz)
         prompt_at:       [(seconds, prompt), ...]: prompts that take over from `prompt` at these times
+        preset:          one of ldm2.recipe.PRESETS, values for what is not given here: "fast"
+        guidance_interval: (start, end), shares of the run from 0 (noise) to 1 (sound) between which there is guidance,
+                         arXiv:2404.07724; outside a step costs half. Default (0, 1). Levels: see Schedule.within
+        reuse:           the UNet's deep features are computed in every so many steps, arXiv:2312.00858; default 1
         callback:        called as callback(step, total, latents) after each step; False stops with ldm2.Cancelled
         progress:        show a progress bar on stderr
 
@@ -257,7 +270,8 @@ class AudioLDM2:
         asked = recipe(
             prompt, negative_prompt, seconds=seconds, steps=steps, guidance_scale=guidance_scale, sampler=sampler,
             eta=eta, seed=seed, num_waveforms=num_waveforms, transcription=transcription, phonemes=phonemes,
-            window=window, overlap=overlap, loop=loop, prompt_at=prompt_at, defaults=self.defaults,
+            window=window, overlap=overlap, loop=loop, prompt_at=prompt_at, preset=preset,
+            guidance_interval=guidance_interval, reuse=reuse, defaults=self.defaults,
         )
         if asked.loop:
             asked = replace(asked, seconds=self._whole_frames(asked.seconds))
@@ -269,7 +283,8 @@ class AudioLDM2:
         conditioning, unconditional = self.conditionings(asked)
         latents = self.denoise(
             conditioning, unconditional, latents=latents, steps=asked.steps, guidance_scale=asked.guidance_scale,
-            sampler=asked.sampler, eta=asked.eta, noise=noise, windows=windows, callback=callback, progress=progress,
+            sampler=asked.sampler, eta=asked.eta, guidance_interval=asked.guidance_interval, reuse=asked.reuse,
+            noise=noise, windows=windows, callback=callback, progress=progress,
         )
         mel = self.decode(latents, loop=asked.loop)
         waveforms = self.vocode(mel, loop=asked.loop)[:, : round(asked.seconds * self.sample_rate)]

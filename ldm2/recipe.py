@@ -11,7 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-DEFAULTS = {"seconds": 10.24, "steps": 200, "guidance_scale": 3.5, "sampler": "ddim"}
+WHOLE_RUN = (0.0, 1.0)
+DEFAULTS = {
+    "seconds": 10.24, "steps": 200, "guidance_scale": 3.5, "sampler": "ddim", "guidance_interval": WHOLE_RUN,
+    "reuse": 1,
+}
+# What takes the place of the defaults by one name.
+PRESETS = {
+    "fast": {"steps": 25, "sampler": "dpmpp-2m", "guidance_interval": (0.1, 0.8)},
+}
 PER_PROMPT = ("prompt", "negative_prompt", "transcription", "phonemes")
 MAX_SECONDS = 600.0
 MAX_SEED = 2**63 - 1
@@ -36,6 +44,8 @@ class Recipe:
     overlap: float | None = None
     loop: bool = False
     prompt_at: tuple[tuple[float, str], ...] = ()
+    guidance_interval: tuple[float, float] = WHOLE_RUN
+    reuse: int = 1
 
     @property
     def guided(self) -> bool:
@@ -61,6 +71,8 @@ class Recipe:
             "overlap": self.overlap,
             "loop": self.loop,
             "prompt_at": [list(change) for change in self.prompt_at],
+            "guidance_interval": list(self.guidance_interval),
+            "reuse": self.reuse,
         }
 
 
@@ -92,28 +104,35 @@ def recipe(
     overlap: float | None = None,
     loop: bool = False,
     prompt_at: Sequence[tuple[float, str]] = (),
+    preset: str | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    reuse: int | None = None,
     defaults: Mapping[str, object] = DEFAULTS,
 ) -> Recipe:
-    """Check the arguments of a call; None takes the value from `defaults`. Raises ValueError naming value and rule.
+    """Check the arguments of a call; None takes the value from the preset, or else from `defaults`.
 
     seed: one number s gives the rows seeds s, s + 1, ...; a list gives each row its own; None draws one.
+
+    Raises ValueError naming value and rule.
     """
     from ldm2.samplers import check_settings
 
     prompts = check_prompts(prompt)
     num_waveforms = check_count("num_waveforms", num_waveforms)
-    steps = check_count("steps", defaults["steps"] if steps is None else steps)
-    sampler = defaults["sampler"] if sampler is None else sampler
+    given = {
+        "seconds": seconds, "steps": steps, "guidance_scale": guidance_scale, "sampler": sampler,
+        "guidance_interval": guidance_interval, "reuse": reuse,
+    }
+    chosen = {**defaults, **preset_settings(preset), **{name: v for name, v in given.items() if v is not None}}
+    steps, sampler = check_count("steps", chosen["steps"]), chosen["sampler"]
     check_settings(sampler, steps, eta)
-    seconds = check_seconds(defaults["seconds"] if seconds is None else seconds)
+    seconds = check_seconds(chosen["seconds"])
     return Recipe(
         prompts=prompts,
         negative_prompts=check_texts("negative_prompt", negative_prompt, len(prompts)),
         seconds=seconds,
         steps=steps,
-        guidance_scale=check_number(
-            "guidance_scale", defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-        ),
+        guidance_scale=check_number("guidance_scale", chosen["guidance_scale"]),
         sampler=sampler,
         eta=float(eta),
         seeds=check_seeds(seed, len(prompts) * num_waveforms),
@@ -124,7 +143,18 @@ def recipe(
         overlap=check_window("overlap", overlap, smallest=0),
         loop=bool(loop),
         prompt_at=check_prompt_at(prompt_at, seconds),
+        guidance_interval=check_interval(chosen["guidance_interval"]),
+        reuse=check_count("reuse", chosen["reuse"]),
     )
+
+
+def preset_settings(name: str | None) -> Mapping[str, object]:
+    """The settings of a preset; none for None."""
+    if name is None:
+        return {}
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}, choose from {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 def check_prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:
@@ -182,6 +212,16 @@ def check_window(name: str, seconds: float | None, smallest: float = 0.001) -> f
     if seconds < smallest:
         raise ValueError(f"{name} must be at least {smallest:g} seconds, got {seconds:g}")
     return seconds
+
+
+def check_interval(interval: Sequence[float]) -> tuple[float, float]:
+    """A part (start, end) of the run with 0 <= start <= end <= 1; empty if both are equal."""
+    if not isinstance(interval, Sequence) or isinstance(interval, str) or len(interval) != 2:
+        raise ValueError(f"guidance_interval must be (start, end), got {interval!r}")
+    start, end = (check_number("guidance_interval", share) for share in interval)
+    if not 0 <= start <= end <= 1:
+        raise ValueError(f"guidance_interval must have 0 <= start <= end <= 1, got {start:g} to {end:g}")
+    return start, end
 
 
 def check_prompt_at(changes: Sequence[tuple[float, str]], seconds: float) -> tuple[tuple[float, str], ...]:

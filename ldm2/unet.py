@@ -4,7 +4,8 @@ References: "U-Net", arXiv:1505.04597; "High-Resolution Image Synthesis with Lat
 "AudioLDM 2", arXiv:2308.05734, section III; FiLM: arXiv:1709.07871.
 
 What does not depend on x_t is worked out by `UNet.prepare` (once per generation) and `UNet.embed_time` (once per
-schedule); `forward` does both by itself where it is given the plain conditioning and time step.
+schedule); `forward` does both by itself where it is given the plain conditioning and time step. What is computed below
+the first level changes slowly with t: `UNet.with_features` returns it, and takes it back in place of computing it.
 """
 
 from __future__ import annotations
@@ -131,19 +132,47 @@ class UNet(nn.Module):
         None. The conditioning has k * B rows (k = 2 for guidance): rows [0:B] are one branch, [B:2B] the next, and so
         is the result (k * B, C, T, F); what the branches share is computed once. Raises ValueError if shapes disagree.
         """
+        return self.with_features(x_t, t, conditioning, time)[0]
+
+    def with_features(
+        self,
+        x_t: Tensor,
+        t: Tensor | float,
+        conditioning: Conditioning | PreparedConditioning,
+        time: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`: the result, and the deep features (k * B, C, T, F) that enter the last up block.
+
+        features: those of an earlier call on the same conditioning; if given, only the first level is computed. That is
+        the branch of DeepCache, arXiv:2312.00858, section 3.2.
+        """
         prepared = conditioning if isinstance(conditioning, PreparedConditioning) else self.prepare(conditioning)
         time = self.embed_time(t) if time is None else time
         self._check(x_t, time, prepared)
-        shifts, memories = self._shifts(time, prepared), iter(prepared.memories)
-        x = self.conv_in(x_t)
-        skips = [x]
-        for block in self.down_blocks:
+        first, last = self.down_blocks[0], self.up_blocks[-1]
+        shifts, memories = self._shifts(time, prepared), prepared.memories
+        outer, inner = len(last.resnets), len(memories) - len(last.attentions)
+        ahead = iter(shifts), iter(memories)
+        skips = [self.conv_in(x_t)]
+        skips += first(skips[0], *ahead)[1]
+        if features is None:
+            features = self._below(skips, *ahead)
+        else:
+            del skips[outer:]
+        x = last(features, skips, iter(shifts[-outer:]), iter(memories[inner:]))
+        return repeat_rows(self.conv_out(self.conv_norm_out(x)), prepared.rows), features
+
+    def _below(self, skips: list[Tensor], shifts: Shifts, memories: Memories) -> Tensor:
+        """All but the first level, on the last of its skips: what enters the last up block. Leaves it its own skips."""
+        x = skips[-1]
+        for block in [*self.down_blocks][1:]:
             x, more = block(x, shifts, memories)
             skips += more
         x = self.mid_block(x, shifts, memories)
-        for block in self.up_blocks:
+        for block in [*self.up_blocks][:-1]:
             x = block(x, skips, shifts, memories)
-        return repeat_rows(self.conv_out(self.conv_norm_out(x)), prepared.rows)
+        return x
 
     def prepare(self, conditioning: Conditioning) -> PreparedConditioning:
         """Keys and values of all contexts, and the FiLM condition's part of the shifts, for a whole generation.
@@ -186,10 +215,10 @@ class UNet(nn.Module):
     def _projections(self) -> list[nn.Linear]:
         return [resnet.time_emb_proj for block in self._blocks() for resnet in block.resnets]
 
-    def _shifts(self, time: Tensor, prepared: PreparedConditioning) -> Shifts:
+    def _shifts(self, time: Tensor, prepared: PreparedConditioning) -> tuple[Tensor, ...]:
         if prepared.film is not None:
             time = prepared.film + (time if len(time) == 1 else repeat_rows(time, prepared.rows))
-        return iter(time.split([proj.out_features for proj in self._projections()], dim=1))
+        return time.split([proj.out_features for proj in self._projections()], dim=1)
 
     def _check(self, x_t: Tensor, time: Tensor, prepared: PreparedConditioning) -> None:
         if x_t.dim() != 4 or x_t.shape[1] != self.config.in_channels:

@@ -8,7 +8,6 @@ averaging predictions is averaging steps.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,17 +90,18 @@ def average(
     """A denoiser of the whole timeline, x_t (B, C, T, F) -> float32, by the weighted mean of those of its windows.
 
     denoisers: denoisers(prompts) -> the denoiser of len(prompts) windows below each other, (len(prompts) * B, C, W, F),
-               of which window i has the conditioning of prompts[i]. Asked for once per combination.
+               of which window i has the conditioning of prompts[i]. Asked for once for each model call of a step: what
+               a denoiser remembers is of its own windows.
     at_once:   windows in one model call. Memory grows with it and not with the length.
     """
-    denoisers = functools.cache(denoisers)
     groups = [windows[i : i + at_once] for i in range(0, len(windows), at_once)]
+    calls = [(group, denoisers(tuple(window.prompt for window in group))) for group in groups]
 
     def denoise(x: Tensor, t: float) -> Tensor:
         result = torch.zeros_like(x, dtype=torch.float32)
-        for group in groups:
+        for group, denoiser in calls:
             parts = torch.cat([x[:, :, window.frames.to(x.device)] for window in group])
-            predictions = denoisers(tuple(window.prompt for window in group))(parts, t)
+            predictions = denoiser(parts, t)
             for window, prediction in zip(group, predictions.float().chunk(len(group)), strict=True):
                 weighted = prediction * window.weights.to(x.device)[:, None]
                 result.index_add_(2, window.frames.to(x.device), weighted)

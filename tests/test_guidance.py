@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from ldm2 import guidance, samplers
+from ldm2 import samplers
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig
+from ldm2.guidance import Guidance
 from ldm2.schedules import Schedule
 from ldm2.unet import UNet
 from tests import checkpoints
@@ -45,7 +46,7 @@ def rows(*levels, length=3):
 
 
 def denoiser(unet, scale, dtype=torch.float32, **settings):
-    return guidance.denoiser(unet, rows(3.0, 4.0), rows(1.0, 1.5), scale, dtype=dtype, **settings)
+    return Guidance(unet, rows(3.0, 4.0), rows(1.0, 1.5), scale, dtype=dtype, **settings).denoiser()
 
 
 def test_the_prediction_goes_from_unconditional_past_conditional_by_the_scale():
@@ -72,13 +73,15 @@ def test_a_scale_of_one_or_less_runs_the_conditional_branch_alone(scale):
 
 def test_without_guidance_no_unconditional_side_is_needed():
     unet = FakeUNet()
-    eps = guidance.denoiser(unet, rows(3.0), None, 1.0, dtype=torch.float32)(torch.zeros(1, 4, 5, 3), 7)
+    guidance = Guidance(unet, rows(3.0), None, 1.0, dtype=torch.float32)
+    eps = guidance.denoiser()(torch.zeros(1, 4, 5, 3), 7)
     assert eps[0, 0, 0, 0] == 3
 
 
 def test_contexts_of_different_lengths_are_guided():
     unet = FakeUNet()
-    guidance.denoiser(unet, rows(3.0, length=5), rows(1.0, length=2), 2.0, dtype=torch.float32)
+    guidance = Guidance(unet, rows(3.0, length=5), rows(1.0, length=2), 2.0, dtype=torch.float32)
+    guidance.denoiser()(torch.zeros(1, 4, 5, 3), 7)
     assert unet.prepared[0].masks[0].sum(1).tolist() == [2, 5]
 
 
@@ -129,9 +132,41 @@ def test_the_published_unet_is_guided_as_two_calls_of_its_own():
     cond, uncond = conditioning(6), conditioning(4)
     x_t = torch.randn(2, 4, 10, 8, generator=generator)
     with torch.no_grad():
-        got = guidance.denoiser(unet, cond, uncond, 3.5, dtype=torch.float32, timesteps=(501,))(x_t, 501)
+        got = Guidance(unet, cond, uncond, 3.5, dtype=torch.float32, timesteps=(501,)).denoiser()(x_t, 501)
         wanted = alone(uncond) + 3.5 * (alone(cond) - alone(uncond))
     assert (got - wanted).norm() / wanted.norm() < 1e-5
+
+
+def within(start, end):
+    return {"acts_at": lambda t: SCHEDULE.within(t, (start, end))}
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_an_interval_that_covers_the_run_changes_nothing(name):
+    def run(**settings):
+        noise = torch.Generator().manual_seed(0)
+        return samplers.sample(name, denoiser(FakeUNet(), 3.5, **settings), torch.ones(2, 4, 5, 3), SCHEDULE, 6,
+                               noise=lambda like: torch.randn(like.shape, generator=noise))
+    assert torch.equal(run(**within(0, 1)), run())
+
+
+@pytest.mark.parametrize("place", [0, 0.4, 1])
+def test_an_empty_interval_is_the_conditional_branch_alone(place):
+    x_T = torch.randn(2, 4, 5, 3)
+    empty, alone = (
+        samplers.sample("dpmpp-2m", denoiser(FakeUNet(), scale, **settings), x_T, SCHEDULE, 6)
+        for scale, settings in ((3.5, within(place, place)), (1.0, {}))
+    )
+    assert torch.equal(empty, alone)
+
+
+def test_both_branches_are_evaluated_inside_the_interval_only():
+    unet = FakeUNet()
+    guided = denoiser(unet, 3.5, **within(0.3, 0.8))
+    shares = {t: guided(torch.zeros(2, 4, 5, 3), t)[0, 0, 0, 0].item() for t in (1000, 701, 700, 699, 200, 199, 0)}
+    inside = [t for t, value in shares.items() if value == 1 + 3.5 * 2]
+    assert inside == [699, 200]
+    assert [conditioning.batch_size for conditioning in unet.prepared] == [2, 4]
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, "3", None, True])
@@ -142,9 +177,9 @@ def test_a_scale_that_is_no_finite_number_is_refused(scale):
 
 def test_guidance_without_unconditional_side_is_refused():
     with pytest.raises(ValueError, match=r"guidance_scale 3\.5 needs an unconditional side"):
-        guidance.denoiser(FakeUNet(), rows(3.0), None, 3.5, dtype=torch.float32)
+        Guidance(FakeUNet(), rows(3.0), None, 3.5, dtype=torch.float32)
 
 
 def test_guidance_with_unequal_rows_is_refused():
     with pytest.raises(ValueError, match="as many unconditional rows as conditional ones, got 1 and 2"):
-        guidance.denoiser(FakeUNet(), rows(3.0, 4.0), rows(1.0), 3.5, dtype=torch.float32)
+        Guidance(FakeUNet(), rows(3.0, 4.0), rows(1.0), 3.5, dtype=torch.float32)

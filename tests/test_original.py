@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm2 import guidance, original, original_keys, samplers
+from ldm2 import original, original_keys, samplers
 from ldm2.conditioning import Conditioning
+from ldm2.guidance import Guidance
 from tests import authors, checkpoints
 
 KINDS = ("base", "film")
@@ -78,9 +79,9 @@ def test_vocoder_equals_the_authors(opened, kind):
 @torch.no_grad()
 def test_a_whole_sampling_run_equals_the_authors(opened, kind):
     golden, parts = authors.golden(kind), opened[kind]
-    denoiser = guidance.denoiser(
+    denoiser = Guidance(
         parts.unet, conditioning(golden, "cond"), conditioning(golden, "uncond"), 3.5, dtype=torch.float32
-    )
+    ).denoiser()
     noise = iter(golden["generate.step_noise"])
     latents = samplers.sample(
         "ddim", denoiser, golden["generate.x_T"], parts.schedule, 5, eta=1.0, noise=lambda like: next(noise)
