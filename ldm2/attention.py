@@ -100,10 +100,10 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, memory: Memory | None) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        attended = self.attn2(self.norm2(x), memory)
-        x = repeat_rows(x, attended.shape[0]) + attended
-        return x + self.ff(self.norm3(x))
+        x, h = self.norm2.after_adding(x, self.attn1(self.norm1(x)))
+        attended = self.attn2(h, memory)
+        x, h = self.norm3.after_adding(repeat_rows(x, attended.shape[0]), attended)
+        return x + self.ff(h)
 
 
 class Transformer2D(nn.Module):

@@ -70,6 +70,10 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
+    def after_adding(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """x + added, and its normalisation."""
+        return ops.add_layer_norm(x, added, self.weight, self.bias, self.eps)
+
 
 class ResnetBlock(nn.Module):
     """Two normalised 3x3 convolutions beside a skip connection: (B, C_in, T, F) -> (B, C_out, T, F).

@@ -129,6 +129,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 @_fusible
+def add_layer_norm(x: Tensor, added: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + added, layer_norm(x + added)) for a sum that is needed itself as well. Both (..., D) -> two of (..., D)."""
+    x = x + added
+    return x, F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+@_fusible
 def geglu(x: Tensor, gate: Tensor) -> Tensor:
     """x * GELU(gate) with the exact (erf) GELU, arXiv:2002.05202. Both (..., D) -> (..., D)."""
     return x * F.gelu(gate)
@@ -147,3 +154,35 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 def leaky_relu(x: Tensor, slope: float) -> Tensor:
     """x where x is positive, slope * x elsewhere."""
     return F.leaky_relu(x, slope)
+
+
+@_fusible
+def add_leaky_relu(x: Tensor, added: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """(x + added, leaky_relu(x + added)) for a sum that is needed itself as well. Both of one shape."""
+    x = x + added
+    return x, F.leaky_relu(x, slope)
+
+
+@_fusible
+def add_up(x: Tensor, added: Tensor, total: Tensor | None = None, count: int = 1) -> Tensor:
+    """(total + x + added) / count for tensors of one shape: with `count` blocks in the total, the mean of them."""
+    x = x + added
+    if total is not None:
+        x += total
+    return x if count == 1 else x / count
+
+
+@_fusible
+def guide(prediction: Tensor, scale: float) -> Tensor:
+    """u + scale * (c - u) in float32 (B, ...) from both branches, u above c, in any dtype (2 B, ...).
+
+    Classifier-free guidance, arXiv:2207.12598, equation 6 with scale = 1 + w.
+    """
+    negative, positive = prediction.float().chunk(2)
+    return negative + scale * (positive - negative)
+
+
+@_fusible
+def axpby(a: float, x: Tensor, b: float, y: Tensor) -> Tensor:
+    """a * x + b * y for tensors of one shape: the update of the samplers."""
+    return a * x + b * y

@@ -24,12 +24,14 @@ class ResidualBlock(nn.Module):
         self.convs1 = nn.ModuleList([_same_conv(channels, kernel_size, dilation) for dilation in dilations])
         self.convs2 = nn.ModuleList([_same_conv(channels, kernel_size, 1) for _ in dilations])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for conv1, conv2 in zip(self.convs1, self.convs2, strict=True):
-            h = conv1(ops.leaky_relu(x, self.slope))
-            h = ops.leaky_relu(h, self.slope)
-            x = x + conv2(h)
-        return x
+    def forward(self, x: Tensor, activated: Tensor, total: Tensor | None = None, count: int = 1) -> Tensor:
+        """activated: leaky_relu(x), which blocks share. Their results meet here: (total + this one's) / count."""
+        *pairs, (last1, last2) = zip(self.convs1, self.convs2, strict=True)
+        for conv1, conv2 in pairs:
+            h = conv2(ops.leaky_relu(conv1(activated), self.slope))
+            x, activated = ops.add_leaky_relu(x, h, self.slope)
+        h = last2(ops.leaky_relu(last1(activated), self.slope))
+        return ops.add_up(x, h, total, count)
 
 
 class Vocoder(nn.Module):
@@ -72,10 +74,10 @@ class Vocoder(nn.Module):
         """Mean of the stage's residual blocks."""
         count = len(self.config.resblock_kernel_sizes)
         blocks = self.resblocks[stage * count : (stage + 1) * count]
-        total = blocks[0](x)
-        for block in blocks[1:]:
-            total += block(x)
-        return total / count
+        activated, total = ops.leaky_relu(x, self.config.leaky_relu_slope), None
+        for done, block in enumerate(blocks, start=1):
+            total = block(x, activated, total, count if done == count else 1)
+        return total
 
 
 def _same_conv(channels: int, kernel_size: int, dilation: int) -> nn.Conv1d:

@@ -92,6 +92,44 @@ def test_leaky_relu_scales_what_is_negative(dtype):
     assert_near(ops.leaky_relu(x, 0.1), torch.where(x > 0, x.double(), 0.1 * x.double()), dtype)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_add_layer_norm_returns_the_sum_and_its_normalisation(dtype):
+    x, added = draw(2, 5, 6, dtype=dtype), draw(2, 5, 6, seed=3, dtype=dtype)
+    weight, bias = draw(6, seed=1, dtype=dtype), draw(6, seed=2, dtype=dtype)
+    expected = x.double() + added.double()
+    total, normed = ops.add_layer_norm(x, added, weight, bias, 1e-5)
+    assert_near(total, expected, dtype)
+    assert_near(normed, normalised(expected, (-1,), 1e-5) * weight.double() + bias.double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_add_leaky_relu_returns_the_sum_and_its_leaky_relu(dtype):
+    x, added = draw(2, 5, 6, dtype=dtype), draw(2, 5, 6, seed=1, dtype=dtype)
+    expected = x.double() + added.double()
+    total, activated = ops.add_leaky_relu(x, added, 0.1)
+    assert_near(total, expected, dtype)
+    assert_near(activated, torch.where(expected > 0, expected, 0.1 * expected), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_add_up_divides_the_total_by_the_count(dtype):
+    x, added, total = (draw(2, 5, 6, seed=seed, dtype=dtype) for seed in range(3))
+    assert_near(ops.add_up(x, added), x.double() + added.double(), dtype)
+    assert_near(ops.add_up(x, added, total, 3), (x.double() + added.double() + total.double()) / 3, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_guide_goes_from_the_first_rows_past_the_last_by_the_scale(dtype):
+    prediction = draw(4, 3, 5, dtype=dtype)
+    negative, positive = prediction.double().chunk(2)
+    assert_near(ops.guide(prediction, 3.5), negative + 3.5 * (positive - negative), torch.float32)
+
+
+def test_axpby_adds_multiples():
+    x, y = draw(2, 5), draw(2, 5, seed=1)
+    assert_near(ops.axpby(0.3, x, -1.2, y), 0.3 * x.double() - 1.2 * y.double(), torch.float32)
+
+
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_group_norm_survives_a_large_mean(offset):
     x = draw(1, 4, 9, 7)

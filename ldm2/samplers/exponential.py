@@ -11,6 +11,7 @@ from math import expm1, log, sqrt
 
 from torch import Tensor
 
+from ldm2.ops import axpby
 from ldm2.samplers.core import Epsilon, Run, Solver
 
 
@@ -22,7 +23,7 @@ def dpmpp_2m(eps: Epsilon, run: Run, x: Tensor) -> Solver:
         x0 = predict_x0(eps, run, i, x, t)
         shrink = run.sigmas[i + 1] / run.sigmas[i]                           # exp(-h)
         (_, sigma), (alpha_next, sigma_next) = run.levels(i), run.levels(i + 1)
-        x = sigma_next / sigma * x + alpha_next * (1 - shrink) * midpoint(run, i, x0, x0_before)
+        x = axpby(sigma_next / sigma, x, alpha_next * (1 - shrink), midpoint(run, i, x0, x0_before))
         x0_before = x0
     return x
 
@@ -35,8 +36,8 @@ def dpmpp_2m_sde(eps: Epsilon, run: Run, x: Tensor) -> Solver:
         x0 = predict_x0(eps, run, i, x, t)
         shrink = run.sigmas[i + 1] / run.sigmas[i]                           # exp(-h)
         (_, sigma), (alpha_next, sigma_next) = run.levels(i), run.levels(i + 1)
-        x = (sigma_next / sigma * shrink * x + alpha_next * (1 - shrink**2) * midpoint(run, i, x0, x0_before)
-             + sigma_next * sqrt(1 - shrink**2) * run.noise(x))
+        x = axpby(sigma_next / sigma * shrink, x, alpha_next * (1 - shrink**2), midpoint(run, i, x0, x0_before))
+        x = axpby(1, x, sigma_next * sqrt(1 - shrink**2), run.noise(x))
         x0_before = x0
     return x
 
@@ -66,7 +67,7 @@ def unipc(eps: Epsilon, run: Run, x: Tensor) -> Solver:
             x = x + correction(run, i, x0, before, older)
         (_, sigma), (alpha_next, sigma_next) = run.levels(i), run.levels(i + 1)
         shrink = run.sigmas[i + 1] / run.sigmas[i]                           # exp(-h)
-        x = sigma_next / sigma * x + alpha_next * (1 - shrink) * midpoint(run, i, x0, before)
+        x = axpby(sigma_next / sigma, x, alpha_next * (1 - shrink), midpoint(run, i, x0, before))
         before, older = x0, before
     return x
 
@@ -93,4 +94,4 @@ def correction(run: Run, i: int, x0: Tensor, before: Tensor, older: Tensor | Non
 def predict_x0(eps: Epsilon, run: Run, i: int, x: Tensor, t: float) -> Tensor:
     """The model's x_0 at the state x before step i."""
     alpha, sigma = run.levels(i)
-    return (x - sigma * eps(x, t)) / alpha
+    return axpby(1 / alpha, x, -sigma / alpha, eps(x, t))

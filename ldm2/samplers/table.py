@@ -9,6 +9,7 @@ from math import sqrt
 
 from torch import Tensor
 
+from ldm2.ops import axpby
 from ldm2.samplers.core import Epsilon, Run, Solver
 
 
@@ -17,10 +18,9 @@ def ddim(eps: Epsilon, run: Run, x: Tensor) -> Solver:
     for i, t in run:
         x = yield run.step(i, x)
         a, a_prev = run.schedule.alpha_cumprod(t), run.schedule.alpha_cumprod(t - run.stride)
-        e = eps(x, t)
         sigma = run.eta * sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
-        x0 = (x - sqrt(1 - a) * e) / sqrt(a)
-        x = sqrt(a_prev) * x0 + sqrt(1 - a_prev - sigma**2) * e
+        keep = sqrt(a_prev / a)                            # equation 12 with x0 = (x - sqrt(1 - a) e) / sqrt(a) put in
+        x = axpby(keep, x, sqrt(1 - a_prev - sigma**2) - keep * sqrt(1 - a), eps(x, t))
         if run.eta > 0:
             x = x + sigma * run.noise(x)
     return x
@@ -37,8 +37,8 @@ def ddpm(eps: Epsilon, run: Run, x: Tensor) -> Solver:
         a = run.schedule.alpha_cumprod(t)
         a_prev = 1.0 if last else run.schedule.alpha_cumprod(run.timesteps[i + 1])
         beta = 1 - a / a_prev
-        x0 = (x - sqrt(1 - a) * eps(x, t)) / sqrt(a)
-        x = sqrt(a_prev) * beta / (1 - a) * x0 + sqrt(1 - beta) * (1 - a_prev) / (1 - a) * x
+        x0 = axpby(1 / sqrt(a), x, -sqrt(1 - a) / sqrt(a), eps(x, t))
+        x = axpby(sqrt(a_prev) * beta / (1 - a), x0, sqrt(1 - beta) * (1 - a_prev) / (1 - a), x)
         if t > 0:
             x = x + sqrt((1 - a_prev) / (1 - a) * beta) * run.noise(x)
     return x
@@ -53,7 +53,7 @@ def pndm(eps: Epsilon, run: Run, x: Tensor) -> Solver:
     def transfer(prediction: Tensor, t: int, t_prev: int) -> Tensor:
         a, a_prev = run.schedule.alpha_cumprod(t), run.schedule.alpha_cumprod(t_prev)
         e = eps.of(prediction, x, t)
-        return sqrt(a_prev / a) * x + (sqrt(1 - a_prev) - sqrt(a_prev / a) * sqrt(1 - a)) * e
+        return axpby(sqrt(a_prev / a), x, sqrt(1 - a_prev) - sqrt(a_prev / a) * sqrt(1 - a), e)
 
     history: list[Tensor] = []                                               # newest first
     for i, t in run:
