@@ -200,7 +200,7 @@ def _hub_part(folder: Path, reference: str) -> _Part:
         fields["attention_head_dim"] = _heads(UNetConfig.from_dict(fields, str(config), reference))
     if folder.name == "language_model" and fields.get("max_new_tokens") == 8 and _speaks(folder.parent):
         fields["max_new_tokens"] = 512                     # as the authors generate; see TextEncoder
-    tensors = weights.read_tensors(folder)
+    tensors = dict(weights.read_tensors(folder))
     if "shared.weight" in tensors:
         tensors.pop("encoder.embed_tokens.weight", None)   # T5's table under its second name
     small = [file for file in folder.iterdir() if file.suffix in hub.SMALL and ".index." not in file.name]

@@ -231,7 +231,8 @@ class _Job:
         if self.prompted:
             return self.pipe.conditionings(self.asked)
         speech = {"transcription": self.asked.transcription, "phonemes": self.asked.phonemes}
-        unconditional = self.pipe.encode_unconditional(self.pipe.encode(self.asked.prompts, **speech), **speech)
+        with self.pipe.stages["text"]:
+            unconditional = self.pipe.encode_unconditional(self.pipe.encode(self.asked.prompts, **speech), **speech)
         return unconditional.repeat(self.asked.num_waveforms), None
 
     def result(self, latents: Tensor, join: Join, keep_format: bool) -> Result:

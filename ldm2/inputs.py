@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldm2 import audio
 from ldm2.mel import MelConfig, config_for, log_mel
+from ldm2.memory import in_stage
 from ldm2.noise import SeededNoise
 from ldm2.vae import VAE, Posterior
 from ldm2.windows import Window, plan
@@ -111,6 +112,7 @@ def analyse(pipe: AudioLDM2, waveforms: np.ndarray) -> Tensor:
     return log_mel(padded.to(pipe.device), mel_config(pipe))
 
 
+@in_stage("vae")
 @torch.inference_mode()
 def encode_audio(
     pipe: AudioLDM2, waveform: np.ndarray | Tensor, sample_rate: int, *, seed: int | Sequence[int] | None = None

@@ -12,6 +12,7 @@ from torch import nn
 
 from ldm2 import hub, original, weights
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
+from ldm2.memory import Load, Stage
 from ldm2.pipeline import AudioLDM2
 from ldm2.ranking import Ranker
 from ldm2.recipe import DEFAULTS
@@ -30,6 +31,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def load(
     model: str | Path = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto", reference: str = "authors",
     revision: str | None = None, local_files_only: bool = False, tokenizers: str | Path | None = None,
+    low_memory: bool = False,
 ) -> AudioLDM2:
     """A checkpoint, ready to generate.
 
@@ -42,6 +44,8 @@ def load(
     local_files_only: use the cache and never the network
     tokenizers:       for authors' files, which hold none: a folder with `tokenizer` and `tokenizer_2`; default: their
                       own hub repositories
+    low_memory:       read each part from its files when its stage begins, and let go of it when the stage ends; the
+                      sound is the same
 
     Raises ValueError or OSError, one line each, naming what is missing or does not fit.
     """
@@ -58,19 +62,26 @@ def load(
     if path.is_dir():
         if tokenizers is not None:
             raise ValueError(f"{path} brings its own tokenizers: leave out tokenizers={str(tokenizers)!r}")
-        return _from_folder(path, reference, settings)
-    return _from_original(path, reference, tokenizers, local_files_only, settings)
+        return _from_folder(path, reference, settings, low_memory)
+    return _from_original(path, reference, tokenizers, local_files_only, settings, low_memory)
 
 
-def _from_folder(folder: Path, reference: str, settings: dict) -> AudioLDM2:
+def _from_folder(folder: Path, reference: str, settings: dict, low_memory: bool) -> AudioLDM2:
     """A checkpoint in the hub's layout."""
-    where = {"device": settings["device"], "dtype": settings["dtype"]}
-    text = TextEncoder.from_folder(folder, reference=reference, **where)
+    dtype = settings["dtype"]
+    configs = {
+        UNet: UNetConfig.from_json(folder / "unet/config.json", reference),
+        VAE: VAEConfig.from_json(folder / "vae/config.json"),
+        Vocoder: VocoderConfig.from_json(folder / "vocoder/config.json"),
+    }
+    loads = {"text": lambda device: TextEncoder.from_folder(folder, reference=reference, device=device, dtype=dtype)}
+    for build, config in configs.items():
+        name = build.__name__.lower()
+        loads[name] = functools.partial(_part, build, config, folder / name, dtype=dtype)
+    parts = _parts(loads, settings["device"], low_memory)
+    text = parts["text"]
     return AudioLDM2(
-        unet=_part(UNet, UNetConfig.from_json(folder / "unet/config.json", reference), folder / "unet", **where),
-        vae=_part(VAE, VAEConfig.from_json(folder / "vae/config.json"), folder / "vae", **where),
-        vocoder=_part(Vocoder, VocoderConfig.from_json(folder / "vocoder/config.json"), folder / "vocoder", **where),
-        text=text,
+        **parts,
         schedule=Schedule.from_json(folder / "scheduler/scheduler_config.json"),
         defaults=_checkpoint_defaults(folder),
         make_ranker=lambda: Ranker.from_folder(folder, text.clap, device=settings["device"]),
@@ -79,25 +90,39 @@ def _from_folder(folder: Path, reference: str, settings: dict) -> AudioLDM2:
 
 
 def _from_original(
-    path: Path, reference: str, tokenizers: str | Path | None, local_files_only: bool, settings: dict
+    path: Path, reference: str, tokenizers: str | Path | None, local_files_only: bool, settings: dict, low_memory: bool
 ) -> AudioLDM2:
     """A checkpoint in the authors' layout."""
-    found = original.components(
-        path, tokenizers=tokenizers, reference=reference, device=settings["device"], dtype=settings["dtype"],
-        local_files_only=local_files_only,
-    )
-    lacking = [name for name in ("unet", "vae", "vocoder", "text") if getattr(found, name) is None]
-    if lacking:
-        raise ValueError(f"{path} holds no {' and no '.join(lacking)}: generating needs all parts in one file")
-    make_ranker = functools.partial(
-        original.ranker, found.parts, found.text.clap, tokenizers=tokenizers, device=settings["device"],
-        local_files_only=local_files_only,
-    )
-    can_rank = "text_encoder" in found.parts
+    found = original.read(path)
+    read = functools.partial(original.read, path) if low_memory else lambda: found
+    where = {"tokenizers": tokenizers, "local_files_only": local_files_only}
+
+    def load(name: str, device: torch.device | str) -> nn.Module:
+        part = original.part(read(), name, reference=reference, device=device, dtype=settings["dtype"],
+                             source=f"{path}: ", **where)
+        if part is None:
+            raise ValueError(f"{path} holds no {name}: generating needs all parts in one file")
+        return part
+
+    loads = {name: functools.partial(load, name) for name in ("unet", "vae", "vocoder", "text")}
+    parts = _parts(loads, settings["device"], low_memory)
+    text = parts["text"]
+    can_rank = "text_encoder" in found
     return AudioLDM2(
-        unet=found.unet, vae=found.vae, vocoder=found.vocoder, text=found.text, schedule=found.schedule,
-        make_ranker=make_ranker if can_rank else None, **settings,
+        **parts,
+        schedule=original.schedule(found, str(path)),
+        make_ranker=(lambda: original.ranker(read(), text.clap, device=settings["device"], **where))
+        if can_rank else None,
+        **settings,
     )
+
+
+def _parts(loads: dict[str, Load], device: torch.device, low_memory: bool) -> dict:
+    """The modules by their names, as AudioLDM2 takes them; with low_memory asleep outside of their stages."""
+    if not low_memory:
+        return {name: load(device) for name, load in loads.items()}
+    stages = [Stage(name, device, load) for name, load in loads.items()]
+    return {stage.name: stage.module for stage in stages} | {"stages": stages}
 
 
 @functools.lru_cache(maxsize=1)
@@ -139,11 +164,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def _part(build: type[nn.Module], config, folder: Path, device: torch.device, dtype: torch.dtype):
+def _part(
+    build: type[nn.Module], config, folder: Path, device: torch.device | str, *, dtype: torch.dtype
+) -> nn.Module:
     """A module with the weights of its folder."""
     with weights.parameters_on_meta():
         module = build(config)
-    return weights.load(module, weights.read_tensors(folder), device=device, dtype=dtype, source=folder)
+    tensors = weights.read_tensors(folder, to_copy=dtype != torch.float32)
+    return weights.load(module, tensors, device=device, dtype=dtype, source=folder)
 
 
 def _checkpoint_defaults(folder: Path) -> dict:

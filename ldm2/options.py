@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs.
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import sys
 from pathlib import Path
@@ -29,7 +30,9 @@ def add_output_options(command: argparse.ArgumentParser, source: str) -> None:
     command.add_argument("-o", "--output", metavar="FILE", help="file to write; the suffix names the format "
                          f"(default: a name made from the {source}, .wav, in the current folder)")
     command.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
-    command.add_argument("-q", "--quiet", action="store_true", help="print the written path only")
+    how_much = command.add_mutually_exclusive_group()
+    how_much.add_argument("-q", "--quiet", action="store_true", help="print the written path only")
+    how_much.add_argument("-v", "--verbose", action="store_true", help="tell the time and the memory of each stage")
 
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
@@ -43,6 +46,8 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: auto)")
     command.add_argument("--reference", default="authors", help="whose arithmetic to reproduce: authors or diffusers "
                          "(default: authors; see weights.md)")
+    command.add_argument("--low-memory", action="store_true", help="hold only the part of the model in memory that is "
+                         "at work: the same sound, and the time to read each part anew")
 
 
 def add_source_options(command: argparse.ArgumentParser) -> None:
@@ -141,12 +146,14 @@ def sampling(args: argparse.Namespace) -> dict:
 
 
 def load(args: argparse.Namespace) -> AudioLDM2:
-    """The checkpoint of add_model_options."""
+    """The checkpoint of add_model_options. With --verbose its stages report to stderr from here on."""
     import ldm2
 
+    if args.verbose:
+        logging.getLogger("ldm2").setLevel(logging.INFO)
     return ldm2.load(
         args.model, device=args.device, dtype=args.dtype, reference=args.reference, revision=args.revision,
-        local_files_only=args.local_files_only, tokenizers=args.tokenizers,
+        local_files_only=args.local_files_only, tokenizers=args.tokenizers, low_memory=args.low_memory,
     )
 
 

@@ -51,6 +51,10 @@ _KINDS = {
     "phonemes": r"text_encoder\.emb\.weight",
 }
 
+_MODULES = {
+    "unet": (UNet, UNetConfig, "UNet"), "vae": (VAE, VAEConfig, "VAE"), "vocoder": (Vocoder, VocoderConfig, "vocoder"),
+}
+
 Tensors = dict[str, Tensor]
 
 
@@ -105,20 +109,39 @@ def components(
     Raises ValueError, one line, for a file that is not such a checkpoint, or not complete, or holds anything unknown.
     """
     parts = read(path, config)
-    where = {"device": device, "dtype": dtype}
-    fields = {name: part.fields for name, part in parts.items()}
-    source = f"{path}: "
-    find_tokenizer = partial(tokenizer, folder=tokenizers, local_files_only=local_files_only)
-    load = partial(_load, parts, source=source, **where)
+    load = partial(part, parts, tokenizers=tokenizers, reference=reference, device=device, dtype=dtype,
+                   local_files_only=local_files_only, source=f"{path}: ")
     return Components(
-        unet=load("unet", lambda: UNet(UNetConfig.from_dict(fields["unet"], source + "UNet"))),
-        vae=load("vae", lambda: VAE(VAEConfig.from_dict(fields["vae"], source + "VAE"))),
-        vocoder=load("vocoder", lambda: Vocoder(VocoderConfig.from_dict(fields["vocoder"], source + "vocoder"))),
-        text=_text(parts, source, find_tokenizer, reference, where),
-        scale_factor=fields["vae"]["scaling_factor"] if "vae" in parts else None,
-        schedule=Schedule.from_dict(fields["scheduler"], source + "schedule"),
-        parts=parts,
+        unet=load("unet"), vae=load("vae"), vocoder=load("vocoder"), text=load("text"),
+        scale_factor=parts["vae"].fields["scaling_factor"] if "vae" in parts else None,
+        schedule=schedule(parts, str(path)), parts=parts,
     )
+
+
+def schedule(parts: Mapping[str, Part], source: str) -> Schedule:
+    """The noise schedule of the training."""
+    return Schedule.from_dict(parts["scheduler"].fields, f"{source}: schedule")
+
+
+def part(
+    parts: Mapping[str, Part], name: str, *, tokenizers: str | Path | None = None, reference: str = "authors",
+    device: torch.device | str | None = None, dtype: torch.dtype | None = None, local_files_only: bool = False,
+    source: str = "",
+) -> nn.Module | None:
+    """One of "unet", "vae", "vocoder" and "text" (all encoders), loaded; None if the file does not hold it.
+
+    parts: what `read` returned; source: what errors begin with; the rest as for `components`.
+    """
+    where = {"device": device, "dtype": dtype}
+    if name == "text":
+        find_tokenizer = partial(tokenizer, folder=tokenizers, local_files_only=local_files_only)
+        return _text(parts, source, find_tokenizer, reference, where)
+    if name not in parts:
+        return None
+    model, config, title = _MODULES[name]
+    with weights.parameters_on_meta():
+        module = model(config.from_dict(parts[name].fields, source + title))
+    return weights.load(module, parts[name].tensors, table={}, source=source + name, **where)
 
 
 def ranker(
@@ -138,17 +161,6 @@ def ranker(
         text = ClapText.load(part.fields, part.tensors, words, device=device, dtype=torch.float32)
     extractor = transformers.ClapFeatureExtractor(**FEATURE_EXTRACTOR)
     return Ranker(text, ClapAudio.load(part.fields, part.tensors, extractor, device=device))
-
-
-def _load(
-    parts: Mapping[str, Part], name: str, build: Callable[[], nn.Module], *, source: str, device: Any, dtype: Any
-) -> nn.Module | None:
-    """The module of one part, or None if the file does not hold it."""
-    if name not in parts:
-        return None
-    with weights.parameters_on_meta():
-        module = build()
-    return weights.load(module, parts[name].tensors, table={}, device=device, dtype=dtype, source=source + name)
 
 
 def _text(
@@ -210,7 +222,7 @@ def _open(path: str | Path) -> Tensors:
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder, expected a file: {EXPECTED}")
     try:
-        return weights.read_tensors(path)
+        return dict(weights.read_tensors(path))
     except ValueError as error:
         raise ValueError(f"{error}; expected {EXPECTED}") from error
 

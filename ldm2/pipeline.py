@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ldm2 import __version__, chunks, edit, inputs, reconstruction, samplers
 from ldm2.conditioning import Conditioning
 from ldm2.guidance import Guidance
+from ldm2.memory import STAGES, Stage, in_stage
 from ldm2.noise import SeededNoise
 from ldm2.ranking import Ranker, best_first
 from ldm2.recipe import DEFAULTS, Recipe, check_count, check_interval, recipe
@@ -45,18 +46,23 @@ class AudioLDM2:
     unet, vae, vocoder: the modules; text: the text encoders; schedule: the noise schedule of the training.
     device, dtype: where and in which precision the UNet, VAE and vocoder run; the sampler's state stays float32.
     make_ranker:   loads what ranks candidates (CLAP's audio branch) when it is first needed.
+    stages:        those whose parts sleep outside of them, weights on the meta device (`ldm2.load(low_memory=True)`):
+                   whoever uses such a part directly does so `with pipe.stages["unet"]:`.
     """
 
     def __init__(
         self, unet: UNet, vae: VAE, vocoder: Vocoder, text: TextEncoder, schedule: Schedule, *,
         device: torch.device, dtype: torch.dtype, defaults: Mapping[str, object] = DEFAULTS,
         origin: Mapping[str, object] | None = None, make_ranker: Callable[[], Ranker] | None = None,
+        stages: Sequence[Stage] = (),
     ):
         self.unet, self.vae, self.vocoder, self.text, self.schedule = unet, vae, vocoder, text, schedule
         self.device, self.dtype = device, dtype
         self.defaults = dict(DEFAULTS) | dict(defaults)
         self.origin = dict(origin or {})
         self._make_ranker, self._ranker = make_ranker, None
+        self.stages = {name: Stage(name, device) for name in STAGES} | {stage.name: stage for stage in stages}
+        self.low_memory = bool(stages)
 
     @property
     def sample_rate(self) -> int:
@@ -116,6 +122,7 @@ class AudioLDM2:
         windows = plan(num_frames, width, shared, loop=loop, borders=borders)
         return windows if len(windows) > 1 else None
 
+    @in_stage("text")
     @torch.inference_mode()
     def encode(
         self, prompt: str | Sequence[str], *, transcription: str | Sequence[str] | None = None,
@@ -127,6 +134,7 @@ class AudioLDM2:
         """
         return self.text.encode(prompt, transcription=transcription, phonemes=phonemes)
 
+    @in_stage("text")
     @torch.inference_mode()
     def encode_unconditional(
         self, conditioning: Conditioning, negative_prompt: str | Sequence[str] | None = None, *,
@@ -137,6 +145,7 @@ class AudioLDM2:
             conditioning, negative_prompt, transcription=transcription, phonemes=phonemes
         )
 
+    @in_stage("unet")
     @torch.inference_mode()
     def denoise(
         self, conditioning: Conditioning, unconditional: Conditioning | None = None, *, latents: Tensor, steps: int,
@@ -195,6 +204,7 @@ class AudioLDM2:
         at_once = 1 if self.device.type == "cpu" else max(1, 8 // rows)
         return average(windows, lambda prompts: guidance(prompts).denoiser(reuse), at_once)
 
+    @in_stage("vae")
     @torch.inference_mode()
     def decode(self, latents: Tensor, *, loop: bool = False, tile: int | None = None) -> Tensor:
         """Latents (B, C, T/f, F/f), scaled as `denoise` returns them -> log-mel (B, 1, T, F) in the model's dtype.
@@ -209,6 +219,7 @@ class AudioLDM2:
         mel = torch.cat([chunks.decode(self.vae, row, tiles) for row in unscaled.to(self.dtype).split(1)])
         return self.finite(mel, "the VAE's log-mel spectrogram")
 
+    @in_stage("vocoder")
     @torch.inference_mode()
     def vocode(self, mel: Tensor, *, loop: bool = False) -> Tensor:
         """Log-mel (B, 1, T, F) -> waveform (B, N), float32 on the CPU; N is at least T * hop_length.
@@ -290,6 +301,7 @@ class AudioLDM2:
         waveforms = self.vocode(mel, loop=asked.loop)[:, : round(asked.seconds * self.sample_rate)]
         return self._result(asked, waveforms.numpy(), latents.cpu(), mel[:, 0].float().cpu())
 
+    @in_stage("text")
     def conditionings(self, asked: Recipe) -> tuple[Conditioning, Conditioning | None]:
         """Both sides of guidance, a row for each waveform and prompt over time; the second is None without guidance."""
         speech = {"transcription": asked.transcription, "phonemes": asked.phonemes}
@@ -316,16 +328,19 @@ class AudioLDM2:
             settings=asked.settings | self.origin | {"ldm2": __version__},
         )
 
+    @in_stage("ranking")
     def rank(self, waveforms: np.ndarray, prompts: Sequence[str]) -> tuple[list[int], list[float]]:
         """Rows of `waveforms` (P * n, N) best first for each of P prompts, and their CLAP similarities in that order.
 
         Raises ValueError if the checkpoint has no audio branch of CLAP to rank with.
         """
-        if self._ranker is None:
-            if self._make_ranker is None:
-                raise ValueError("this checkpoint has no CLAP audio branch to rank with: ask for one waveform a prompt")
-            self._ranker = self._make_ranker()
-        scores = self._ranker.scores(list(prompts), waveforms, self.sample_rate)
+        if self._make_ranker is None:
+            raise ValueError("this checkpoint has no CLAP audio branch to rank with: ask for one waveform a prompt")
+        ranker = self._ranker or self._make_ranker()
+        if not self.low_memory:
+            self._ranker = ranker
+        with self.stages["text"]:                          # whose branch of CLAP the ranker uses
+            scores = ranker.scores(list(prompts), waveforms, self.sample_rate)
         order = best_first(scores)
         return order, scores.flatten()[order].tolist()
 

@@ -11,7 +11,7 @@ References: "AudioLDM 2", arXiv:2308.05734, section III; "AudioLDM", arXiv:2301.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -286,9 +286,9 @@ class Parts:
         """The config.json of a part."""
         return _read_json(self.folder / name / "config.json")
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
+    def tensors(self, name: str) -> Mapping[str, Tensor]:
         """The tensors of a part, memory-mapped."""
-        return weights.read_tensors(self.folder / name)
+        return weights.read_tensors(self.folder / name, to_copy=self.dtype not in (None, torch.float32))
 
     def preprocessor(self, name: str, kind: type[Preprocessor]) -> Preprocessor:
         """The tokenizer or feature extractor in a folder."""

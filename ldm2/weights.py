@@ -5,7 +5,7 @@
     weights.load(unet, weights.read_tensors(folder / "unet"), dtype=torch.bfloat16)
 
 Tensors are memory-mapped: float32 weights of a CPU model are never copied, other precisions are cast one tensor at a
-time. Pickle files are read with `weights_only=True`, never otherwise.
+time, and what was cast is let go. Pickle files are read with `weights_only=True`, never otherwise.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ DAMAGED = (
     MemoryError, struct.error,
 )
 
+STRETCH = 128_000_000                                      # bytes of a file that are mapped at once to be copied
+
 # Names that older versions of the libraries wrote, for every part of a hub folder: {regular expression: new name}.
 # None means dropped on purpose: tables that are computed, not learned.
 OLD_NAMES: Table = {
@@ -51,21 +53,53 @@ OLD_NAMES: Table = {
 # Reading
 
 
-def read_tensors(folder: str | Path, variant: str | None = None) -> dict[str, Tensor]:
+def read_tensors(folder: str | Path, variant: str | None = None, to_copy: bool = False) -> Mapping[str, Tensor]:
     """All tensors of one part, memory-mapped, under the names in the files. `folder` may also be a weight file itself.
 
+    to_copy: they will be copied: do not keep in memory what was copied, see `Stretches` (safetensors only).
     Raises ValueError, one line that names the file, if a file is missing, truncated, of another kind, or a pickle that
     holds anything but tensors.
     """
     path = Path(folder)
     tensors: dict[str, Tensor] = {}
+    places: dict[str, Path] = {}
     for file in [path] if path.is_file() else weight_files(path, variant):
         part = read_safetensors(file) if file.suffix == ".safetensors" else _flat(read_pickle(file), file)
         twice = tensors.keys() & part.keys()
         if twice:
             raise ValueError(f"{file} repeats {_few(sorted(twice))} of another shard")
         tensors.update(part)
+        places.update(dict.fromkeys(part, file))
+    if to_copy and all(file.suffix == ".safetensors" for file in places.values()):
+        return Stretches(places)
     return tensors
+
+
+class Stretches(Mapping[str, Tensor]):
+    """Tensors of safetensors files (name -> file), mapped when they are asked for.
+
+    A mapped page counts as memory from when it is read until the whole mapping goes. So the file is mapped anew after
+    each STRETCH bytes: whoever takes the tensors in their order and keeps none holds no more than that.
+    """
+
+    def __init__(self, places: Mapping[str, Path]):
+        self._places = places
+        self._path, self._file, self._served = None, None, 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self._places[name]
+        if path != self._path or self._served > STRETCH:
+            self._path, self._served = path, 0
+            self._file = safe_open(str(path), framework="pt", device="cpu")
+        tensor = self._file.get_tensor(name)
+        self._served += tensor.nbytes
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -213,21 +247,25 @@ def load(
     tensors = rename(tensors, table, source=source, keep_others=True)
     groups = _groups(module, table)
     _check(groups, tensors, source)
-    for names, target in groups:
-        tensor = tensors[next(name for name in names if name in tensors)]
+    chosen = {next(name for name in names if name in tensors): (names, target) for names, target in groups}
+    for name in [name for name in tensors if name in chosen]:                # in the order of the file, see Stretches
+        names, target = chosen[name]
+        tensor = tensors.pop(name)
         tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
         value = nn.Parameter(tensor, requires_grad=False) if isinstance(target, nn.Parameter) else tensor
         for name in names:
-            _assign(module, name, value)
+            assign(module, name, value)
+    filled = {name for names, _ in groups for name in names}
     for name, buffer in list(module.named_buffers()):
-        if buffer.is_meta:
+        if buffer.is_meta and name not in filled:
             raise RuntimeError(f"no file fills the buffer {name}: build the module under parameters_on_meta()")
         if device is not None:
-            _assign(module, name, buffer.to(device))
+            assign(module, name, buffer.to(device))
     return module.eval()
 
 
-def _assign(module: nn.Module, name: str, value: Tensor) -> None:
+def assign(module: nn.Module, name: str, value: Tensor) -> None:
+    """Set a parameter or buffer by its full name."""
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, value)
 
