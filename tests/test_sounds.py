@@ -35,6 +35,13 @@ def test_tones_lie_on_the_grid_of_the_frame_rate(label):
     assert abs(hertz - 100 * round(hertz / 100)) < 1
 
 
+def test_the_floor_between_two_clicks_repeats_every_hop_60_db_below_full_scale():
+    wave = make_waveform(np.random.default_rng(2), "slow clicks").astype(np.float64)
+    quietest = min(wave[: len(wave) // 320 * 320].reshape(-1, 320), key=np.ptp)
+    assert -62 < 20 * np.log10(np.std(quietest)) < -59
+    np.testing.assert_allclose(quietest[:160], quietest[160:], atol=1e-6)
+
+
 def test_a_rising_sweep_is_higher_at_its_end():
     wave = make_waveform(np.random.default_rng(1), "rising sweep")
     assert strongest_hertz(wave[-8000:]) > 3 * strongest_hertz(wave[:8000])

@@ -1,7 +1,8 @@
 """Sounds made by formulas, with captions: what the bundled tiny model is trained on and judged by.
 
 A sound is one of KINDS at one of three levels. All frequencies of steady tones are multiples of 100 Hz, the frame rate
-of the mel: a vocoder that is given a constant mel can only answer with something that repeats every hop.
+of the mel: a vocoder that is given a constant mel can only answer with something that repeats every hop. For the same
+reason the floor under every sound, which recordings have and formulas have not, is a faint hum of such tones.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ NUM_SAMPLES = 40_960                       # 2.56 s, 256 mel frames
 LEVELS = {"loud": 0.75, "": 0.25, "quiet": 0.06}                             # peak amplitude of a tone
 LEVEL_WORDS = {"loud": ("loud", "very loud", "strong"), "": ("",), "quiet": ("quiet", "soft", "faint")}
 LEVEL_SHARE = {"loud": 0.2, "": 0.6, "quiet": 0.2}                           # of the sounds drawn
+
+HUM = 1.5e-4                               # amplitude of each of the hum's 79 tones: -60 dB of full scale in all
 
 Wave = np.ndarray                          # (N,) float64
 Maker = Callable[[np.random.Generator, int], Wave]
@@ -72,6 +75,14 @@ def _repeat(rng: np.random.Generator, num_samples: int, period: float, stroke: C
         wave[at : at + len(hit)] += hit
         start += period
     return wave
+
+
+def _hum(rng: np.random.Generator, num_samples: int) -> Wave:
+    """All multiples of 100 Hz at fixed phases, begun anywhere."""
+    phases = np.random.default_rng(0).uniform(0, 2 * np.pi, 79)
+    hertz = 100 * np.arange(1, 80)
+    period = HUM * np.sin(2 * np.pi * _seconds(160)[:, None] * hertz + phases).sum(axis=1)
+    return np.resize(np.roll(period, rng.integers(160)), num_samples)
 
 
 # ---- the kinds
@@ -279,7 +290,7 @@ def make_waveform(rng: np.random.Generator, label: str, level: str = "", num_sam
         middle = num_samples // 2
         wave = np.concatenate([KINDS[pair[0]].make(rng, middle), KINDS[pair[1]].make(rng, num_samples - middle)])
     gain = LEVELS[level] * rng.uniform(0.85, 1.1)
-    return np.clip(gain * wave, -0.99, 0.99).astype(np.float32)
+    return np.clip(gain * wave + _hum(rng, num_samples), -0.99, 0.99).astype(np.float32)
 
 
 def caption(rng: np.random.Generator, label: str, level: str = "") -> str:

@@ -203,9 +203,9 @@ class SpectralLoss:
     """Distance of two waveforms (B, N) by magnitudes only: log-mels point by point, and the grain of spectrograms.
 
     The grain of a block of the spectrogram is its mean power and how far its mean log power is below that: steady
-    lines, a comb and noise of the same power differ in it, two draws of the same noise do not. Nothing is heard 50 dB
-    below a clip's strongest block, and the few blocks with sound count as much as all the silent ones: otherwise the
-    best answer to a bell or a tone is silence.
+    lines, a comb and noise of the same power differ in it, two draws of the same noise do not. Log-mels count down to
+    the hum, grains down to 50 dB below a clip's strongest block; the few points with sound count as much as all the
+    silent ones, or more: otherwise the best answer to a bell or a tone is silence.
     """
 
     def __init__(self):
@@ -213,8 +213,7 @@ class SpectralLoss:
 
     def __call__(self, made: Tensor, wanted: Tensor) -> Tensor:
         mel, target = log_mel(made), log_mel(wanted)
-        floor = target.amax(dim=(1, 2, 3), keepdim=True) - 5.5
-        total = _balanced((mel.maximum(floor) - target.maximum(floor)).abs(), target > floor + 0.5)
+        total = _balanced((mel - target).abs(), target > target.amax(dim=(1, 2, 3), keepdim=True) - 5, rest=1.0)
         for n_fft, hop, bins, frames in self.blocks:
             a, b = (_power(x, n_fft, hop) for x in (made, wanted))
             size = (bins, frames)
@@ -226,11 +225,11 @@ class SpectralLoss:
         return total
 
 
-def _balanced(error: Tensor, active: Tensor) -> Tensor:
-    """Mean over what is active, and a third of the mean over the rest."""
+def _balanced(error: Tensor, active: Tensor, rest: float = 1 / 3) -> Tensor:
+    """Mean over what is active, and `rest` times the mean over the rest."""
     part = active.to(error)
-    loud, rest = ((error * p).sum() / p.sum().clamp(min=1) for p in (part, 1 - part))
-    return loud + rest / 3
+    loud, silent = ((error * p).sum() / p.sum().clamp(min=1) for p in (part, 1 - part))
+    return loud + rest * silent
 
 
 def _power(waveform: Tensor, n_fft: int, hop: int) -> Tensor:
