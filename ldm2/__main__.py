@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from ldm2 import __version__, audio, edit_commands, options
+from ldm2 import __version__, audio, edit_commands, options, profile_command
 from ldm2.recipe import DEFAULTS
 
 
@@ -123,6 +123,8 @@ def parser() -> argparse.ArgumentParser:
                          help="what a single number of heads in a folder means (default: authors; see weights.md)")
     command.add_argument("--overwrite", action="store_true", help="replace the folder if it is a checkpoint")
     command.set_defaults(run=convert)
+
+    profile_command.add(commands)
     return top
 
 

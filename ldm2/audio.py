@@ -303,7 +303,7 @@ def write(path: str | Path, waveform: np.ndarray, sample_rate: int, overwrite: b
     temporary = path.with_name(f".ldm2-{secrets.token_hex(8)}.tmp")
     try:
         _encode(temporary, waveform, int(sample_rate), kind.container, subtype, metadata)
-        _publish(temporary, path, overwrite)
+        publish(temporary, path, overwrite)
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -369,7 +369,7 @@ def _encode(path: Path, waveform: np.ndarray, sample_rate: int, container: str, 
         os.fsync(file.fileno())
 
 
-def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
+def publish(temporary: Path, path: Path, overwrite: bool) -> None:
     """Give a complete file its name, in one step. Raises FileExistsError if the name is taken, unless `overwrite`."""
     if overwrite:
         os.replace(temporary, path)
