@@ -10,7 +10,8 @@ VERSION = next(line.split('"')[1] for line in INIT if line.startswith("__version
 
 PLOT = ["matplotlib>=3.8"]
 TTS = ["phonemizer>=3.3"]
-TEST = ["pytest>=8", "diffusers==0.42.1", "scipy>=1.11", *PLOT]
+KERNELS = ["triton>=3.3; sys_platform == 'linux'"]
+TEST = ["pytest>=8", "diffusers==0.42.1", "scipy>=1.11", *PLOT, *KERNELS]
 
 setup(
     name="ldm2",
@@ -33,7 +34,7 @@ setup(
         "soxr>=0.5",
         "tqdm>=4.60",
     ],
-    extras_require={"plot": PLOT, "tts": TTS, "test": TEST},
+    extras_require={"plot": PLOT, "tts": TTS, "kernels": KERNELS, "test": TEST},
     entry_points={"console_scripts": ["ldm2=ldm2.__main__:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",

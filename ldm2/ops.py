@@ -67,8 +67,10 @@ def _obstacle(tensors: list[Tensor]) -> str | None:
         return "a gradient is needed"
     if any(tensor.device != first.device for tensor in tensors):
         return "the tensors are on several devices"
-    if any(tensor.dtype not in _DTYPES for tensor in tensors):
-        return f"it takes float32, float16 and bfloat16, not {', '.join({str(t.dtype)[6:] for t in tensors})}"
+    if any(tensor.dtype != first.dtype for tensor in tensors):
+        return "the tensors are of several dtypes"
+    if first.dtype not in _DTYPES:
+        return f"it takes float32, float16 and bfloat16, not {str(first.dtype)[6:]}"
     if any(tensor.numel() == 0 for tensor in tensors):
         return "a tensor is empty"
     return None

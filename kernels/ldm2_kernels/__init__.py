@@ -3,7 +3,7 @@
 Each operation of `ldm2.ops` that has a kernel for a type of device has a line in the table below: a module, imported
 when an operation first runs on such a device, with a function of the operation's name and signature. That function
 returns NotImplemented for arguments which it leaves to plain PyTorch. It need not look at gradients, nor at tensors
-that are empty, on several devices, or not float32, float16 or bfloat16: those never reach it.
+that are empty, of unlike dtypes or devices, or not float32, float16 or bfloat16: those never reach it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,19 @@ import importlib.util
 from collections.abc import Callable
 
 MODULES: dict[str, dict[str, str | None]] = {
-    "cuda": {"attention": None},                           # PyTorch's own is fused: FlashAttention
+    "cuda": {
+        "group_norm": "ldm2_kernels.group_norm",
+        "group_norm_silu": "ldm2_kernels.group_norm",
+        "add_layer_norm": "ldm2_kernels.layer_norm",
+        "geglu": "ldm2_kernels.geglu",
+        "add_leaky_relu": "ldm2_kernels.leaky_relu",
+        "add_up": "ldm2_kernels.leaky_relu",
+        "guide": "ldm2_kernels.update",
+        "axpby": "ldm2_kernels.update",
+        "attention": None,                                 # FlashAttention and the like
+        "layer_norm": None,
+        "leaky_relu": None,
+    },
     "cpu": {},
 }
 

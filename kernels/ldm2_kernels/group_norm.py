@@ -1,0 +1,158 @@
+"""Group normalisation with a shift per channel before it and SiLU behind it, in Triton: see `ops.group_norm_silu`.
+
+A group that fits into the registers of one program is read once. A larger one is read twice: programs take parts of it,
+first for their moments, then to normalise. Moments are two-pass within a part and merged by the formula of Chan, Golub
+and LeVeque, "Algorithms for Computing the Sample Variance", 1983, so that a large mean does not cancel.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WHOLE = 8192                                               # elements of a group that one program takes
+PART = 4096                                                # of one that several share
+
+
+@triton.jit
+def _address(n, row, groups, width, positions, CHANNELS_LAST: tl.constexpr):
+    """Of the elements n of a group: channel, start of the image and place in it. row = image * groups + group."""
+    image, group = row // groups, row % groups
+    start = image.to(tl.int64) * groups * width * positions
+    if CHANNELS_LAST:
+        channel = group * width + n % width
+        return channel, start, n // width * (groups * width) + channel
+    return group * width + n // positions, start, group * width * positions + n
+
+
+@triton.jit
+def _read(
+    x, shift, shift_stride, n, end, row, groups, width, positions, SHIFT: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """x + shift at the elements n < end of a group in float32, 0 behind."""
+    channel, start, place = _address(n, row, groups, width, positions, CHANNELS_LAST)
+    value = tl.load(x + start + place, mask=n < end, other=0.0).to(tl.float32)
+    if SHIFT:
+        value += tl.load(shift + row // groups * shift_stride + channel, mask=n < end, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _write(
+    y, value, weight, bias, n, end, row, groups, width, positions, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """Standardised values, scaled and shifted per channel, at the elements n < end of a group."""
+    channel, start, place = _address(n, row, groups, width, positions, CHANNELS_LAST)
+    scale = tl.load(weight + channel, mask=n < end, other=0.0).to(tl.float32)
+    value = value * scale + tl.load(bias + channel, mask=n < end, other=0.0).to(tl.float32)
+    if SILU:
+        value = value * tl.sigmoid(value)
+    tl.store(y + start + place, value, mask=n < end)
+
+
+@triton.jit
+def _moments_of(value, n, start, end):
+    """Mean, and sum of squared differences from it, of the elements n in [start, end)."""
+    mean = tl.sum(value) / (end - start)
+    difference = tl.where(n < end, value - mean, 0.0)
+    return mean, tl.sum(difference * difference)
+
+
+@triton.jit
+def _whole(
+    x, shift, weight, bias, y, shift_stride, groups, width, positions, eps,
+    SHIFT: tl.constexpr, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):
+    row, n = tl.program_id(0), tl.arange(0, BLOCK)
+    end = width * positions
+    value = _read(x, shift, shift_stride, n, end, row, groups, width, positions, SHIFT, CHANNELS_LAST)
+    mean, squares = _moments_of(value, n, 0, end)
+    value = (value - mean) * tl.rsqrt(squares / end + eps)
+    _write(y, value, weight, bias, n, end, row, groups, width, positions, SILU, CHANNELS_LAST)
+
+
+@triton.jit
+def _moments(
+    x, shift, moments, shift_stride, groups, width, positions,
+    SHIFT: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):
+    row, part = tl.program_id(0), tl.program_id(1)
+    start = part * BLOCK
+    n, end = start + tl.arange(0, BLOCK), tl.minimum(start + BLOCK, width * positions)
+    value = _read(x, shift, shift_stride, n, end, row, groups, width, positions, SHIFT, CHANNELS_LAST)
+    mean, squares = _moments_of(value, n, start, end)
+    place = moments + 2 * (row * tl.num_programs(1) + part)
+    tl.store(place, mean)
+    tl.store(place + 1, squares)
+
+
+@triton.jit
+def _normalise(
+    x, shift, moments, weight, bias, y, shift_stride, groups, width, positions, eps,
+    SHIFT: tl.constexpr, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):
+    row, parts, size = tl.program_id(0), tl.num_programs(1), width * positions
+    part = tl.arange(0, PARTS)
+    place = moments + 2 * (row * parts + part)
+    means = tl.load(place, mask=part < parts, other=0.0)
+    squares = tl.load(place + 1, mask=part < parts, other=0.0)
+    counts = tl.where(part < parts, tl.minimum(size - part * BLOCK, BLOCK), 0).to(tl.float32)
+    mean = tl.sum(means * counts) / size
+    squares = tl.sum(squares + counts * (means - mean) * (means - mean))
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = _read(x, shift, shift_stride, n, size, row, groups, width, positions, SHIFT, CHANNELS_LAST)
+    value = (value - mean) * tl.rsqrt(squares / size + eps)
+    _write(y, value, weight, bias, n, size, row, groups, width, positions, SILU, CHANNELS_LAST)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """The layout of the result: channels-last where x is, else contiguous."""
+    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+@torch.library.custom_op(
+    "ldm2::group_norm", mutates_args=(),
+    schema="(Tensor x, int num_groups, Tensor weight, Tensor bias, float eps, Tensor? shift, bool silu) -> Tensor",
+)
+def _group_norm(x, num_groups, weight, bias, eps, shift, silu):
+    layout = _layout(x)
+    x, y = x.contiguous(memory_format=layout), torch.empty_like(x, memory_format=layout)
+    shift = None if shift is None else shift.contiguous()
+    batch, channels = x.shape[:2]
+    width, positions = channels // num_groups, x[0, 0].numel()
+    size, rows = width * positions, batch * num_groups
+    by_row = 0 if shift is None or len(shift) == 1 else channels
+    shape = {"shift_stride": by_row, "groups": num_groups, "width": width, "positions": positions}
+    flags = {"SHIFT": shift is not None, "CHANNELS_LAST": layout == torch.channels_last}
+    with torch.cuda.device_of(x):
+        if size <= WHOLE:
+            block = triton.next_power_of_2(size)
+            _whole[(rows,)](x, shift, weight, bias, y, **shape, eps=eps, **flags, SILU=silu, BLOCK=block,
+                            num_warps=max(1, block // 512))
+            return y
+        parts = triton.cdiv(size, PART)
+        moments = torch.empty(rows, parts, 2, dtype=torch.float32, device=x.device)
+        _moments[(rows, parts)](x, shift, moments, **shape, **flags, BLOCK=PART, num_warps=8)
+        _normalise[(rows, parts)](x, shift, moments, weight, bias, y, **shape, eps=eps, **flags, SILU=silu,
+                                  BLOCK=PART, PARTS=triton.next_power_of_2(parts), num_warps=8)
+    return y
+
+
+@_group_norm.register_fake
+def _(x, num_groups, weight, bias, eps, shift, silu):
+    return torch.empty_like(x, memory_format=_layout(x))
+
+
+def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`ops.group_norm` for x (B, C, ...), contiguous or channels-last."""
+    return _group_norm(x, num_groups, weight, bias, eps, None, False)
+
+
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None
+) -> Tensor:
+    """`ops.group_norm_silu` for x (B, C, ...), contiguous or channels-last."""
+    return _group_norm(x, num_groups, weight, bias, eps, shift, True)
