@@ -1,8 +1,12 @@
-"""Packaging of ldm2. Nothing is compiled or downloaded by it."""
+"""Packaging of ldm2. Nothing is downloaded by it; LDM2_BUILD_KERNELS=1 makes it compile the CPU kernels."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 INIT = (HERE / "ldm2" / "__init__.py").read_text().splitlines()
@@ -13,6 +17,30 @@ TTS = ["phonemizer>=3.3"]
 KERNELS = ["triton>=3.3; sys_platform == 'linux'"]
 TEST = ["pytest>=8", "diffusers==0.42.1", "scipy>=1.11", *PLOT, *KERNELS]
 
+BUILD_KERNELS = os.environ.get("LDM2_BUILD_KERNELS") == "1"
+
+
+class BuildPackages(build_py):
+    """Copies the packages; then compiles the kernels against the PyTorch of the environment that is installed into."""
+
+    def run(self):
+        super().run()
+        if not BUILD_KERNELS:
+            return
+        folder = HERE / "kernels" / "ldm2_kernels" if self.editable_mode else Path(self.build_lib) / "ldm2_kernels"
+        # PYTHONPATH is how pip hides that environment from a build: a Python without it sees its PyTorch.
+        paths = os.pathsep.join([str(HERE), str(HERE / "kernels")])
+        command = [sys.executable, "-m", "ldm2.build_kernels", "--folder", str(folder.resolve())]
+        if subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, cwd=HERE).returncode:
+            raise SystemExit("LDM2_BUILD_KERNELS=1: the CPU kernels were not built")
+
+
+class LDM2(Distribution):
+    def has_ext_modules(self):
+        """With compiled kernels the wheel is for one kind of machine."""
+        return BUILD_KERNELS
+
+
 setup(
     name="ldm2",
     version=VERSION,
@@ -21,9 +49,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["ldm2", "ldm2.*"]), "ldm2_kernels"],
-    package_dir={"ldm2_kernels": "kernels/ldm2_kernels"},
-    package_data={"ldm2": ["tiny/**/*"]},
+    packages=[*find_packages(include=["ldm2", "ldm2.*"]), "ldm2_kernels", "ldm2_kernels.csrc"],
+    package_dir={"ldm2_kernels": "kernels/ldm2_kernels", "ldm2_kernels.csrc": "kernels/csrc"},
+    package_data={"ldm2": ["tiny/**/*"], "ldm2_kernels.csrc": ["*.cpp", "*.h"]},
+    cmdclass={"build_py": BuildPackages},
+    distclass=LDM2,
     install_requires=[
         "torch>=2.6",
         "safetensors>=0.5",

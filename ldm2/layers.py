@@ -75,6 +75,16 @@ class LayerNorm(nn.LayerNorm):
         return ops.add_layer_norm(x, added, self.weight, self.bias, self.eps)
 
 
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution that keeps T and F: (B, C_in, T, F) -> (B, C_out, T, F), plus a residual where one is given."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.conv3x3(x, self.weight, self.bias, residual)
+
+
 class ResnetBlock(nn.Module):
     """Two normalised 3x3 convolutions beside a skip connection: (B, C_in, T, F) -> (B, C_out, T, F).
 
@@ -85,11 +95,11 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, emb_dim: int | None = None):
         super().__init__()
         self.norm1 = GroupNormSiLU(groups, in_channels, eps=eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         if emb_dim is not None:
             self.time_emb_proj = nn.Linear(emb_dim, out_channels)
         self.norm2 = GroupNormSiLU(groups, out_channels, eps=eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -99,9 +109,8 @@ class ResnetBlock(nn.Module):
             rows = max(h.shape[0], shift.shape[0])
             h, shift = repeat_rows(h, rows), repeat_rows(shift, rows)
         h = self.norm2(h, shift)                                             # lets go of the first half
-        h = self.conv2(h)
         skip = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return repeat_rows(skip, h.shape[0]) + h
+        return self.conv2(h, residual=repeat_rows(skip, h.shape[0]))
 
 
 class Downsample(nn.Module):
@@ -120,7 +129,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         size = (2 * x.shape[2], 2 * x.shape[3]) if size is None else size

@@ -27,7 +27,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _backend: ContextVar[str] = ContextVar("backend", default="auto")
 # By type of device, filled when an operation first runs there. None: PyTorch's own is the fused one.
 _kernels: dict[str, dict[str, Callable | None]] = {}
-_HINTS = {"cuda": "it needs the package triton"}
+_HINTS = {"cuda": "it needs the package triton", "cpu": "build it with python -m ldm2.build_kernels"}
 
 
 @contextmanager
@@ -153,6 +153,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 
 
 @_fusible
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Convolution of x (B, C_in, T, F) with 3x3 kernels, zeros beside the map, plus a residual (B, C_out, T, F)."""
+    y = F.conv2d(x, weight, bias, padding=1)
+    return y if residual is None else residual + y
+
+
+@_fusible
 def leaky_relu(x: Tensor, slope: float) -> Tensor:
     """x where x is positive, slope * x elsewhere."""
     return F.leaky_relu(x, slope)
@@ -172,6 +179,26 @@ def add_up(x: Tensor, added: Tensor, total: Tensor | None = None, count: int = 1
     if total is not None:
         x += total
     return x if count == 1 else x / count
+
+
+@_fusible
+def residual_block(
+    x: Tensor, activated: Tensor, total: Tensor | None, count: int, slope: float, dilations: tuple[int, ...],
+    *parameters: Tensor,
+) -> Tensor:
+    """Pairs of a dilated and a plain convolution, each pair beside a skip connection, arXiv:2010.05646 section 2.2.
+
+    x (B, C, N), activated = leaky_relu(x), parameters: weight and bias of each pair's first and second convolution.
+    Blocks of one input meet in `total`: the result is (total + this block's) / count.
+    """
+    for i, dilation in enumerate(dilations):
+        weight1, bias1, weight2, bias2 = parameters[4 * i : 4 * i + 4]
+        half = weight1.shape[2] // 2
+        h = F.conv1d(activated, weight1, bias1, padding=dilation * half, dilation=dilation)
+        h = F.conv1d(leaky_relu(h, slope), weight2, bias2, padding=half)
+        if i + 1 < len(dilations):
+            x, activated = add_leaky_relu(x, h, slope)
+    return add_up(x, h, total, count)
 
 
 @_fusible

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ldm2.attention import Memory, Transformer2D, mask_bias
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig, context_index
-from ldm2.layers import Downsample, GroupNormSiLU, ResnetBlock, TimestepEmbedding, Upsample, repeat_rows
+from ldm2.layers import Conv3x3, Downsample, GroupNormSiLU, ResnetBlock, TimestepEmbedding, Upsample, repeat_rows
 
 _EPS = 1e-5                                                # of the group norms outside the transformers
 
@@ -110,14 +110,14 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         levels = range(len(config.channels))
-        self.conv_in = nn.Conv2d(config.in_channels, config.channels[0], 3, padding=1)
+        self.conv_in = Conv3x3(config.in_channels, config.channels[0])
         self.time_embedding = TimestepEmbedding(config.channels[0])
         self.class_embedding = None if config.film_dim is None else nn.Linear(config.film_dim, config.time_dim)
         self.down_blocks = nn.ModuleList([DownBlock(config, level) for level in levels])
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList([UpBlock(config, level) for level in reversed(levels)])
         self.conv_norm_out = GroupNormSiLU(config.norm_groups, config.channels[0], eps=_EPS)
-        self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv3x3(config.channels[0], config.out_channels)
 
     def forward(
         self,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm2 import ops
 from ldm2.config import VAEConfig
-from ldm2.layers import Downsample, GroupNorm, GroupNormSiLU, ResnetBlock, Upsample
+from ldm2.layers import Conv3x3, Downsample, GroupNorm, GroupNormSiLU, ResnetBlock, Upsample
 
 _EPS = 1e-6                                                # of every group norm in the VAE
 
@@ -110,14 +110,14 @@ class Encoder(nn.Module):
         super().__init__()
         widths = (config.channels[0], *config.channels)
         last = len(config.channels) - 1
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv3x3(config.in_channels, widths[0])
         self.down_blocks = nn.ModuleList([
             Level(widths[i], widths[i + 1], config.resnets, config.norm_groups, None if i == last else "down")
             for i in range(last + 1)
         ])
         self.mid_block = MidBlock(widths[-1], config.norm_groups)
         self.conv_norm_out = GroupNormSiLU(config.norm_groups, widths[-1], eps=_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv3x3(widths[-1], 2 * config.latent_channels)
 
     def forward(self, mel: Tensor) -> Tensor:
         x = self.conv_in(mel)
@@ -133,14 +133,14 @@ class Decoder(nn.Module):
         super().__init__()
         widths = (config.channels[-1], *config.channels[::-1])
         last = len(config.channels) - 1
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv3x3(config.latent_channels, widths[0])
         self.mid_block = MidBlock(widths[0], config.norm_groups)
         self.up_blocks = nn.ModuleList([
             Level(widths[i], widths[i + 1], config.resnets + 1, config.norm_groups, None if i == last else "up")
             for i in range(last + 1)
         ])
         self.conv_norm_out = GroupNormSiLU(config.norm_groups, widths[-1], eps=_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_out = Conv3x3(widths[-1], config.out_channels)
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(latents))

@@ -26,12 +26,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, activated: Tensor, total: Tensor | None = None, count: int = 1) -> Tensor:
         """activated: leaky_relu(x), which blocks share. Their results meet here: (total + this one's) / count."""
-        *pairs, (last1, last2) = zip(self.convs1, self.convs2, strict=True)
-        for conv1, conv2 in pairs:
-            h = conv2(ops.leaky_relu(conv1(activated), self.slope))
-            x, activated = ops.add_leaky_relu(x, h, self.slope)
-        h = last2(ops.leaky_relu(last1(activated), self.slope))
-        return ops.add_up(x, h, total, count)
+        convs = [conv for pair in zip(self.convs1, self.convs2, strict=True) for conv in pair]
+        parameters = [parameter for conv in convs for parameter in (conv.weight, conv.bias)]
+        dilations = tuple(conv.dilation[0] for conv in self.convs1)
+        return ops.residual_block(x, activated, total, count, self.slope, dilations, *parameters)
 
 
 class Vocoder(nn.Module):

@@ -25,8 +25,22 @@ MODULES: dict[str, dict[str, str | None]] = {
         "attention": None,                                 # FlashAttention and the like
         "layer_norm": None,
         "leaky_relu": None,
+        "conv3x3": None,                                   # cuDNN
+        "residual_block": None,                            # cuDNN, and the operations above between its convolutions
     },
-    "cpu": {},
+    "cpu": {
+        "conv3x3": "ldm2_kernels.cpu",
+        "residual_block": "ldm2_kernels.cpu",
+        "group_norm": None,                                # memory-bound, and a small part of a step
+        "group_norm_silu": None,
+        "layer_norm": None,
+        "add_layer_norm": None,
+        "geglu": None,
+        "attention": None,
+        "leaky_relu": None,
+        "guide": None,
+        "axpby": None,
+    },
 }
 
 
@@ -36,6 +50,8 @@ def load(device_type: str) -> dict[str, Callable | None]:
     None of them where what they need is not installed.
     """
     if device_type == "cuda" and importlib.util.find_spec("triton") is None:
+        return {}
+    if device_type == "cpu" and not importlib.import_module("ldm2_kernels.cpu").load():
         return {}
     modules = MODULES.get(device_type, {})
     return {
