@@ -1,0 +1,157 @@
+"""ldm2 and diffusers side by side, full size, random weights: the variants of each row alternate in one process.
+
+    python -m benchmarks [--device cpu|cuda] [--dtype float32] [--rows unet,vae,...] [--steps 20] [--repeats 3]
+
+Prints a Markdown table and writes it with JSON and a plot under --out. Both sides read one checkpoint, written once
+into --folder (4.5 GB base, 5.9 GB large), and compute the same function (reference="diffusers"). Where diffusers is not
+installed, ldm2 runs alone. On a machine that others use, only the speeds mean something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import ldm2
+from benchmarks import report, timing
+from benchmarks.rows import PROMPT, SUBJECTS, Bench
+from ldm2 import loading, memory, profiling, random_models
+
+SIZES = {"base": "audioldm2", "large": "audioldm2-large", "tiny": "tiny"}
+PROCESSES = ("ldm2", "ldm2, low_memory", "diffusers")
+ROWS = (*SUBJECTS, "memory")
+
+
+def options() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto", help="float32, float16, bfloat16 (default: float16 on cuda)")
+    parser.add_argument("--their-dtype", help="of diffusers (default: the same)")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--rows", default=",".join(ROWS), help="which of: %(default)s")
+    parser.add_argument("--size", choices=SIZES, default="base")
+    parser.add_argument("--seconds", type=float, default=10.24)
+    parser.add_argument("--steps", type=int, help="of the generation (default: 20, on cuda 200)")
+    parser.add_argument("--sweep-steps", type=int, help="for each length and batch (default: 2, on cuda 20)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="checkpoint, written if it is not there (default: build/random-*)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
+    parser.add_argument("--name", help="of the files there (default: device, dtype and size)")
+    parser.add_argument("--only", choices=PROCESSES, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, write."""
+    args = options().parse_args(arguments)
+    unknown = sorted(set(args.rows.split(",")) - set(ROWS))
+    if unknown:
+        raise SystemExit(f"unknown rows {', '.join(unknown)}, choose from {', '.join(ROWS)}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    device = loading.choose_device(args.device)
+    dtype = loading.choose_dtype(args.dtype, device)
+    fast = device.type == "cuda"
+    args.steps = args.steps or (200 if fast else 20)
+    args.sweep_steps = args.sweep_steps or (20 if fast else 2)
+    folder = checkpoint(args)
+    if args.only is not None:
+        print(alone(args, folder, device, dtype))
+        return 0
+    return run(args, folder, device, dtype)
+
+
+def run(args: argparse.Namespace, folder: Path | None, device: torch.device, dtype: torch.dtype) -> int:
+    """All rows in this process, then the processes of their own."""
+    asked = args.rows.split(",")
+    their_dtype = loading.choose_dtype(args.their_dtype or str(dtype)[6:], device)
+    limits = profiling.limits(device, dtype)
+    bench = Bench(*pipelines(args, folder, device, dtype, their_dtype), folder, args.seconds, args.steps,
+                  args.sweep_steps, their_dtype)
+    timed = []
+    for subject in (name for name in asked if name in SUBJECTS):
+        for row in SUBJECTS[subject](bench):
+            print(f"{row.name} ...", file=sys.stderr, flush=True)
+            timed += timing.measure(row, device, args.repeats)
+    processes = {}
+    if "memory" in asked:
+        names = PROCESSES if folder is not None else ()
+        processes = {name: apart(name, args) for name in names}
+    notes = [] if folder is not None else ["diffusers is not installed, so its rows, loading and memory are left out."]
+    settings = {name: getattr(args, name) for name in ("size", "seconds", "steps", "sweep_steps", "repeats")}
+    settings |= {"dtype": str(dtype)[6:], "their_dtype": str(their_dtype)[6:]}
+    about = report.about(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device, settings)
+    return publish(args, about, limits, report.rows(timed, limits), processes, notes)
+
+
+def publish(args: argparse.Namespace, about: dict, limits: profiling.Limits, rows: list[dict],
+            processes: dict[str, float], notes: list[str]) -> int:
+    """Print the tables and write the files."""
+    name = args.name or f"{about['device'].partition(':')[0]}-{about['dtype']}-{args.size}"
+    try:
+        report.plot(args.out / f"{name}.png", rows)
+    except ImportError:
+        notes = [*notes, 'No plot: it needs matplotlib (pip install "ldm2[plot]").']
+    table = report.markdown(about, limits, rows, processes, notes)
+    report.write(args.out / f"{name}.json", report.to_json(about, limits, rows, processes, notes))
+    print(table)
+    print(report.write(args.out / f"{name}.md", table + "\n"))
+    return 0
+
+
+def checkpoint(args: argparse.Namespace) -> Path | None:
+    """The folder that both sides read; None where diffusers, which writes it, is not installed."""
+    if importlib.util.find_spec("diffusers") is None:
+        return None
+    if args.size == "tiny":
+        return Path(ldm2.__file__).parent / "tiny"
+    folder = args.folder or Path("build") / f"random-{args.size}"
+    if not folder.exists():
+        from benchmarks import full_size
+
+        full_size.save(folder, args.size)
+    return folder
+
+
+def pipelines(args: argparse.Namespace, folder: Path | None, device: torch.device, dtype: torch.dtype,
+              their_dtype: torch.dtype) -> tuple:
+    """Ours and diffusers'."""
+    if folder is None:
+        return random_models.pipeline(SIZES[args.size], device=device, dtype=dtype, reference="diffusers"), None
+    from tests import checkpoints
+
+    ours = ldm2.load(folder, reference="diffusers", device=str(device), dtype=str(dtype)[6:])
+    return ours, checkpoints.diffusers_pipeline(folder).to(device, their_dtype)
+
+
+def alone(args: argparse.Namespace, folder: Path, device: torch.device, dtype: torch.dtype) -> int:
+    """Load and make one sound of two steps with one of PROCESSES; the peak of memory in bytes."""
+    if args.only == "diffusers":
+        from tests import checkpoints
+
+        pipe = checkpoints.diffusers_pipeline(folder).to(device, dtype)
+        pipe(PROMPT, audio_length_in_s=args.seconds, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    else:
+        low = args.only == "ldm2, low_memory"
+        pipe = ldm2.load(folder, reference="diffusers", device=str(device), dtype=str(dtype)[6:], low_memory=low)
+        pipe.generate(PROMPT, seconds=args.seconds, steps=2, seed=0)
+    return memory.peak_bytes(device)
+
+
+def apart(name: str, args: argparse.Namespace) -> float:
+    """`alone` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks", "--only", name, "--size", args.size, "--seconds", str(args.seconds),
+               "--device", args.device, "--dtype", args.dtype]
+    command += [] if args.folder is None else ["--folder", str(args.folder)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

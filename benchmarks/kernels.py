@@ -1,0 +1,77 @@
+"""Each fused operation beside plain PyTorch, on shapes of a full-size model (10.24 s, both branches of guidance)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import Row, Run
+from ldm2 import ops
+
+if TYPE_CHECKING:
+    from benchmarks.rows import Bench
+
+GROUPS = 32
+EPS = 1e-5
+REPEAT = 20
+
+
+def cases(device: torch.device, dtype: torch.dtype) -> dict[str, tuple]:
+    """Name of an operation -> arguments."""
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    def norm(channels: int) -> tuple[Tensor, Tensor]:
+        return new(channels), new(channels)
+
+    tokens, wave = (2, 1024, 256), (1, 128, 12800)
+    block = [new(*shape) for _ in range(3) for shape in ((128, 128, 7), (128,)) * 2]
+    return {
+        "group_norm_silu": (new(2, 256, 128, 8), GROUPS, *norm(256), EPS, new(2, 256)),
+        "group_norm": (new(2, 256, 128, 8), GROUPS, *norm(256), EPS),
+        "layer_norm": (new(*tokens), *norm(256), EPS),
+        "add_layer_norm": (new(*tokens), new(*tokens), *norm(256), EPS),
+        "geglu": (new(2, 1024, 1024), new(2, 1024, 1024)),
+        "attention": tuple(new(2, 8, 1024, 32) for _ in range(3)),
+        "conv3x3": (new(2, 256, 128, 8), new(256, 256, 3, 3), new(256)),
+        "leaky_relu": (new(*wave), 0.1),
+        "add_leaky_relu": (new(*wave), new(*wave), 0.1),
+        "add_up": (new(*wave), new(*wave), new(*wave), 3),
+        "residual_block": (new(*wave), new(*wave), None, 3, 0.1, (1, 3, 5), *block),
+        "guide": (new(2, 8, 256, 16), 3.5),
+        "axpby": (0.5, new(1, 8, 256, 16), 0.5, new(1, 8, 256, 16)),
+    }
+
+
+def kernels(bench: Bench) -> Iterator[Row]:
+    """One row for each operation that has a kernel for this kind of device; for others PyTorch's own is the fused one.
+    """
+    try:
+        from ldm2_kernels import MODULES
+    except ModuleNotFoundError:                            # ldm2 runs from a folder without being installed
+        return
+    there = MODULES.get(bench.device.type, {})
+    for name, arguments in cases(bench.device, bench.ours.dtype).items():
+        if there.get(name) is not None:
+            shape = " x ".join(map(str, arguments[0].shape))
+            yield Row("kernels", f"{REPEAT} {name}, {shape}", functools.partial(_variants, name, arguments))
+
+
+def _variants(name: str, arguments: tuple) -> dict[str, Run]:
+    """The operation REPEAT times: once is too short for a clock."""
+
+    def repeated(backend: str) -> Run:
+        @torch.no_grad()
+        def run() -> None:
+            with ops.backend(backend):
+                for _ in range(REPEAT):
+                    getattr(ops, name)(*arguments)
+
+        return run
+
+    return {"fused": repeated("fused"), "plain PyTorch": repeated("reference")}

@@ -1,0 +1,234 @@
+"""What is measured: the stages, a generation, its cost against length and batch, loading, kernels; a function each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ldm2
+from benchmarks.flop import Flop
+from benchmarks.kernels import kernels
+from benchmarks.timing import Row, Run
+from ldm2 import ops, profiling
+from ldm2.conditioning import Conditioning
+from ldm2.pipeline import AudioLDM2
+from ldm2.recipe import recipe
+
+PROMPT = "a dog barking in the rain"
+LENGTHS = (5.0, 10.0, 20.0, 40.0)
+BATCHES = (1, 2, 4, 8)
+SCALE = 3.5
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all rows share. theirs: diffusers' pipeline, None where it is not installed. folder: the checkpoint of both.
+
+    steps: of the generation; sweep_steps: of those of several lengths and batches.
+    """
+
+    ours: AudioLDM2
+    theirs: Any | None
+    folder: Path | None
+    seconds: float
+    steps: int
+    sweep_steps: int
+    their_dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.ours.device
+
+    @functools.cached_property
+    def flop(self) -> Flop:
+        return Flop(self.ours)
+
+
+def unet(bench: Bench) -> Iterator[Row]:
+    """One step with guidance, everything before the loop done."""
+    asked = recipe(PROMPT, seconds=bench.seconds, steps=bench.steps, guidance_scale=SCALE, seed=0)
+
+    def prepare() -> dict[str, Run]:
+        step = next(work.run for work in profiling.works(bench.ours, asked) if work.name == "UNet step")
+        runs = {"ldm2": lambda: ops.guide(step(), SCALE)}
+        if bench.device.type == "cuda":
+            runs["ldm2, CUDA graph"] = _graph(runs["ldm2"])
+            runs["ldm2, torch.compile"] = _compiled_step(bench, asked)
+            runs["ldm2, plain PyTorch"] = _plain(runs["ldm2"])
+        if bench.theirs is not None:
+            if bench.device.type == "cuda":
+                runs["diffusers, torch.compile"] = _their_step(bench, torch.compile(bench.theirs.unet))
+            runs["diffusers"] = _their_step(bench, bench.theirs.unet)
+        return runs
+
+    yield Row("unet", f"UNet step, {bench.seconds:g} s", prepare, bench.flop.step(bench.seconds))
+
+
+def _plain(run: Run) -> Run:
+    def plain() -> object:
+        with ops.backend("reference"):
+            return run()
+
+    return plain
+
+
+def _graph(run: Run) -> Run:
+    """The run recorded once as a CUDA graph, then replayed; recorded when it is first called."""
+    graph: list[torch.cuda.CUDAGraph] = []
+
+    def replay() -> None:
+        if not graph:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    run()
+            torch.cuda.current_stream().wait_stream(side)
+            graph.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graph[0]):
+                run()
+        graph[0].replay()
+
+    return replay
+
+
+def _compiled_step(bench: Bench, asked: Any) -> Run:
+    """The same step through torch.compile."""
+    pipe = bench.ours
+    compiled = torch.compile(pipe.unet)
+    with torch.no_grad():
+        both = Conditioning.join(pipe.conditionings(asked)[::-1])
+        prepared = pipe.unet.prepare(both.to(pipe.device, pipe.dtype))
+        time = pipe.unet.embed_time(1.0)
+    x = torch.randn(1, *pipe.latent_shape(asked.seconds), device=pipe.device, dtype=pipe.dtype)
+
+    @torch.no_grad()
+    def step() -> object:
+        return ops.guide(compiled(x, 1.0, prepared, time=time), SCALE)
+
+    return step
+
+
+def _their_step(bench: Bench, unet: Callable) -> Run:
+    """diffusers' step: both branches, then guidance."""
+    words, mask, generated = bench.theirs.encode_prompt(PROMPT, bench.device, 1, True)
+    x = torch.randn(1, *bench.ours.latent_shape(bench.seconds), device=bench.device, dtype=bench.their_dtype)
+    words, generated = words.to(x), generated.to(x)
+
+    @torch.no_grad()
+    def step() -> object:
+        noise = unet(torch.cat([x] * 2), 1, encoder_hidden_states=generated, encoder_hidden_states_1=words,
+                     encoder_attention_mask_1=mask, return_dict=False)[0]
+        negative, positive = noise.chunk(2)
+        return negative + SCALE * (positive - negative)
+
+    return step
+
+
+def vae(bench: Bench) -> Iterator[Row]:
+    """Latents -> log-mel."""
+    latents = torch.randn(1, *bench.ours.latent_shape(bench.seconds), device=bench.device)
+
+    def prepare() -> dict[str, Run]:
+        runs = {"ldm2": lambda: bench.ours.decode(latents)}
+        if bench.theirs is not None:
+            part = bench.theirs.vae
+            x = latents.to(bench.their_dtype)
+            runs["diffusers"] = torch.no_grad()(lambda: part.decode(x / part.config.scaling_factor).sample)
+        return runs
+
+    yield Row("vae", f"VAE decode, {bench.seconds:g} s", prepare, bench.flop.decode(bench.seconds))
+
+
+def vocoder(bench: Bench) -> Iterator[Row]:
+    """Log-mel -> waveform."""
+    mel = bench.ours.decode(torch.randn(1, *bench.ours.latent_shape(bench.seconds)))
+
+    def prepare() -> dict[str, Run]:
+        runs = {"ldm2": lambda: bench.ours.vocode(mel)}
+        if bench.theirs is not None:
+            theirs = mel.to(bench.their_dtype)
+            runs["diffusers"] = torch.no_grad()(lambda: bench.theirs.mel_spectrogram_to_waveform(theirs))
+        return runs
+
+    yield Row("vocoder", f"vocoder, {bench.seconds:g} s", prepare, bench.flop.vocode(bench.seconds))
+
+
+def text(bench: Bench) -> Iterator[Row]:
+    """Prompt -> both sides of guidance."""
+    asked = recipe(PROMPT, guidance_scale=SCALE, seed=0)
+
+    def prepare() -> dict[str, Run]:
+        runs = {"ldm2": lambda: bench.ours.conditionings(asked)}
+        if bench.theirs is not None:
+            runs["diffusers"] = torch.no_grad()(lambda: bench.theirs.encode_prompt(PROMPT, bench.device, 1, True))
+        return runs
+
+    yield Row("text", "text", prepare)
+
+
+def load(bench: Bench) -> Iterator[Row]:
+    """Files -> a pipeline that is ready."""
+    if bench.folder is None:
+        return
+    from tests import checkpoints
+
+    settings = {"reference": "diffusers", "device": str(bench.device), "dtype": str(bench.ours.dtype)[6:]}
+
+    def prepare() -> dict[str, Run]:
+        return {
+            "ldm2": lambda: ldm2.load(bench.folder, **settings),
+            "diffusers": lambda: checkpoints.diffusers_pipeline(bench.folder).to(bench.device, bench.their_dtype),
+        }
+
+    yield Row("load", "load", prepare)
+
+
+def generation(bench: Bench) -> Iterator[Row]:
+    """Prompt -> waveform."""
+    prepare = functools.partial(_generations, bench, bench.seconds, bench.steps)
+    flop = bench.flop.generation(bench.seconds, bench.steps)
+    yield Row("generation", f"{bench.seconds:g} s, {bench.steps} steps", prepare, flop)
+
+
+def length(bench: Bench) -> Iterator[Row]:
+    """The same for several lengths; longer ones also in windows, which is how reference="authors" makes them."""
+    for seconds in LENGTHS:
+        prepare = functools.partial(_generations, bench, seconds, bench.sweep_steps, windows=seconds > 10.24)
+        flop = bench.flop.generation(seconds, bench.sweep_steps)
+        name = f"{seconds:g} s, {bench.sweep_steps} steps"
+        yield Row("length", name, prepare, flop, warm=bench.device.type == "cuda")
+
+
+def batch(bench: Bench) -> Iterator[Row]:
+    """The same for several sounds at once."""
+    for rows in BATCHES:
+        prepare = functools.partial(_generations, bench, bench.seconds, bench.sweep_steps, rows=rows)
+        flop = bench.flop.generation(bench.seconds, bench.sweep_steps, rows)
+        name = f"{rows} x {bench.seconds:g} s, {bench.sweep_steps} steps"
+        yield Row("batch", name, prepare, flop, warm=bench.device.type == "cuda")
+
+
+def _generations(bench: Bench, seconds: float, steps: int, rows: int = 1, windows: bool = False) -> dict[str, Run]:
+    prompts = [PROMPT] * rows
+    settings = {"seconds": seconds, "steps": steps, "guidance_scale": SCALE, "seed": 0}
+    runs = {"ldm2": lambda: bench.ours.generate(prompts, **settings)}
+    if windows:
+        runs["ldm2, windows of 10.24 s"] = lambda: bench.ours.generate(prompts, window=10.24, **settings)
+    if bench.theirs is not None:
+        runs["diffusers"] = lambda: bench.theirs(
+            prompts, audio_length_in_s=seconds, num_inference_steps=steps, guidance_scale=SCALE,
+            generator=torch.Generator().manual_seed(0),
+        )
+    return runs
+
+
+SUBJECTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "unet": unet, "vae": vae, "vocoder": vocoder, "text": text, "load": load, "generation": generation,
+    "length": length, "batch": batch, "kernels": kernels,
+}

@@ -1,0 +1,135 @@
+"""The benchmark suite: alternation, failures, tables, FLOP from sizes alone, and one small run of everything."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import ldm2
+from benchmarks import __main__ as benchmarks
+from benchmarks import report, rows, timing
+from benchmarks.flop import Flop
+from benchmarks.kernels import cases
+from benchmarks.timing import Row, Timed
+from ldm2 import ops, profiling
+from ldm2.profiling import Limits
+from ldm2.recipe import recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """The bundled model."""
+    return ldm2.load("tiny", device="cpu", reference="diffusers")
+
+
+def timed(variant: str, *seconds: float, flop: int = 0) -> Timed:
+    return Timed("unet", "UNet step", variant, flop, list(seconds), [1_000_000] * len(seconds))
+
+
+def test_variants_alternate_and_the_first_round_does_not_count():
+    calls = []
+    row = Row("x", "x", lambda: {name: lambda name=name: calls.append(name) for name in "ab"})
+    found = timing.measure(row, CPU, repeats=2)
+    assert calls == list("ababab")
+    assert [(one.variant, len(one.seconds), len(one.memory)) for one in found] == [("a", 2, 2), ("b", 2, 2)]
+
+
+def test_a_variant_that_fails_is_left_out_and_says_why():
+    def fail():
+        raise RuntimeError("no kernel\nfor this")
+
+    found = timing.measure(Row("x", "x", lambda: {"a": fail, "b": lambda: None}), CPU, repeats=2)
+    assert found[0].error == "no kernel for this" and not found[0].seconds
+    assert found[1].error is None and len(found[1].seconds) == 2
+
+
+def test_the_speed_is_the_median_over_pairs_of_neighbours():
+    assert timing.ratio(timed("ours", 1.0, 2.0, 10.0), timed("theirs", 2.0, 6.0, 10.0)) == 2.0
+
+
+def test_rows_compare_with_the_last_variant_and_with_the_limit():
+    first, last = report.rows([timed("ldm2", 1.0, 1.0, flop=50), timed("diffusers", 2.0, 3.0)], Limits(100.0, 1.0))
+    assert (first["speed"], first["flop_rate"], first["share"], first["wide"]) == (2.5, 50.0, 0.5, False)
+    assert (last["speed"], last["flop_rate"], last["share"], last["wide"]) == (None, None, None, True)
+
+
+def test_the_table_tells_machine_versions_command_failures_and_wide_spreads():
+    failed = timed("ldm2, torch.compile")
+    failed.error = "no compiler"
+    found = report.rows([failed, timed("ldm2", 0.5, 1.0)], Limits(2e9, 3e9))
+    about = report.about("python -m benchmarks", CPU, {"dtype": "float32", "size": "base"})
+    table = report.markdown(about, Limits(2e9, 3e9), found, {"ldm2": 2.5e9}, ["a note"])
+    for words in (f"torch {torch.__version__}", "`python -m benchmarks`", "matrix product 2 GFLOP/s, copy 3.0 GB/s",
+                  "failed: no compiler", "| UNet step | ldm2 | 750.00* |", "| ldm2 | 2.50 |", "a note"):
+        assert words in table
+
+
+def test_flop_from_sizes_is_flop_of_a_run(pipe):
+    flop = Flop(pipe)
+    works = {work.name: work for work in profiling.works(pipe, recipe("a low tone", seconds=0.64, steps=2, seed=0))}
+    assert flop.decode(0.64) == profiling.flop_of(works["VAE"].run)
+    assert flop.vocode(0.64) == profiling.flop_of(works["vocoder"].run)
+    step = profiling.flop_of(works["UNet step"].run)
+    assert flop.step(0.64) == pytest.approx(step, rel=0.05)                  # the prompt has other than TOKENS tokens
+
+
+def test_a_generation_is_its_stages(pipe):
+    flop = Flop(pipe)
+    assert flop.generation(0.64, 3, rows=2) == 3 * flop.step(0.64, 2) + flop.decode(0.64, 2) + flop.vocode(0.64, 2)
+
+
+@pytest.mark.parametrize("name", cases(CPU, torch.float32))
+def test_the_cases_of_kernels_are_arguments_of_the_operations(name, monkeypatch):
+    monkeypatch.setattr(torch, "randn", lambda shape, device: torch.empty(shape, device="meta"))
+    arguments = cases(CPU, torch.float32)[name]
+    with ops.backend("reference"):
+        assert getattr(ops, name)(*arguments) is not None
+
+
+def test_the_plot_shows_length_and_batch(tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = [
+        {"subject": subject, "name": name, "variant": variant, "seconds": 1.0}
+        for subject, name in (("length", "5 s, 2 steps"), ("length", "10 s, 2 steps"), ("batch", "1 x 10 s, 2 steps"))
+        for variant in ("ldm2", "diffusers")
+    ]
+    path = report.plot(tmp_path / "plot.png", lines)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_there_is_no_plot_without_length_and_batch(tmp_path):
+    assert report.plot(tmp_path / "plot.png", [{"subject": "unet"}]) is None
+
+
+def test_unknown_rows_are_refused():
+    with pytest.raises(SystemExit, match="unknown rows magic"):
+        benchmarks.main(["--rows", "unet,magic"])
+
+
+def test_everything_runs_beside_diffusers(tmp_path, monkeypatch, capsys, tiny_checkpoint):
+    monkeypatch.setattr(rows, "LENGTHS", (0.2, 10.5))
+    monkeypatch.setattr(rows, "BATCHES", (2,))
+    monkeypatch.setattr(profiling, "limits", lambda device, dtype: Limits(1e9, 1e9))
+    asked = "unet,vae,vocoder,text,load,generation,length,batch"
+    assert benchmarks.main([
+        "--rows", asked, "--folder", str(tiny_checkpoint), "--seconds", "0.2", "--steps", "1", "--sweep-steps", "1",
+        "--repeats", "1", "--out", str(tmp_path), "--name", "x",
+    ]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "x.md")
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert {row["subject"] for row in found["rows"]} == set(asked.split(","))
+    assert all(row["seconds"] > 0 for row in found["rows"])
+    assert {row["variant"] for row in found["rows"]} == {"ldm2", "ldm2, windows of 10.24 s", "diffusers"}
+
+
+def test_without_diffusers_ldm2_runs_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmarks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(profiling, "limits", lambda device, dtype: Limits(1e9, 1e9))
+    assert benchmarks.main(["--rows", "unet,load,memory", "--size", "tiny", "--seconds", "0.2", "--repeats", "1",
+                            "--out", str(tmp_path), "--name", "x"]) == 0
+    assert "diffusers is not installed" in capsys.readouterr().out
+    assert [row["variant"] for row in json.loads((tmp_path / "x.json").read_text())["rows"]] == ["ldm2"]
