@@ -155,7 +155,7 @@ class Schedule:
         """
         start, end = interval
         T = self.num_train_timesteps
-        return start * T < T - t <= end * T
+        return start * T < max(1, T - t) <= end * T        # "leading" may begin one timestep beyond the table
 
     def check_steps(self, steps: int) -> int:
         """The number of sampler steps, if it is a whole number from 1 to T. Raises ValueError otherwise."""

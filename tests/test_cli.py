@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 import soundfile
 
+from ldm2 import audio, options
 from ldm2.__main__ import main
+from ldm2.recipe import PRESETS
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a dog barking in the rain"
@@ -68,6 +71,23 @@ def test_without_a_name_the_prompt_names_the_file_and_nothing_is_overwritten(gen
     assert (tmp_path / names[0]).read_bytes() != (tmp_path / names[1]).read_bytes()
 
 
+def test_the_file_tells_what_the_fast_options_were(tiny_checkpoint, tmp_path):
+    target = tmp_path / "x.wav"
+    short = ("--steps", "1", "--seconds", "0.2", "-o", str(target))
+    fast = ("--preset", "fast", "--guidance-interval", ":0.7", "--reuse", "2")
+    assert main(["generate", PROMPT, "--model", str(tiny_checkpoint), *short, *fast]) == 0
+    settings = json.loads(audio.read_metadata(target)["comment"])
+    assert (settings["steps"], settings["sampler"]) == (1, PRESETS["fast"]["sampler"])
+    assert (settings["guidance_interval"], settings["reuse"]) == ([0, 0.7], 2)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("0.1:0.8", (0.1, 0.8)), (":0.8", (0, 0.8)), ("0.1:", (0.1, 1)), (":", (0, 1)), ("0:0", (0, 0)),
+])
+def test_an_interval_is_read_from_one_word(text, expected):
+    assert options.interval(text) == expected
+
+
 def test_several_waveforms_become_several_files(generate, tmp_path):
     done = generate("-o", "x.wav", "--num-waveforms", 2)
     assert done.stdout.split() == ["x-1.wav", "x-2.wav"]
@@ -99,6 +119,13 @@ def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(generate, refu
     (("--seconds", "1e9"), ("seconds",)),
     (("--sampler", "magic"), ("magic", "ddim", "unipc")),
     (("--eta", 0.5, "--sampler", "euler"), ("eta", "ddim")),
+    (("--preset", "quick"), ("quick", "fast")),
+    (("--guidance-interval", "0.5"), ("FROM:TO", "0.5")),
+    (("--guidance-interval", "a:b"), ("FROM:TO", "a:b")),
+    (("--guidance-interval", "0.5:0.2"), ("guidance_interval", "0.5", "0.2")),
+    (("--guidance-interval", "0:2"), ("guidance_interval", "2")),
+    (("--reuse", 0), ("reuse", "0")),
+    (("--reuse", "often"), ("--reuse", "often")),
     (("--dtype", "int8"), ("int8", "float16")),
     (("--device", "gpu"), ("gpu", "cuda")),
     (("--device", "cuda:42"), ("cuda:42",)),

@@ -18,6 +18,7 @@ from ldm2 import audio, edit, original
 from ldm2.conditioning import Conditioning
 from ldm2.masks import masked
 from ldm2.pipeline import AudioLDM2
+from ldm2.recipe import PRESETS
 from tests import authors
 
 RATE = 16_000
@@ -312,6 +313,16 @@ def test_what_cannot_be_edited_is_named_before_the_model_runs(pipe, monkeypatch,
     monkeypatch.setattr(pipe, "denoise", never)
     with pytest.raises(ValueError, match=message):
         getattr(pipe, name)(noise(8000), RAIN, sample_rate=RATE, **options)
+
+
+@pytest.mark.parametrize("prompt", [RAIN, None])
+def test_an_edit_takes_the_fast_settings(pipe, prompt):
+    sound, settings = noise(4000), {"sample_rate": RATE, "strength": 0.8, "seed": 1, "steps": 5}
+    fast = pipe.transfer(sound, prompt, preset="fast", reuse=2, guidance_interval=(0, 0.5), **settings)
+    assert fast.settings["sampler"] == PRESETS["fast"]["sampler"]
+    assert (fast.settings["guidance_interval"], fast.settings["reuse"]) == ([0, 0.5], 2)
+    exact = pipe.transfer(sound, prompt, sampler=PRESETS["fast"]["sampler"], **settings)
+    assert not torch.equal(fast.latents, exact.latents)
 
 
 @pytest.mark.parametrize("option", [{"guidance_scale": 3.0}, {"negative_prompt": "x"}, {"prompt_at": [(0.1, "x")]}])

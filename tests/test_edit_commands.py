@@ -13,6 +13,7 @@ import soundfile
 import ldm2
 from ldm2 import audio
 from ldm2.__main__ import main
+from ldm2.recipe import PRESETS
 from tests.test_cli import ROOT
 from tests.test_cli import ldm2 as run_process
 
@@ -76,6 +77,13 @@ def test_each_edit_names_its_file_after_the_input(run, tmp_path, arguments, name
     assert read(tmp_path / name).shape == (round(seconds * RATE), 1)
     task = json.loads(audio.read_metadata(tmp_path / name)["comment"])["edit"]["task"]
     assert task in ("transfer", arguments[0].replace("-", "_"))
+
+
+def test_an_edit_takes_the_fast_options(run, tmp_path):
+    code, out, err = run("transfer", "in.wav", "rain", "--preset", "fast", "--reuse", 2, *ONE)
+    assert (code, out) == (0, ["in-transfer.wav"]), err
+    settings = json.loads(audio.read_metadata(tmp_path / out[0])["comment"])
+    assert (settings["steps"], settings["reuse"], settings["sampler"]) == (1, 2, PRESETS["fast"]["sampler"])
 
 
 def test_variations_are_three_unless_asked_otherwise(run, tmp_path):

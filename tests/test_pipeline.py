@@ -12,6 +12,7 @@ import torch
 import ldm2
 from ldm2.loading import choose_device, choose_dtype
 from ldm2.pipeline import NonFiniteError
+from ldm2.recipe import PRESETS
 from tests import checkpoints
 
 PROMPT = "a dog barking in the rain"
@@ -140,6 +141,37 @@ def test_settings_make_the_sound_again(pipe):
     assert np.array_equal(first.waveforms, again.waveforms)
 
 
+def test_settings_of_a_preset_make_the_sound_again(pipe):
+    first = pipe.generate(PROMPT, seconds=0.2, preset="fast", steps=4, reuse=2, seed=3)
+    names = ("prompt", "seconds", "steps", "guidance_scale", "sampler", "eta", "seed", "guidance_interval", "reuse")
+    settings = json.loads(json.dumps(first.settings))
+    assert settings["guidance_interval"] == list(PRESETS["fast"]["guidance_interval"])
+    again = pipe.generate(**{name: settings[name] for name in names})
+    assert np.array_equal(first.waveforms, again.waveforms)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp-2m-sde"])
+def test_guidance_in_all_of_the_run_is_guidance_and_in_none_of_it_is_none(pipe, sampler):
+    settings = {"seconds": 0.2, "steps": 3, "seed": 1, "sampler": sampler}
+    plain, alone = (pipe.generate(PROMPT, **settings, guidance_scale=scale).latents for scale in (3.5, 1.0))
+    assert torch.equal(pipe.generate(PROMPT, **settings, guidance_interval=(0, 1)).latents, plain)
+    assert torch.equal(pipe.generate(PROMPT, **settings, guidance_interval=(0.4, 0.4)).latents, alone)
+    assert not torch.equal(pipe.generate(PROMPT, **settings, guidance_interval=(0.5, 1)).latents, plain)
+
+
+def test_the_unet_is_called_on_both_branches_inside_the_interval_only(pipe, monkeypatch):
+    rows = []
+    forward = pipe.unet.forward
+
+    def counted(x_t, t, prepared, time):
+        rows.append(prepared.rows)
+        return forward(x_t, t, prepared, time)
+
+    monkeypatch.setattr(pipe.unet, "forward", counted)
+    pipe.generate(PROMPT, seconds=0.2, steps=10, guidance_interval=(0.2, 0.6), seed=0)
+    assert rows == [1, 1, 2, 2, 2, 2, 1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("seconds", [0.001, 0.0401, 0.123456, 0.5, 2.0])
 def test_audio_is_cut_to_the_asked_seconds(pipe, seconds):
     result = pipe.generate(PROMPT, seconds=seconds, steps=1, guidance_scale=1, seed=0)
@@ -211,6 +243,11 @@ def test_overflow_names_the_stage_and_the_way_out(pipe):
     ({"sampler": "magic"}, "unknown sampler 'magic'.*ddim.*unipc"),
     ({"eta": 2.0}, "eta"),
     ({"eta": 0.5, "sampler": "euler"}, "eta"),
+    ({"preset": "quick"}, "unknown preset 'quick', choose from fast"),
+    ({"preset": "fast", "eta": 0.5}, "eta 0.5 with dpmpp-2m"),
+    ({"guidance_interval": (0.5, 0.4)}, "guidance_interval.*0.5 to 0.4"),
+    ({"guidance_interval": 0.5}, "guidance_interval.*0.5"),
+    ({"reuse": 0}, "reuse.*0"),
     ({"seed": -1}, "seed"),
     ({"seed": 1.5}, "seed"),
     ({"seed": [1, 2]}, "2 seeds for 1"),

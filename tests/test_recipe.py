@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from ldm2.recipe import DEFAULTS, MAX_SEED, recipe, row_settings
+from ldm2.recipe import DEFAULTS, MAX_SEED, PRESETS, recipe, row_settings
 
 
 def test_defaults_are_those_of_the_published_models():
@@ -34,6 +36,49 @@ def test_a_row_of_a_batch_can_be_made_again_alone():
     alone = row_settings(settings, row=2, seed=7)
     assert (alone["prompt"], alone["negative_prompt"], alone["seed"], alone["num_waveforms"]) == ("b", "y", 7, 1)
     assert alone["steps"] == 3
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_takes_the_place_of_the_defaults(name):
+    own_defaults = DEFAULTS | {"steps": 7, "seconds": 3.0}
+    asked = recipe("a dog", preset=name, defaults=own_defaults)
+    expected = own_defaults | PRESETS[name]
+    assert {name: getattr(asked, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("given", [
+    {"steps": 11}, {"sampler": "euler"}, {"guidance_interval": (0.0, 1.0)}, {"reuse": 1}, {"guidance_scale": 0.0},
+])
+def test_what_is_given_wins_over_the_preset(given):
+    asked = recipe("a dog", preset="fast", **given)
+    expected = DEFAULTS | PRESETS["fast"] | given
+    assert {name: getattr(asked, name) for name in expected} == expected
+
+
+def test_the_settings_of_a_preset_need_no_preset():
+    settings = recipe("a dog", preset="fast", reuse=2, seed=1).settings
+    assert "preset" not in settings
+    assert recipe(**json.loads(json.dumps(settings))).settings == settings
+
+
+@pytest.mark.parametrize("name", ["quick", "", 3, ["fast"]])
+def test_an_unknown_preset_is_refused_with_those_that_exist(name):
+    with pytest.raises(ValueError, match=r"unknown preset .*, choose from fast"):
+        recipe("a dog", preset=name)
+
+
+@pytest.mark.parametrize("interval", [
+    (0.5, 0.2), (-0.1, 1), (0, 1.1), (0, float("nan")), (0, "1"), (0.5,), (0, 0.5, 1), 0.5, "01", (True, 1), {0.1, 0.5},
+])
+def test_an_interval_that_is_no_part_of_the_run_is_refused(interval):
+    with pytest.raises(ValueError, match="guidance_interval"):
+        recipe("a dog", guidance_interval=interval)
+
+
+@pytest.mark.parametrize("reuse", [0, -1, 1.5, True, "2"])
+def test_a_reuse_that_is_no_whole_number_from_1_up_is_refused(reuse):
+    with pytest.raises(ValueError, match="reuse must be a whole number from 1 up"):
+        recipe("a dog", reuse=reuse)
 
 
 @pytest.mark.parametrize("seed", [-1, 1.0, True, "1", MAX_SEED + 1, [1, -1]])

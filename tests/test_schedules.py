@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from ldm2.samplers import SAMPLERS, timesteps
 from ldm2.schedules import BETA_SCHEDULES, SPACINGS, Schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")   # in diffusers
@@ -129,6 +130,30 @@ def test_steps_must_be_a_whole_number_of_at_least_one(steps):
 def test_steps_must_not_exceed_the_timesteps_of_the_training():
     with pytest.raises(ValueError, match="steps must be at most 1000, got 1001"):
         SCHEDULE.interval_timesteps(1001)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_timestep_that_a_sampler_visits_lies_within_the_whole_run(name):
+    for spacing in SPACINGS:
+        schedule = Schedule.from_dict(PUBLISHED | {"timestep_spacing": spacing})
+        assert all(schedule.within(t, (0, 1)) for steps in (1, 7, 1000) for t in timesteps(name, schedule, steps))
+
+
+@pytest.mark.parametrize("border", [0, 0.1, 0.29, 1 / 3, 0.5, 0.7, 0.999, 1])
+def test_each_timestep_lies_on_one_side_of_a_border_of_the_run(border):
+    schedule = Schedule.from_dict(PUBLISHED)
+    before = [schedule.within(t, (0, border)) for t in range(1000)]
+    after = [schedule.within(t, (border, 1)) for t in range(1000)]
+    assert [a + b for a, b in zip(before, after)] == [1] * 1000
+    assert sum(before) == pytest.approx(1000 * border, abs=1)
+    assert after == sorted(after, reverse=True)
+
+
+def test_the_noise_levels_told_for_shares_of_the_run():
+    told = {0.05: 53, 0.2: 15.4, 0.4: 4.5, 0.6: 1.8, 0.8: 0.79, 0.95: 0.30}
+    schedule = Schedule.from_dict(PUBLISHED)
+    for share, sigma in told.items():
+        assert schedule.sigma(1000 * (1 - share)) == pytest.approx(sigma, rel=0.02)
 
 
 def test_numpy_integers_are_steps():

@@ -1,0 +1,289 @@
+"""What speed costs: how far fast ways to sample are from 200 DDIM steps, all of them guided, from the same noise.
+
+    python -m benchmarks.tradeoff [--model tiny] [--prompts N] [--seeds N] [--out FILE] [--plot FILE]
+
+Every sampler at several numbers of steps, guidance in a part of the run, feature reuse, and the presets. Two distances:
+of the latents, relative to the norm of the reference's, and of the log-mel spectrograms (mean absolute difference, in
+natural logarithms). Both also grow where a sound is as good but another one; so a judge of sounds that were made by
+formulas says which share of them is what the prompt asked for. It is meant for the bundled tiny model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import platform
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import ldm2
+from benchmarks.judge import is_right
+from benchmarks.tiny_quality import PROMPTS
+from ldm2.conditioning import Conditioning
+from ldm2.config import UNetConfig
+from ldm2.noise import SeededNoise
+from ldm2.profiling import flop_of
+from ldm2.random_models import SIZES, UNET
+from ldm2.recipe import PRESETS, WHOLE_RUN, check_count
+from ldm2.samplers import SAMPLERS
+from ldm2.unet import UNet
+
+REFERENCE = {"sampler": "ddim", "steps": 200, "guidance_interval": WHOLE_RUN, "reuse": 1}
+STEPS = (10, 20, 50)
+INTERVALS = ((0.0, 0.4), (0.0, 0.6), (0.0, 0.8), (0.1, 0.8), (0.2, 0.8), (0.2, 1.0), (0.4, 1.0), (0.3, 0.7))
+Call = tuple[int, bool]                    # branches of guidance, and whether the deep part is computed
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to sample, and what it gave.
+
+    seconds:  CPU time of the sampler for one sound (on a GPU: time)
+    work:     floating-point operations of the published base model for the same calls, as a share of the reference's
+    branches: evaluations of the UNet for one sound; guidance needs two for a model call
+    latents, mel: mean distance to the reference. right: share that the judge accepts, None where it was not asked
+    """
+
+    name: str
+    kind: str
+    settings: dict
+    seconds: float
+    work: float
+    branches: float
+    latents: float
+    mel: float
+    right: float | None
+
+
+def ways() -> list[tuple[str, dict]]:
+    """(kind, settings) of everything that is compared with the reference. The kind is the colour in the plot."""
+    fast = REFERENCE | PRESETS["fast"]
+    plain = fast | {"guidance_interval": WHOLE_RUN, "reuse": 1}
+    rows = [(name, REFERENCE | {"sampler": name, "steps": steps}) for name in SAMPLERS for steps in STEPS]
+    rows += [("guidance interval", plain | {"guidance_interval": interval}) for interval in INTERVALS]
+    for way in (REFERENCE | {"steps": 50}, plain, fast):
+        rows += [("reuse", way | {"reuse": n}) for n in (2, 3, 4)]
+    presets = [(f"preset {name}", REFERENCE | settings) for name, settings in PRESETS.items()]
+    return [row for row in rows if row[1] not in [settings for _, settings in presets]] + presets
+
+
+def name_of(settings: dict) -> str:
+    """For example "dpmpp-2m 25, guidance 0.1:0.8, reuse 2"."""
+    start, end = settings["guidance_interval"]
+    guided = "" if (start, end) == WHOLE_RUN else f", guidance {start:g}:{end:g}"
+    reused = "" if settings["reuse"] == 1 else f", reuse {settings['reuse']}"
+    return f"{settings['sampler']} {settings['steps']}{guided}{reused}"
+
+
+@functools.cache
+def operations() -> dict[Call, int]:
+    """Floating-point operations of each kind of model call of the published base model, for 10.24 s."""
+    counts = {}
+    with torch.device("meta"), torch.no_grad():            # shapes are enough to count
+        unet = UNet(UNetConfig.from_dict(UNET | SIZES["audioldm2"]))
+        x_t, time = torch.empty(1, 8, 256, 16), unet.embed_time(1.0)
+        for branches in (1, 2):
+            contexts = torch.empty(branches, 8, 768), torch.empty(branches, 16, 1024)
+            prepared = unet.prepare(Conditioning(contexts, (None, None)))
+            features = unet.with_features(x_t, 1.0, prepared, time)[1]
+            for given in (None, features):
+                call = functools.partial(unet.with_features, x_t, 1.0, prepared, time, given)
+                counts[branches, given is None] = flop_of(call)
+    return counts
+
+
+@contextmanager
+def counted(unet: UNet) -> Iterator[Counter[Call]]:
+    """How often each kind of model call is made inside."""
+    calls: Counter[Call] = Counter()
+    original = unet.with_features
+
+    def watched(x_t, t, conditioning, time=None, features=None):
+        calls[conditioning.rows // len(x_t), features is None] += 1
+        return original(x_t, t, conditioning, time, features)
+
+    unet.with_features = watched
+    try:
+        yield calls
+    finally:
+        del unet.with_features
+
+
+class Comparison:
+    """A model and a batch of prompts with their noise; runs ways to sample, and compares them with the reference."""
+
+    def __init__(self, pipe: ldm2.AudioLDM2, prompts: int, seeds: int, judged: bool):
+        chosen = list(PROMPTS)[:: max(1, len(PROMPTS) // prompts)][:prompts]
+        self.pipe, self.judged, self.operations = pipe, judged, operations()
+        self.kinds = [kind for kind in chosen for _ in range(seeds)]
+        self.seeds = [seed for _ in chosen for seed in range(seeds)]
+        conditioning = pipe.encode([PROMPTS[kind][0] for kind in chosen])
+        self.sides = [side.repeat(seeds) for side in (conditioning, pipe.encode_unconditional(conditioning))]
+        self.run({**REFERENCE, "steps": 2})                # the first calls are slow
+        self.reference, self.seconds, calls = self.run(REFERENCE)
+        self.reference_mel = self.pipe.decode(self.reference).float()
+        self.reference_work = self.work(calls)
+
+    def run(self, settings: dict) -> tuple[Tensor, float, Counter[Call]]:
+        """Latents of all sounds, the time for one, and the model calls."""
+        noise = SeededNoise(self.seeds)
+        x_T = noise.draw(*self.pipe.latent_shape(self.pipe.defaults["seconds"]))
+        clock = clock_of(self.pipe.device)
+        with counted(self.pipe.unet) as calls:
+            started = clock()
+            latents = self.pipe.denoise(
+                *self.sides, latents=x_T, noise=noise, guidance_scale=self.pipe.defaults["guidance_scale"], **settings
+            )
+            return latents, (clock() - started) / len(self.seeds), calls
+
+    def work(self, calls: Counter[Call]) -> int:
+        """Floating-point operations of these calls in the published base model."""
+        return sum(self.operations[call] * count for call, count in calls.items())
+
+    def row(self, kind: str, settings: dict) -> Row:
+        """Run, and compare."""
+        if settings == REFERENCE:
+            latents, seconds, calls = self.reference, self.seconds, Counter({(2, True): REFERENCE["steps"]})
+        else:
+            latents, seconds, calls = self.run(settings)
+        mel = self.pipe.decode(latents)
+        return Row(
+            name=name_of(settings), kind=kind, settings=settings, seconds=seconds,
+            work=self.work(calls) / self.reference_work,
+            branches=float(sum(branches * count for (branches, _), count in calls.items())),
+            latents=float((norms(latents - self.reference) / norms(self.reference)).mean()),
+            mel=float((mel.float() - self.reference_mel).abs().mean()),
+            right=self.right(mel) if self.judged else None,
+        )
+
+    def right(self, mel: Tensor) -> float:
+        """Share of the sounds that are what their prompts asked for."""
+        waves = self.pipe.vocode(mel).numpy()
+        return sum(is_right(wave, kind) for wave, kind in zip(waves, self.kinds)) / len(waves)
+
+
+def norms(latents: Tensor) -> Tensor:
+    """Of each row (B, ...): (B,)."""
+    return latents.flatten(1).norm(dim=1)
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds: CPU time on a CPU, which other processes disturb least; elsewhere time, when the device is done."""
+    if device.type == "cpu":
+        return time.process_time
+
+    def clock() -> float:
+        getattr(torch, device.type).synchronize()
+        return time.perf_counter()
+
+    return clock
+
+
+def pareto(rows: list[Row]) -> list[Row]:
+    """Those to which no other row is nearer to the reference (log-mel) in less time, fastest first."""
+    best: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row.seconds, row.mel)):
+        if not best or row.mel < best[-1].mel:
+            best.append(row)
+    return best
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown; those on the Pareto curve are marked."""
+    best = pareto(rows)
+    lines = ["| | way | s / sound | work at full size | UNet branches | latents | log-mel | right | Pareto |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        right = "" if row.right is None else f"{row.right:.2f}"
+        lines.append(f"| {row.kind} | {row.name} | {row.seconds:.3f} | {row.work:.3f} | {row.branches:.0f} | "
+                     f"{row.latents:.3f} | {row.mel:.3f} | {right} | {'*' if row in best else ''} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Time against log-mel distance, a colour for each kind, the Pareto curve, and names along it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row.mel > 0]            # the reference has no place on a logarithmic axis
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    kinds = list(dict.fromkeys(row.kind for row in rows))
+    for i, kind in enumerate(kinds):
+        points = [(row.seconds, row.mel) for row in rows if row.kind == kind]
+        preset = kind.startswith("preset")
+        ax.plot(*zip(*points), "*" if preset else "osD^v"[i % 5], markersize=18 if preset else 6, color=f"C{i % 10}",
+                markeredgecolor="black" if i >= 10 else "none", label=kind)
+    best = pareto(rows)
+    ax.plot([row.seconds for row in best], [row.mel for row in best], color="grey", linewidth=1, zorder=0)
+    for row in best:
+        ax.annotate(row.name, (row.seconds, row.mel), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    ax.set(xscale="log", yscale="log", xlabel="time of the sampler in s for one sound",
+           ylabel="log-mel distance to 200 DDIM steps with full guidance")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def facts(comparison: Comparison, model: str) -> dict:
+    """Machine, versions, command, and what was compared."""
+    pipe = comparison.pipe
+    return {
+        "command": f"python -m benchmarks.tradeoff {shlex.join(sys.argv[1:])}".strip(),
+        "model": model, "sounds": len(comparison.seeds), "kinds": list(dict.fromkeys(comparison.kinds)),
+        "guidance_scale": pipe.defaults["guidance_scale"], "seconds": pipe.defaults["seconds"],
+        "device": str(pipe.device), "dtype": str(pipe.dtype)[6:], "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(), "python": platform.python_version(),
+        "torch": torch.__version__, "ldm2": ldm2.__version__,
+    }
+
+
+def write(stem: Path, told: dict, rows: list[Row], text: str) -> None:
+    """STEM.json and STEM.md."""
+    content = {**told, "rows": [asdict(row) for row in rows]}
+    stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    lines = [f"- {name}: {', '.join(value) if isinstance(value, list) else value}" for name, value in told.items()]
+    heading = "# Distance to 200 DDIM steps with full guidance, against time"
+    stem.with_suffix(".md").write_text("\n".join([heading, "", *lines, "", text, ""]), encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tradeoff", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default="tiny", help="name or folder (default: %(default)s)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--prompts", type=int, default=6, help="how many kinds of sound (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="sounds of each (default: %(default)s)")
+    parser.add_argument("--no-judge", action="store_true", help="no waveforms, for models that know other sounds")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json and FILE.md, for example "
+                        "benchmarks/results/tradeoff")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curve")
+    args = parser.parse_args(arguments)
+    pipe = ldm2.load(args.model, device=args.device, dtype=args.dtype)
+    prompts, seeds = check_count("prompts", args.prompts), check_count("seeds", args.seeds)
+    comparison = Comparison(pipe, prompts, seeds, judged=not args.no_judge)
+    rows = [comparison.row("reference", REFERENCE)]
+    for kind, settings in ways():
+        rows.append(comparison.row(kind, settings))
+        print(f"{len(rows)} of {len(ways()) + 1}: {rows[-1].name}", file=sys.stderr)
+    text = table(rows)
+    print(text)
+    if args.out is not None:
+        write(args.out, facts(comparison, args.model), rows, text)
+    if args.plot is not None:
+        draw(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()
