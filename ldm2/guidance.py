@@ -14,7 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ldm2 import ops
 from ldm2.conditioning import Conditioning
+from ldm2.graphs import accelerated
 from ldm2.reuse import reusing
 from ldm2.samplers.core import Denoiser
 from ldm2.unet import PreparedConditioning, UNet
@@ -64,16 +66,14 @@ class Guidance:
         reuse: the deep features of the UNet are computed at every so many timesteps and kept in between, by this
         denoiser and no other (see `reusing`): one denoiser serves one run, of one window.
         """
-        predict = self.unet if reuse == 1 else reusing(self.unet, reuse)
+        unet = accelerated(self.unet)
+        predict = unet if reuse == 1 else reusing(unet, reuse)
 
         def denoise(x: Tensor, t: float) -> Tensor:
             guided = self.scale > 1 and self.acts_at(t)
             branches = self._both if guided else self._conditional
-            prediction = predict(x.to(self.dtype), t, branches, time=self.times.get(t)).float()
-            if not guided:
-                return prediction
-            negative, positive = prediction.chunk(2)
-            return negative + self.scale * (positive - negative)
+            prediction = predict(x.to(self.dtype), t, branches, time=self.times.get(t))
+            return ops.guide(prediction, self.scale) if guided else prediction.float()
 
         return denoise
 

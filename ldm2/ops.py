@@ -47,6 +47,11 @@ def backend(name: str) -> Iterator[None]:
         _backend.reset(token)
 
 
+def asked() -> str:
+    """The backend that holds here: one of BACKENDS."""
+    return _backend.get()
+
+
 @torch.compiler.assume_constant_result
 def _choice(name: str, device_type: str) -> tuple[bool, bool]:
     """(whether there is a kernel to try, whether falling back is an error)."""

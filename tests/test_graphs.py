@@ -1,0 +1,185 @@
+"""Graphs of the UNet's step: recorded by a stand-in on the CPU, and by CUDA where there is one."""
+
+import pytest
+import torch
+
+import ldm2
+from ldm2 import graphs, ops
+from ldm2.graphs import GraphedUNet, Graphs, accelerated, lengthened, tensors
+from ldm2.reuse import reusing
+from tests import checkpoints
+from tests.test_unet import KINDS, condition, draw, ours_of
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+class Tape:
+    """Records on any device: replaying calls the function again, on the tensors that it was recorded with."""
+
+    def __init__(self):
+        self.recorded = 0
+
+    def __call__(self, run):
+        self.recorded += 1
+        results = run()
+
+        @torch.inference_mode()                            # which may write to tensors made in any mode
+        def replay():
+            for result, new in zip(results, run()):
+                result.copy_(new)
+
+        return replay, results
+
+
+@pytest.fixture(scope="module", params=["base", "48 kHz"])
+def unet(request):
+    return ours_of(checkpoints.unet(**KINDS[request.param]))
+
+
+@pytest.fixture
+def tape():
+    return Tape()
+
+
+def prepared(unet, rows=2, seed=1):
+    return unet.prepare(condition(unet.config, rows, seed))
+
+
+def step(unet, model, x_t, t, conditioning):
+    """One call as the sampler makes it."""
+    return model(x_t, t, conditioning, time=unet.embed_time(t))
+
+
+@torch.no_grad()
+def test_graphs_answer_as_the_unet_does(unet, tape):
+    graphed, conditioning = GraphedUNet(unet, Graphs(tape)), prepared(unet)
+    for i in range(5):
+        x_t, t = draw(1, 4, 12, 8, seed=i), 900 - 100 * i
+        expected = step(unet, unet, x_t, t, conditioning)
+        torch.testing.assert_close(step(unet, graphed, x_t, t, conditioning), expected, atol=2e-5, rtol=0)
+    assert tape.recorded == 1
+
+
+@torch.no_grad()
+def test_results_stay_what_they_are_when_the_graph_runs_again(unet, tape):
+    graphed, conditioning = GraphedUNet(unet, Graphs(tape)), prepared(unet)
+    results = [step(unet, graphed, draw(1, 4, 12, 8, seed=i), 500, conditioning) for i in range(5)]
+    for i, result in enumerate(results):
+        expected = step(unet, unet, draw(1, 4, 12, 8, seed=i), 500, conditioning)
+        torch.testing.assert_close(result, expected, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_runs_with_other_prompts_take_turns_on_one_graph(unet, tape):
+    shared, x_t = Graphs(tape), draw(1, 4, 12, 8)
+    runs = [(GraphedUNet(unet, shared), prepared(unet, seed=seed)) for seed in (1, 2)]
+    for _ in range(4):
+        for graphed, conditioning in runs:
+            expected = step(unet, unet, x_t, 500, conditioning)
+            torch.testing.assert_close(step(unet, graphed, x_t, 500, conditioning), expected, atol=2e-5, rtol=0)
+    assert tape.recorded == 1
+
+
+@torch.no_grad()
+def test_each_shape_has_its_graph_and_the_oldest_makes_room(unet, tape, monkeypatch):
+    monkeypatch.setattr(graphs, "KEPT", 2)
+    graphed, conditioning = GraphedUNet(unet, Graphs(tape)), prepared(unet)
+    for frames, recorded in [(8, 1), (12, 2), (8, 2), (16, 3), (8, 3), (12, 4)]:
+        for _ in range(3):
+            assert step(unet, graphed, draw(1, 4, frames, 8), 500, conditioning).shape == (2, 4, frames, 8)
+        assert tape.recorded == recorded
+
+
+@torch.no_grad()
+def test_reused_features_go_through_graphs(unet, tape):
+    graphed, conditioning = GraphedUNet(unet, Graphs(tape)), prepared(unet)
+    ours, plain = reusing(graphed, 2), reusing(unet, 2)
+    for i in range(8):
+        x_t, time = draw(1, 4, 12, 8, seed=i), unet.embed_time(900 - 100 * i)
+        expected = plain(x_t, 900 - 100 * i, conditioning, time)
+        torch.testing.assert_close(ours(x_t, 900 - 100 * i, conditioning, time), expected, atol=2e-5, rtol=0)
+    assert tape.recorded == 2
+
+
+def test_calls_that_need_gradients_or_the_reference_are_not_recorded(unet, tape):
+    graphed, conditioning = GraphedUNet(unet, Graphs(tape)), prepared(unet)
+    for _ in range(4):
+        assert step(unet, graphed, draw(1, 4, 8, 8), 500, conditioning).requires_grad
+        with torch.no_grad(), ops.backend("reference"):
+            step(unet, graphed, draw(1, 4, 8, 8), 500, conditioning)
+    assert tape.recorded == 0
+
+
+def test_graphs_recorded_in_inference_mode_serve_outside_of_it(unet, tape):
+    graphed = GraphedUNet(unet, Graphs(tape))
+    with torch.inference_mode():
+        conditioning = prepared(unet)
+        for _ in range(3):
+            step(unet, graphed, draw(1, 4, 8, 8), 500, conditioning)
+    with torch.no_grad():
+        step(unet, graphed, draw(1, 4, 8, 8), 500, prepared(unet))
+    assert tape.recorded == 1
+
+
+@torch.no_grad()
+def test_lengthened_contexts_do_not_change_the_prediction():
+    unet = ours_of(checkpoints.unet())
+    conditioning = condition(unet.config, 2)
+    conditioning.masks[1][1] = 0                           # a row that keeps nothing attends to all it has
+    plain, long = unet.prepare(conditioning), lengthened(unet.prepare(conditioning))
+    assert {memory.keys.shape[2] for layers in plain.memories for memory in layers if memory is not None} == {8, 5}
+    assert {memory.keys.shape[2] for layers in long.memories for memory in layers if memory is not None} == {8}
+    x_t = draw(1, 4, 8, 8)
+    torch.testing.assert_close(unet(x_t, 500, long), unet(x_t, 500, plain), atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_layers_that_share_a_bias_share_it_when_lengthened(unet):
+    biases = {id(memory.bias) for layers in lengthened(prepared(unet)).memories for memory in layers if memory}
+    assert len(biases - {id(None)}) <= 1
+
+
+@torch.no_grad()
+def test_the_tensors_of_a_conditioning_are_listed_once(unet):
+    every = list(tensors(prepared(unet)))
+    assert len(every) == len({id(tensor) for tensor in every})
+
+
+def test_on_the_cpu_the_unet_is_its_own_acceleration(unet):
+    assert accelerated(unet) is unet
+
+
+@on_cuda
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-3), (torch.float16, 1e-2)])
+def test_a_cuda_graph_answers_as_the_unet_does(dtype, atol):
+    unet = ours_of(checkpoints.unet()).to("cuda", dtype)
+    conditioning = unet.prepare(condition(unet.config, 2).to("cuda", dtype))
+    graphed = accelerated(unet)
+    for frames in (8, 12, 8):
+        for i in range(5):
+            x_t, t = draw(1, 4, frames, 8, seed=i).to("cuda", dtype), 900 - 100 * i
+            expected = step(unet, unet, x_t, t, conditioning)
+            torch.testing.assert_close(step(unet, graphed, x_t, t, conditioning), expected, atol=atol, rtol=0)
+    assert len(graphed.graphs._graphs) == 2
+
+
+@on_cuda
+def test_graphs_on_cuda_are_gone_with_the_weights_they_read():
+    unet = ours_of(checkpoints.unet()).to("cuda")
+    assert accelerated(unet).graphs is accelerated(unet).graphs
+    before = len(graphs._graphs)
+    unet.to("meta")
+    assert len(graphs._graphs) == before - 1
+
+
+@on_cuda
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp-2m"])
+def test_generation_on_cuda_is_near_that_of_plain_pytorch(tiny_checkpoint, sampler):
+    pipe = ldm2.load(tiny_checkpoint, device="cuda", dtype="float32")
+    settings = {"seconds": 0.64, "steps": 8, "seed": 1, "sampler": sampler}
+    with ops.backend("reference"):
+        expected = pipe.generate("rain", **settings).waveforms
+    for _ in range(2):
+        got = pipe.generate("rain", **settings).waveforms
+        torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(expected), atol=2e-3, rtol=0)
