@@ -21,7 +21,7 @@ import torch
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-# Name of the function that each object file of kernel sources defines, and the flags of its instruction set.
+# Instruction sets and their flags.
 SETS = {"baseline": [], "avx2": AVX2, "avx512": AVX512} if platform.machine() == "x86_64" else {"baseline": []}
 
 
@@ -49,7 +49,7 @@ def compile_library(sources: Path) -> bytes:
                f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     with tempfile.TemporaryDirectory() as scratch:
         objects = {"convolution": ("convolution.cpp", headers)} | {
-            name: ("winograd.cpp", [f"-DLDM2_KERNELS=kernels_{name}", *flags]) for name, flags in SETS.items()
+            name: ("winograd.cpp", [f"-DLDM2_SET={name}", *flags]) for name, flags in SETS.items()
         }
         commands = [
             [compiler, *FLAGS, *flags, "-c", str(sources / source), "-o", f"{scratch}/{name}.o"]

@@ -2,6 +2,7 @@
 //
 //   ldm2::pack(weight, form)                          weights, transformed and laid out for the product
 //   ldm2::convolution(x, packed, bias, residual, ...)   the convolution with such weights
+//   ldm2::instruction_sets(), use_instruction_set(name)   those of this machine, best first; the best is used unless told
 //
 // Tiles of the map are transformed into V (points, tiles, C), multiplied by U (points, C, O) into M (points, tiles, O)
 // and transformed back, a block of tiles at a time so that V and M stay in cache.
@@ -12,8 +13,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "kernels.h"
@@ -21,18 +25,41 @@
 namespace ldm2 {
 namespace {
 
-const Kernels& kernels() {
-  static const Kernels chosen = [] {
+// What this machine can run, best first.
+const std::vector<Kernels>& available() {
+  static const std::vector<Kernels> sets = [] {
+    std::vector<Kernels> found;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      return kernels_avx512();
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernels_avx2();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512) found.push_back(kernels_avx512());
+    if (avx2) found.push_back(kernels_avx2());
 #endif
-    return kernels_baseline();
+    found.push_back(kernels_baseline());
+    return found;
   }();
-  return chosen;
+  return sets;
+}
+
+std::atomic<size_t> chosen = 0;
+
+const Kernels& kernels() { return available()[chosen]; }
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Kernels& set : available()) names.emplace_back(set.name);
+  return names;
+}
+
+void use_instruction_set(std::string_view name) {
+  for (size_t i = 0; i < available().size(); i++) {
+    if (name == available()[i].name) {
+      chosen = i;
+      return;
+    }
+  }
+  TORCH_CHECK(false, "no instruction set ", name, " on this machine");
 }
 
 // Which algorithm: 3x3 kernels on maps of any width, 3x3 on maps of width 2, one-dimensional kernels of 3, 7 and 11 taps.
@@ -278,6 +305,8 @@ TORCH_LIBRARY(ldm2, library) {
   library.def(
       "convolution(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, SymInt out_channels, int form, "
       "int dilation, float slope) -> Tensor");
+  library.def("instruction_sets() -> str[]", instruction_sets);
+  library.def("use_instruction_set(str name) -> ()", use_instruction_set);
 }
 
 TORCH_LIBRARY_IMPL(ldm2, CPU, library) {

@@ -1,5 +1,5 @@
 // Tile transforms of the minimal-filtering convolutions and the product between them, for one instruction set.
-// Compiled once per set with -DLDM2_KERNELS=<name of the function to define> and that set's flags.
+// Compiled once per set with -DLDM2_SET=<its name> and that set's flags.
 
 #include "kernels.h"
 #include "schemes.h"
@@ -176,8 +176,10 @@ void gemm(int64_t rows, int64_t depth, int64_t panels, const float* a, int64_t l
 
 #define TEXT_OF(name) #name
 #define TEXT(name) TEXT_OF(name)
+#define JOINED_OF(a, b) a##b
+#define JOINED(a, b) JOINED_OF(a, b)
 
-ldm2::Kernels ldm2::LDM2_KERNELS() {
-  return {TEXT(LDM2_KERNELS), scheme<F43, F43>(), scheme<F23, Pair>(), scheme<Plain, F43>(), scheme<F22, F44>(),
+ldm2::Kernels ldm2::JOINED(kernels_, LDM2_SET)() {
+  return {TEXT(LDM2_SET), scheme<F43, F43>(), scheme<F23, Pair>(), scheme<Plain, F43>(), scheme<F22, F44>(),
           scheme<F23, F44>(), gemm};
 }

@@ -1,0 +1,211 @@
+"""The CPU kernels against float64 and plain PyTorch. Built once into a temporary folder; skipped without a compiler."""
+
+import gc
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ldm2_kernels import cpu
+
+import ldm2
+from ldm2 import ops
+from ldm2.build_kernels import build
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """Operations on the CPU take the kernels while this module runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        if cpu.library() is None:
+            if shutil.which("g++") is None:
+                pytest.skip("needs g++")
+            folder = tmp_path_factory.mktemp("library")
+            build(folder)
+            patch.setattr(cpu, "folders", lambda: [folder])
+        patch.setattr(ops, "_kernels", {})
+        yield torch.ops.ldm2
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def conv_inputs(batch, ins, outs, num_frames, num_bins):
+    """x, weight, bias, residual."""
+    return (draw(batch, ins, num_frames, num_bins), draw(outs, ins, 3, 3, seed=1), draw(outs, seed=2),
+            draw(batch, outs, num_frames, num_bins, seed=3))
+
+
+def block_inputs(size, channels=32, length=101, dilations=(1, 3, 5)):
+    """Arguments of residual_block with pairs of the given kernel size."""
+    x, total = draw(2, channels, length), draw(2, channels, length, seed=1)
+    parameters = []
+    for seed in range(2, 2 + 2 * len(dilations)):
+        parameters += [draw(channels, channels, size, seed=seed) / (channels * size) ** 0.5, draw(channels, seed=-seed)]
+    return x, F.leaky_relu(x, 0.1), total, 3, 0.1, dilations, *parameters
+
+
+def doubled(args):
+    return [arg.double() if isinstance(arg, torch.Tensor) else arg for arg in args]
+
+
+def rms(x):
+    return x.double().square().mean().sqrt()
+
+
+def assert_within_the_accuracy_rule(operation, args):
+    """At most twice plain PyTorch's error against float64, plus 3e-6 of the result's root mean square."""
+    with ops.backend("fused"):
+        got = operation(*args)
+    exact = operation.reference(*doubled(args))
+    assert rms(got - exact) <= 2 * rms(operation.reference(*args) - exact) + 3e-6 * rms(exact)
+
+
+@pytest.mark.parametrize("shape", [
+    (1, 32, 32, 16, 16), (2, 48, 32, 9, 7), (1, 32, 80, 5, 2), (2, 64, 64, 32, 2), (3, 32, 32, 1, 1),
+    (1, 512, 32, 3, 66),
+])
+def test_conv3x3_is_as_exact_as_the_rule_asks(library, shape):
+    assert_within_the_accuracy_rule(ops.conv3x3, conv_inputs(*shape))
+
+
+@pytest.mark.parametrize("length", [1, 7, 101])
+@pytest.mark.parametrize("size", [3, 7, 11, 5])
+def test_residual_block_is_as_exact_as_the_rule_asks(library, size, length):
+    assert_within_the_accuracy_rule(ops.residual_block, block_inputs(size, length=length))
+
+
+@pytest.mark.parametrize("ins, outs", [(8, 32), (32, 8), (16, 16), (40, 40)])
+def test_few_or_odd_channels_are_left_to_pytorch(library, ins, outs):
+    x, weight, bias, residual = conv_inputs(2, ins, outs, 6, 4)
+    expected = F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, padding=1) + residual
+    with ops.backend("fused"):
+        assert torch.equal(ops.conv3x3(x, weight, bias, residual), expected)
+
+
+def test_every_instruction_set_of_this_machine_is_as_exact(library):
+    best, *others = library.instruction_sets()
+    try:
+        for name in others:
+            library.use_instruction_set(name)
+            assert_within_the_accuracy_rule(ops.conv3x3, conv_inputs(1, 48, 80, 9, 6))
+            assert_within_the_accuracy_rule(ops.residual_block, block_inputs(11))
+    finally:
+        library.use_instruction_set(best)
+
+
+def test_an_instruction_set_that_the_machine_lacks_is_refused(library):
+    with pytest.raises(RuntimeError, match="no instruction set mmx on this machine"):
+        library.use_instruction_set("mmx")
+
+
+def test_memory_layout_does_not_change_the_result(library):
+    x, weight, bias, residual = conv_inputs(2, 32, 32, 9, 8)
+    expected = ops.conv3x3(x, weight, bias, residual)
+    spread = torch.stack([x, x], dim=-1)[..., 0]
+    for other in (x.contiguous(memory_format=torch.channels_last), spread, x.mT.contiguous().mT):
+        assert torch.equal(ops.conv3x3(other, weight, bias, residual), expected)
+        assert torch.equal(ops.conv3x3(x, weight, bias, residual.mT.contiguous().mT), expected)
+
+
+def test_inputs_are_left_alone(library):
+    args = block_inputs(7)
+    before = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    ops.residual_block(*args)
+    assert all(torch.equal(a, b) for a, b in zip(args, before) if isinstance(a, torch.Tensor))
+
+
+@pytest.mark.parametrize("side", [20, 140])
+def test_threads_do_not_change_the_result(library, side):
+    args = conv_inputs(1, 32, 32, side, side)
+    one = ops.conv3x3(*args)
+    torch.set_num_threads(2)
+    try:
+        two = ops.conv3x3(*args)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(one, two)
+
+
+def test_each_row_of_a_batch_is_for_itself(library):
+    x, weight, bias, residual = conv_inputs(3, 32, 32, 10, 6)
+    rows = [ops.conv3x3(x[i : i + 1], weight, bias, residual[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(ops.conv3x3(x, weight, bias, residual), torch.cat(rows))
+
+
+def test_a_weight_that_is_written_to_is_packed_anew(library):
+    x, weight, bias, _ = conv_inputs(1, 32, 32, 4, 4)
+    ops.conv3x3(x, weight, bias)
+    weight *= 2
+    torch.testing.assert_close(ops.conv3x3(x, weight, bias), F.conv2d(x, weight, bias, padding=1), atol=1e-3, rtol=0)
+    weight.data = draw(32, 32, 3, 3, seed=9)
+    torch.testing.assert_close(ops.conv3x3(x, weight, bias), F.conv2d(x, weight, bias, padding=1), atol=1e-3, rtol=0)
+
+
+def test_packed_weights_go_with_their_weight(library):
+    x, weight, bias, _ = conv_inputs(1, 32, 32, 4, 4)
+    before = len(cpu._packs)
+    ops.conv3x3(x, weight, bias)
+    assert len(cpu._packs) == before + 1
+    del weight
+    gc.collect()
+    assert len(cpu._packs) == before
+
+
+def test_a_gradient_takes_the_reference(library):
+    x, weight, bias, residual = conv_inputs(1, 32, 32, 4, 4)
+    x.requires_grad_()
+    grad, = torch.autograd.grad(ops.conv3x3(x, weight, bias, residual).sum(), x)
+    expected, = torch.autograd.grad(F.conv2d(x, weight, padding=1).sum(), x)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_other_dtypes_are_left_to_pytorch(library):
+    args = [arg.bfloat16() for arg in conv_inputs(1, 32, 32, 4, 4)]
+    assert torch.equal(ops.conv3x3(*args), ops.conv3x3.reference(*args))
+    with ops.backend("fused"), pytest.raises(RuntimeError, match="it leaves bfloat16"):
+        ops.conv3x3(*args)
+
+
+def test_operators_have_true_schemas_and_fake_forms(library):
+    x, weight, bias, residual = conv_inputs(1, 32, 48, 5, 4)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(library.pack.default, (weight, 0), test_utils=tests)
+    args = (x, library.pack(weight, 0), bias, residual, 48, 0, 1, 1.0)
+    torch.library.opcheck(library.convolution.default, args, test_utils=tests)
+
+
+def test_a_compiled_function_calls_the_kernel(library):
+    x, weight, bias, residual = conv_inputs(1, 32, 32, 8, 4)
+    compiled = torch.compile(lambda x: ops.conv3x3(x, weight, bias, residual), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), ops.conv3x3(x, weight, bias, residual))
+
+
+def test_weights_that_do_not_fit_are_refused(library):
+    x, weight, bias, _ = conv_inputs(1, 32, 32, 4, 4)
+    with pytest.raises(RuntimeError, match="packed weights do not fit"):
+        library.convolution(x[:, :16], library.pack(weight, 0), bias, None, 32, 0, 1, 1.0)
+    with pytest.raises(RuntimeError, match="form 7 does not take"):
+        library.pack(weight, 7)
+
+
+def test_fused_raises_without_the_library(monkeypatch):
+    monkeypatch.setattr(cpu, "folders", lambda: [])
+    monkeypatch.setattr(ops, "_kernels", {})
+    args = conv_inputs(1, 32, 32, 4, 4)
+    assert torch.equal(ops.conv3x3(*args), ops.conv3x3.reference(*args))
+    with ops.backend("fused"), pytest.raises(RuntimeError, match="no fused conv3x3 on cpu: build it with python -m"):
+        ops.conv3x3(*args)
+
+
+def test_a_generation_is_that_of_plain_pytorch(library, tiny_checkpoint):
+    pipe = ldm2.load(tiny_checkpoint)
+    results = {}
+    for name in ("reference", "fused"):
+        with ops.backend(name):
+            latents = pipe.generate("rain", seconds=1.0, steps=20, seed=3).latents
+            results[name] = latents, pipe.vocoder(pipe.vae.decode(latents))
+    for plain, fused in zip(*results.values()):
+        assert not torch.equal(plain, fused)
+        assert rms(plain - fused) <= 2e-4 * rms(plain)
