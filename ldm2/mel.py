@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ldm2.audio import HOP_LENGTH, SAMPLE_RATE
 
+_FRAMES_AT_ONCE = 2048                     # spectra of a long sound would take a hundred times its own memory
 MAGNITUDE_FLOOR = 1e-5                     # silence is log(1e-5) = -11.51; a log-mel of zero means magnitude 1
 
 # Slaney's scale: linear up to 1000 Hz, logarithmic above, in such a way that 27 steps are a factor of 6.4 in frequency.
@@ -139,12 +140,16 @@ def log_mel(waveform: Tensor, config: MelConfig = MEL_16KHZ, variant: str = "tra
     if num_samples <= margin:
         waveform = F.pad(waveform, (0, margin + 1 - num_samples))
     waveform = F.pad(waveform, (margin, margin), mode="reflect")
+    pieces = []
     with torch.autocast(waveform.device.type, enabled=False):
-        spectrum = torch.stft(waveform, config.n_fft, config.hop_length, window=window, center=False,
-                              return_complex=True)                           # (B, bins, T)
-        magnitude = spectrum.abs().mT[:, :num_frames]                        # (B, T, bins); abs has gradient 0 at 0
-        mel = (magnitude @ filters).clamp(min=MAGNITUDE_FLOOR).log()         # (B, T, F)
-    return mel[:, None]
+        for first in range(0, num_frames, _FRAMES_AT_ONCE):
+            last = min(first + _FRAMES_AT_ONCE, num_frames) - 1
+            piece = waveform[:, first * config.hop_length : last * config.hop_length + config.n_fft]
+            spectrum = torch.stft(piece, config.n_fft, config.hop_length, window=window, center=False,
+                                  return_complex=True)                       # (B, bins, T)
+            magnitude = spectrum.abs().mT                                    # (B, T, bins); abs has gradient 0 at 0
+            pieces.append((magnitude @ filters).clamp(min=MAGNITUDE_FLOOR).log())                   # (B, T, F)
+    return torch.cat(pieces, dim=1)[:, None]
 
 
 def normalize_waveform(waveform: Tensor) -> Tensor:

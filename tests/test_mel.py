@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers.audio_utils import mel_filter_bank as transformers_mel_filter_bank
 
+from ldm2 import mel
 from ldm2.mel import (
     MEL_16KHZ,
     MEL_48KHZ,
@@ -113,6 +114,14 @@ def test_number_of_frames(num_samples, variant, extra):
 def test_a_short_waveform_is_continued_with_zeros():
     waveform = noise(1, 200)
     assert torch.equal(log_mel(waveform), log_mel(F.pad(waveform, (0, 433 - 200)))[:, :, :1])
+
+
+@pytest.mark.parametrize("variant", ["training", "inference"])
+def test_the_pieces_of_a_long_waveform_join(monkeypatch, variant):
+    waveform = noise(2, 160 * 50 + 7)
+    whole = log_mel(waveform, MEL_16KHZ, variant)
+    monkeypatch.setattr(mel, "_FRAMES_AT_ONCE", 12)
+    torch.testing.assert_close(log_mel(waveform, MEL_16KHZ, variant), whole, atol=1e-5, rtol=0)
 
 
 def test_the_two_variants_are_half_a_hop_apart():
