@@ -1,7 +1,8 @@
 """Sound in and out of files: signal constants, seconds <-> samples <-> frames, reading, resampling, writing.
 
 A waveform is float32 with full scale at -1..1: (N,) is one channel, (channels, N) several. Files go through libsndfile.
-Whole samples of 16 and 24 bits survive reading and writing unchanged: an integer v is v / 2**15 or v / 2**23 as float.
+Samples survive reading and writing unchanged: an integer v of b bits is v / 2**(b - 1). What float32 cannot hold, of
+files with integers of 32 bits and floats of 64, is float64.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ def mix(waveform: np.ndarray, channel: int | None = None) -> np.ndarray:
     """
     if channel is not None:
         if not 0 <= channel < len(waveform):
-            raise ValueError(f"channel must be from 0 to {len(waveform) - 1} in a sound with {len(waveform)} channels, "
-                             f"got {channel}")
+            many = f"{len(waveform)} channel{'s' * (len(waveform) > 1)}"
+            raise ValueError(f"channel must be from 0 to {len(waveform) - 1} in a sound with {many}, got {channel}")
         return waveform[channel]
     return waveform[0] if len(waveform) == 1 else waveform.mean(axis=0, dtype=np.float64).astype(np.float32)
 
@@ -103,6 +104,12 @@ def resample(waveform: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
+# libsndfile's name of an encoding -> ours of the smallest that keeps its samples; all others are lossy or "float32".
+_KEEPS = {"PCM_16": "pcm16", "PCM_S8": "pcm16", "PCM_U8": "pcm16", "ULAW": "pcm16", "ALAW": "pcm16", "PCM_24": "pcm24",
+          "PCM_32": "pcm32", "DOUBLE": "float64"}
+_WIDE = ("pcm32", "float64")               # float32 cannot hold them
+
+
 @dataclass(frozen=True)
 class FileInfo:
     """What a sound file says of itself."""
@@ -110,7 +117,7 @@ class FileInfo:
     sample_rate: int                       # Hz
     channels: int
     num_samples: int                       # per channel
-    encoding: str                          # of `write`, the smallest that keeps what `read` gives: "pcm16" and so on
+    encoding: str                          # of `write`, the smallest that keeps every sample: "pcm16" and so on
 
 
 @contextmanager
@@ -136,13 +143,13 @@ def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
 def describe(path: str | Path) -> FileInfo:
     """Rate, channels, length and encoding of a sound file. Raises ValueError or OSError as `read_channels` does."""
     with _opened(Path(path)) as file:
-        exact_in_16_bits = file.subtype in ("PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW")
-        encoding = "pcm16" if exact_in_16_bits else "pcm24" if file.subtype == "PCM_24" else "float32"
-        return FileInfo(file.samplerate, file.channels, file.frames, encoding)
+        return FileInfo(file.samplerate, file.channels, file.frames, _KEEPS.get(file.subtype, "float32"))
 
 
 def read_channels(path: str | Path) -> tuple[np.ndarray, int]:
-    """All channels of a sound file as they are: waveform float32 (channels, N), sample rate in Hz.
+    """All channels of a sound file as they are: waveform (channels, N), sample rate in Hz.
+
+    float32, or float64 of a file with integers of 32 bits or floats of 64.
 
     Any format, rate, length and number of channels that libsndfile reads: WAV of 8 to 64 bits, FLAC, OGG Vorbis and
     Opus, MP3, AIFF and more. Raises OSError if there is no such file or it may not be read, ValueError if it is not a
@@ -152,15 +159,16 @@ def read_channels(path: str | Path) -> tuple[np.ndarray, int]:
     blocks = []
     with _opened(path) as file:
         sample_rate = file.samplerate
-        while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
+        dtype = "float64" if _KEEPS.get(file.subtype) in _WIDE else "float32"
+        while len(block := file.read(_BLOCK, dtype=dtype, always_2d=True)):
             blocks.append(block.T)
     if not blocks:
         raise ValueError(f"{path} holds no samples")
     waveform = np.ascontiguousarray(np.concatenate(blocks, axis=1))
     finite = np.isfinite(waveform).all(axis=0)
     if not finite.all():
-        raise ValueError(f"{path} holds NaN or infinite values in {np.count_nonzero(~finite)} samples, the first at "
-                         f"{np.argmin(finite) / sample_rate:.3f} s")
+        raise ValueError(f"{path} holds NaN or infinite values in {np.count_nonzero(~finite)} of {len(finite)} "
+                         f"samples, the first at {np.argmin(finite) / sample_rate:.3f} s")
     return waveform, sample_rate
 
 
@@ -173,7 +181,7 @@ def read(path: str | Path, sample_rate: int | None = None, channel: int | None =
     """
     waveform, file_rate = read_channels(path)
     try:
-        waveform = mix(waveform, channel)
+        waveform = mix(waveform, channel).astype(np.float32, copy=False)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if sample_rate is None:
@@ -206,7 +214,8 @@ class _Format:
 
 
 FORMATS = {
-    ".wav": _Format("WAV", {"pcm16": "PCM_16", "pcm24": "PCM_24", "float32": "FLOAT"}, range(1, 2**31), 1024),
+    ".wav": _Format("WAV", {"pcm16": "PCM_16", "pcm24": "PCM_24", "pcm32": "PCM_32", "float32": "FLOAT",
+                            "float64": "DOUBLE"}, range(1, 2**31), 1024),
     ".flac": _Format("FLAC", {"pcm16": "PCM_16", "pcm24": "PCM_24"}, range(1, 655_351), 8),
     ".ogg": _Format("OGG", {"vorbis": "VORBIS"}, range(1, 200_001), 255),    # beyond 200 kHz libvorbis crashes
     ".opus": _Format("OGG", {"opus": "OPUS"}, (8000, 12_000, 16_000, 24_000, 48_000), 255),
@@ -263,7 +272,7 @@ def nearest_encoding(path: str | Path, encoding: str | None) -> str | None:
 
     Raises ValueError for an unknown suffix.
     """
-    subtypes, order = _format_of(Path(path), None).subtypes, ("pcm16", "pcm24", "float32")
+    subtypes, order = _format_of(Path(path), None).subtypes, ("pcm16", "pcm24", "pcm32", "float32", "float64")
     choices = [name for name in order if name in subtypes]
     if encoding is None or not choices:
         return None
@@ -283,9 +292,9 @@ def write(path: str | Path, waveform: np.ndarray, sample_rate: int, overwrite: b
           metadata: Mapping[str, str] | None = None, encoding: str | None = None) -> Path:
     """Write a waveform (N,) or (channels, N), floating point, to a file in the format of its suffix. Returns the path.
 
-    .wav is 16-bit PCM, or "pcm24" or "float32" by `encoding`; .flac the same without "float32"; .ogg is Vorbis; .opus,
-    of which libsndfile spoils the last 6 ms; .mp3. Samples beyond -1..1 are clipped, with one logged warning, except in
-    float32.
+    .wav is 16-bit PCM, or "pcm24", "pcm32", "float32" or "float64" by `encoding`; .flac 16-bit PCM or "pcm24"; .ogg is
+    Vorbis; .opus, of which libsndfile spoils the last 6 ms; .mp3. Samples beyond -1..1 are clipped, with one logged
+    warning, except in float32 and float64.
     metadata: text tags "title", "software" and "comment"; of an MP3, only ASCII text reads well in every player.
 
     The file appears at `path` complete or not at all, and an existing file is never replaced without `overwrite`, even
@@ -293,24 +302,28 @@ def write(path: str | Path, waveform: np.ndarray, sample_rate: int, overwrite: b
     or non-finite samples, and for unknown tags; OSError if the file cannot be written.
     """
     path = Path(path)
-    waveform = _checked_waveform(waveform)
+    waveform = _checked_waveform(waveform, np.float64 if encoding in _WIDE else np.float32)
     check_output(path, overwrite, sample_rate=sample_rate, channels=len(waveform), encoding=encoding)
     kind = _format_of(path, encoding)
     subtype = kind.subtypes[encoding or next(iter(kind.subtypes))]
     metadata = tags.check(metadata or {})
-    if subtype != "FLOAT":
+    if subtype not in ("FLOAT", "DOUBLE"):
         waveform = _clipped(waveform, path)
     temporary = path.with_name(f".ldm2-{secrets.token_hex(8)}.tmp")
     try:
         _encode(temporary, waveform, int(sample_rate), kind.container, subtype, metadata)
         publish(temporary, path, overwrite)
+    except OSError as error:
+        if str(error.filename) == str(temporary):     # nobody knows the name that it has until it is complete
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return path
 
 
-def _checked_waveform(waveform: np.ndarray) -> np.ndarray:
-    """A writable waveform as float32 (channels, N)."""
+def _checked_waveform(waveform: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
+    """A writable waveform as (channels, N) of a dtype."""
     waveform = np.asarray(waveform)
     if waveform.ndim not in (1, 2) or waveform.size == 0:
         raise ValueError(f"waveform must have the shape (N,) or (channels, N) with at least one sample, "
@@ -318,7 +331,7 @@ def _checked_waveform(waveform: np.ndarray) -> np.ndarray:
     if not np.issubdtype(waveform.dtype, np.floating):
         raise ValueError(f"waveform must hold floating-point samples with full scale at -1..1, got {waveform.dtype}")
     with np.errstate(over="ignore"):
-        waveform = np.atleast_2d(waveform.astype(np.float32, copy=False))
+        waveform = np.atleast_2d(waveform.astype(dtype, copy=False))
     if not np.isfinite(waveform).all():
         raise ValueError(f"waveform holds {np.count_nonzero(~np.isfinite(waveform))} NaN or infinite samples")
     return waveform
@@ -340,6 +353,8 @@ def _as_stored(block: np.ndarray, subtype: str) -> np.ndarray:
         return np.rint(block * 2**15).clip(-2**15, 2**15 - 1).astype(np.int16)
     if subtype == "PCM_24":
         return np.rint(block * 2**23).clip(-2**23, 2**23 - 1).astype(np.int32) << 8
+    if subtype == "PCM_32":
+        return np.rint(block * 2**31).clip(-2**31, 2**31 - 1).astype(np.int32)
     return block
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ldm2 import __version__, audio
 from ldm2.inputs import Sound, encode_audio, mel_config, open_sound
-from ldm2.masks import Range, keep_mask, masked, merge_ranges, start_step
+from ldm2.masks import Range, check_not_negative, keep_mask, masked, merge_ranges, start_step
 from ldm2.noise import SeededNoise
 from ldm2.paste import CROSSFADE_SECONDS, blend_bands, extend_canvas, fit_length, paste
-from ldm2.recipe import Recipe, check_seconds, recipe
+from ldm2.recipe import MAX_SECONDS, Recipe, check_seconds, recipe
 from ldm2.result import Result
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def inpaint(
     """
     if times is None and bands is None:
         raise ValueError("nothing to make anew: give ranges of seconds (times), of Hz (bands), or both")
+    check_lengths(soft_seconds=soft_seconds, soft_hz=soft_hz, crossfade=crossfade)
     opened = open_sound(sound, sample_rate, channel)
     ranges = {
         "times": None if times is None else merge_ranges(times, opened.seconds),
@@ -110,6 +111,7 @@ def extend(
     """
     if side not in SIDES:
         raise ValueError(f"side must be one of {', '.join(SIDES)}, got {side!r}")
+    check_lengths(crossfade=crossfade)
     opened, seconds = open_sound(sound, sample_rate, channel), check_seconds(seconds)
     before, after = (seconds if side in (name, "both") else 0.0 for name in ("before", "after"))
     canvas, times = extend_canvas(opened.channels, opened.sample_rate, before, after, crossfade)
@@ -131,8 +133,12 @@ def super_resolution(
 
     Without a prompt the model follows the part below alone. The others are those of `inpaint`.
     """
+    check_lengths(above=above, soft_hz=soft_hz)
+    highest = mel_config(pipe).f_max
+    if above >= highest:
+        raise ValueError(f"above must be below {highest:g} Hz, the highest frequency of the model, got {above:g}")
     opened = open_sound(sound, sample_rate, channel)
-    bands = merge_ranges([(above, None)], mel_config(pipe).f_max, "Hz")
+    bands = merge_ranges([(above, None)], highest, "Hz")
     if keep_format and above >= opened.sample_rate / 2:
         raise ValueError(f"nothing above {above:g} Hz fits into the input's own {opened.sample_rate} Hz: keep_format "
                          f"would throw the new band away")
@@ -140,6 +146,18 @@ def super_resolution(
     job = _Job.of(pipe, opened, prompt, settings, task="super_resolution", above=above, **options)
     join = _joining(opened, None, bands) if paste else _replace
     return job.masked(opened.mono, {"bands": bands, "soft_hz": soft_hz}, join, keep_format)
+
+
+def check_lengths(**lengths: float) -> None:
+    """Refuse what is no number of seconds or Hz from 0 up, by its name: crossfade, soft_seconds, soft_hz, above."""
+    for name, value in lengths.items():
+        check_not_negative(name, value)
+
+
+def check_duration(seconds: float) -> None:
+    """Raises ValueError for more sound than an edit takes."""
+    if seconds > MAX_SECONDS:
+        raise ValueError(f"an edit makes at most {MAX_SECONDS:g} s of sound, asked are {seconds:g} s: cut the input")
 
 
 def _replace(original: np.ndarray, edited: np.ndarray, sample_rate: int) -> np.ndarray:
@@ -190,6 +208,7 @@ class _Job:
         cls, pipe: AudioLDM2, sound: Sound, prompt: str | Sequence[str] | None, settings: dict, **edit: object
     ) -> _Job:
         """Check the settings. Raises ValueError for what an edit cannot do."""
+        check_duration(sound.seconds)
         watch = {name: settings[name] for name in ("callback", "progress") if name in settings}
         settings = {name: value for name, value in settings.items() if name not in watch}
         if settings.get("loop"):

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 class Sound:
     """An input as it is.
 
-    channels: float32 (channels, N) at `sample_rate` Hz; mono: (N,), the one channel that a model hears of them
+    channels: (channels, N) at `sample_rate` Hz, float32 (float64 where a file holds more, see audio.read_channels)
+    mono: (N,), the one channel that a model hears of them
     path, encoding: of the file (see audio.FileInfo), or None if there is none
     """
 
@@ -45,7 +46,7 @@ class Sound:
         return audio.samples_to_seconds(len(self.mono), self.sample_rate)
 
     def at(self, sample_rate: int) -> np.ndarray:
-        """What a model of this rate (Hz) hears, float32 (N,)."""
+        """What a model of this rate (Hz) hears, (N,): float32, and `mono` itself at the input's own rate."""
         return audio.resample(self.mono, self.sample_rate, sample_rate)
 
 

@@ -71,6 +71,13 @@ def start_step(strength: float, steps: int) -> int:
     return steps - round(strength * steps)
 
 
+def check_not_negative(name: str, value: float) -> float:
+    """A length in seconds or Hz, or a frequency: a finite number from 0 up. Raises ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number from 0 up, got {value!r}")
+    return float(value)
+
+
 # --- the latent grid -------------------------------------------------------------------------------------------------
 
 def keep_mask(num_frames: int, seconds: float, config: MelConfig, vae_factor: int, *,
@@ -90,8 +97,8 @@ def keep_mask(num_frames: int, seconds: float, config: MelConfig, vae_factor: in
     """
     if config.num_mels % vae_factor:
         raise ValueError(f"num_mels must be a multiple of vae_factor, got {config.num_mels} and {vae_factor}")
-    if soft_seconds < 0 or soft_hz < 0:
-        raise ValueError(f"a ramp must not be negative, got {soft_seconds:g} s and {soft_hz:g} Hz")
+    check_not_negative("soft_seconds", soft_seconds)
+    check_not_negative("soft_hz", soft_hz)
     anew = np.ones((num_frames, config.num_mels // vae_factor))
     if times is not None:
         frame_edges = np.arange(num_frames + 1) * (vae_factor * config.hop_length / config.sample_rate)

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from ldm2.audio import seconds_to_samples
-from ldm2.masks import Range, merge_ranges, share_of, without_outer_borders
+from ldm2.masks import Range, check_not_negative, merge_ranges, share_of, without_outer_borders
 
 CROSSFADE_SECONDS = 0.02
 
 
 def paste(original: np.ndarray, edited: np.ndarray, times: Sequence[Range], sample_rate: int,
           crossfade: float = CROSSFADE_SECONDS) -> np.ndarray:
-    """`edited` inside the ranges (s), every sample of `original` (..., N) outside them, float32 (..., N).
+    """`edited` inside the ranges (s), every sample of `original` (..., N) outside them, as (..., N) of its dtype.
 
     edited:    (N,) for all channels, or of the shape of `original`, at the same sample_rate (Hz)
     crossfade: length in seconds of the equal-power fades, which lie inside the ranges, at most half of a range each;
@@ -29,8 +29,8 @@ def paste(original: np.ndarray, edited: np.ndarray, times: Sequence[Range], samp
     num_samples = original.shape[-1]
     if edited.shape[-1] != num_samples:
         raise ValueError(f"edited must have the {num_samples} samples of original, got {edited.shape[-1]}")
-    fade = seconds_to_samples(crossfade, sample_rate)
-    result = original.astype(np.float32)
+    fade = seconds_to_samples(check_not_negative("crossfade", crossfade), sample_rate)
+    result = original.copy()
     for start, stop in merge_ranges(times, num_samples / sample_rate):
         first, last = seconds_to_samples(start, sample_rate), seconds_to_samples(stop, sample_rate)
         if first == last:
@@ -54,7 +54,7 @@ def _equal_power(length: int, fade: int, fade_in: bool, fade_out: bool) -> tuple
 
 def blend_bands(original: np.ndarray, edited: np.ndarray, bands: Sequence[Range], sample_rate: int,
                 soft_hz: float = 200.0) -> np.ndarray:
-    """`edited` inside the bands (Hz), `original` (..., N) outside them, float32 (..., N).
+    """`edited` inside the bands (Hz), `original` (..., N) outside them, as (..., N) of its dtype.
 
     Equal outside to float accuracy, without a change of phase. soft_hz: width of the ramp inside each border of a band,
     at most a quarter of the band; the narrower, the longer the filter rings. Raises ValueError for impossible bands.
@@ -64,7 +64,7 @@ def blend_bands(original: np.ndarray, edited: np.ndarray, bands: Sequence[Range]
     padded = original.shape[-1] + sample_rate // 4                           # room for the ringing: no wrap around
     hz = np.fft.rfftfreq(padded, 1 / sample_rate)
     difference = np.fft.rfft(edited.astype(np.float64) - original, padded) * share_of(hz, hz, ranges, soft_hz)
-    return (original + np.fft.irfft(difference, padded)[..., :original.shape[-1]]).astype(np.float32)
+    return (original + np.fft.irfft(difference, padded)[..., :original.shape[-1]]).astype(original.dtype)
 
 
 def fit_length(waveform: np.ndarray, num_samples: int) -> np.ndarray:

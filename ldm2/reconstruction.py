@@ -48,7 +48,7 @@ def reconstruct(
         raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
     start_step(strength, 1)                                # refuse an impossible one in any stage
     opened = open_sound(sound, sample_rate, channel)
-    original = opened.at(pipe.sample_rate)
+    original = opened.at(pipe.sample_rate).astype(np.float32, copy=False)
     if stage == "vocoder":
         waveform = pipe.vocode(analyse(pipe, original[None]))[0]
     elif stage == "vae":

@@ -18,7 +18,7 @@ class Result:
     """n waveforms, prompt by prompt; within a prompt the best first where candidates were ranked.
 
     waveforms:   float32 numpy (n, N) at `sample_rate` Hz, within -1..1; (n, channels, N) of edits that keep the format
-                 of their input, where its own samples stand unchanged
+                 of their input, where its own samples stand unchanged (float64 if they are, see audio.read_channels)
     latents:     (n, C, T/4, F/4), the sampler's output, float32 on the CPU
     mel:         (n, T, F) log-mel, float32 on the CPU
     seeds:       the seed of each waveform

@@ -121,7 +121,16 @@ def test_reconstruct_prints_the_distances_and_draws_them(run, tmp_path, stage):
     (("inpaint", "in.wav", "x", "--band", "1000:9000"), ("1000:9000 Hz", "not within")),
     (("extend", "in.wav", "x", "--seconds", -1), ("seconds", "-1")),
     (("extend", "in.wav", "x", "--side", "above"), ("above", "after")),
-    (("super-resolution", "in.wav", "--above", 8000), ("8000",)),
+    (("super-resolution", "in.wav", "--above", 9000), ("above must be below 8000 Hz", "9000")),
+    (("super-resolution", "in.wav", "--above", "nan"), ("above must be a finite number from 0 up",)),
+    (("super-resolution", "in.wav", "--above", 4000, "--soft-hz", -1), ("soft_hz",)),
+    (("transfer", "rain", "in.wav"), ("rain does not exist", "in.wav does", "the file comes first")),
+    (("transfer", "fast.wav", "x", "--keep-format", "-o", "x.mp3"), (".mp3", "96000")),
+    (("transfer", "long.wav", "x"), ("at most 600 s", "601 s")),
+    (("extend", "in.wav", "x", "--seconds", 300, "--side", "both"), ("at most 600 s", "600.5 s")),
+    (("extend", "in.wav", "x", "--crossfade", -1), ("crossfade must be", "-1")),
+    (("inpaint", "in.wav", "x", "--time", ":0.1", "--soft-hz", "nan"), ("soft_hz must be", "nan")),
+    (("transfer", "in.wav", "x", "--prompt-at", "0.7:y"), ("inside the 0.5 seconds",)),
     (("super-resolution", "in.wav"), ("--above",)),
     (("reconstruct", "in.wav", "--stage", "text"), ("text", "vocoder")),
     (("reconstruct", "in.wav", "--plot", "x.jpg"), (".png", "x.jpg")),
@@ -130,12 +139,31 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(run, tmp_path, 
     (tmp_path / "text.wav").write_text("no sound")
     soundfile.write(tmp_path / "nan.wav", np.full(1000, np.nan), RATE, subtype="FLOAT")
     soundfile.write(tmp_path / "six.wav", np.zeros((1000, 6)), RATE)
+    soundfile.write(tmp_path / "fast.wav", np.zeros(1000), 96_000)
+    soundfile.write(tmp_path / "long.wav", np.zeros(601), 1)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     code, out, err = run(*arguments)
     assert (code, out, len(err)) == (2, [], 1), err
     for word in words:
         assert word in err[0]
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("arguments", [
+    ("transfer", "in.wav", "x", "--strength", 2), ("transfer", "in.wav", "x", "--keep-format", "-o", "x.opus"),
+    ("extend", "in.wav", "x", "--seconds", 0), ("extend", "in.wav", "x", "--crossfade", -1),
+    ("inpaint", "in.wav", "x", "--time", ":9"), ("inpaint", "in.wav", "x", "--band", ":9", "--soft-seconds", -1),
+    ("super-resolution", "in.wav", "--above", -1), ("reconstruct", "in.wav", "--plot", "x.jpg"),
+])
+def test_what_needs_no_model_is_refused_before_one_is_loaded(run, monkeypatch, arguments):
+    monkeypatch.setattr(ldm2, "load", None)
+    assert run(*arguments)[0] == 2
+
+
+def test_prompts_change_over_the_time_of_an_edit(run, tmp_path):
+    code, _, err = run("transfer", "in.wav", "rain", "--prompt-at", "0.2:thunder", "-o", "x.wav", *ONE)
+    assert code == 0, err
+    assert json.loads(audio.read_metadata(tmp_path / "x.wav")["comment"])["prompt_at"] == [[0.2, "thunder"]]
 
 
 def test_help_imports_nothing_heavy():

@@ -180,7 +180,8 @@ def test_a_soft_band_has_a_ramp_below_4000_hz_and_none_at_the_top():
     ({"times": [(0.5, 0.7)]}, "the range 0.5:0.7 s is not within 0:0.64 s"),
     ({"bands": [(4000, 9000)]}, "the range 4000:9000 Hz is not within 0:8000 Hz"),
     ({"times": []}, "at least one range"),
-    ({"soft_seconds": -1}, "must not be negative, got -1 s and 0 Hz"),
+    ({"soft_seconds": -1}, "soft_seconds must be a finite number from 0 up, got -1"),
+    ({"soft_hz": float("nan")}, "soft_hz must be a finite number from 0 up, got nan"),
 ])
 def test_an_impossible_mask_is_named(options, message):
     with pytest.raises(ValueError, match=message):
