@@ -11,22 +11,22 @@ formulas says which share of them is what the prompt asked for. It is meant for 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
-import platform
 import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ldm2
+from benchmarks import report
 from benchmarks.judge import is_right
 from benchmarks.tiny_quality import PROMPTS
 from ldm2.conditioning import Conditioning
@@ -102,21 +102,43 @@ def operations() -> dict[Call, int]:
     return counts
 
 
-@contextmanager
-def counted(unet: UNet) -> Iterator[Counter[Call]]:
-    """How often each kind of model call is made inside."""
-    calls: Counter[Call] = Counter()
-    original = unet.with_features
+def work(calls: Counter[Call]) -> int:
+    """Floating-point operations of these calls in the published base model."""
+    return sum(operations()[call] * count for call, count in calls.items())
 
-    def watched(x_t, t, conditioning, time=None, features=None):
-        calls[conditioning.rows // len(x_t), features is None] += 1
-        return original(x_t, t, conditioning, time, features)
 
-    unet.with_features = watched
-    try:
-        yield calls
-    finally:
-        del unet.with_features
+class Tally(nn.Module):
+    """In the place of a UNet: it counts the calls of each kind and computes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))         # tells the device
+        self.calls: Counter[Call] = Counter()
+
+    def prepare(self, conditioning: Conditioning) -> Conditioning:
+        return conditioning
+
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        return timesteps[:, None]
+
+    def forward(self, x_t: Tensor, t: float, conditioning: Conditioning, time: Tensor | None = None) -> Tensor:
+        return self.with_features(x_t, t, conditioning, time)[0]
+
+    def with_features(
+        self, x_t: Tensor, t: float, conditioning: Conditioning, time: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        self.calls[conditioning.batch_size // len(x_t), features is None] += 1
+        return x_t.new_zeros(conditioning.batch_size, *x_t.shape[1:]), x_t
+
+
+def calls_of(pipe: ldm2.AudioLDM2, settings: dict) -> Counter[Call]:
+    """How often each kind of model call is made for one sound with guidance."""
+    counting = copy.copy(pipe)
+    counting.unet = Tally()
+    side, latents = Conditioning((torch.zeros(1, 1, 1),), (None,)), torch.zeros(1, 1, 1, 1)
+    counting.denoise(side, side, latents=latents, noise=torch.zeros_like, guidance_scale=2.0, **settings)
+    return counting.unet.calls
 
 
 class Comparison:
@@ -124,42 +146,33 @@ class Comparison:
 
     def __init__(self, pipe: ldm2.AudioLDM2, prompts: int, seeds: int, judged: bool):
         chosen = list(PROMPTS)[:: max(1, len(PROMPTS) // prompts)][:prompts]
-        self.pipe, self.judged, self.operations = pipe, judged, operations()
+        self.pipe, self.judged = pipe, judged
         self.kinds = [kind for kind in chosen for _ in range(seeds)]
         self.seeds = [seed for _ in chosen for seed in range(seeds)]
         conditioning = pipe.encode([PROMPTS[kind][0] for kind in chosen])
         self.sides = [side.repeat(seeds) for side in (conditioning, pipe.encode_unconditional(conditioning))]
         self.run({**REFERENCE, "steps": 2})                # the first calls are slow
-        self.reference, self.seconds, calls = self.run(REFERENCE)
+        self.reference, self.seconds = self.run(REFERENCE)
         self.reference_mel = self.pipe.decode(self.reference).float()
-        self.reference_work = self.work(calls)
 
-    def run(self, settings: dict) -> tuple[Tensor, float, Counter[Call]]:
-        """Latents of all sounds, the time for one, and the model calls."""
+    def run(self, settings: dict) -> tuple[Tensor, float]:
+        """Latents of all sounds, and the time for one."""
         noise = SeededNoise(self.seeds)
         x_T = noise.draw(*self.pipe.latent_shape(self.pipe.defaults["seconds"]))
         clock = clock_of(self.pipe.device)
-        with counted(self.pipe.unet) as calls:
-            started = clock()
-            latents = self.pipe.denoise(
-                *self.sides, latents=x_T, noise=noise, guidance_scale=self.pipe.defaults["guidance_scale"], **settings
-            )
-            return latents, (clock() - started) / len(self.seeds), calls
-
-    def work(self, calls: Counter[Call]) -> int:
-        """Floating-point operations of these calls in the published base model."""
-        return sum(self.operations[call] * count for call, count in calls.items())
+        started = clock()
+        latents = self.pipe.denoise(
+            *self.sides, latents=x_T, noise=noise, guidance_scale=self.pipe.defaults["guidance_scale"], **settings
+        )
+        return latents, (clock() - started) / len(self.seeds)
 
     def row(self, kind: str, settings: dict) -> Row:
         """Run, and compare."""
-        if settings == REFERENCE:
-            latents, seconds, calls = self.reference, self.seconds, Counter({(2, True): REFERENCE["steps"]})
-        else:
-            latents, seconds, calls = self.run(settings)
-        mel = self.pipe.decode(latents)
+        latents, seconds = (self.reference, self.seconds) if settings == REFERENCE else self.run(settings)
+        mel, calls = self.pipe.decode(latents), calls_of(self.pipe, settings)
         return Row(
             name=name_of(settings), kind=kind, settings=settings, seconds=seconds,
-            work=self.work(calls) / self.reference_work,
+            work=work(calls) / work(calls_of(self.pipe, REFERENCE)),
             branches=float(sum(branches * count for (branches, _), count in calls.items())),
             latents=float((norms(latents - self.reference) / norms(self.reference)).mean()),
             mel=float((mel.float() - self.reference_mel).abs().mean()),
@@ -239,14 +252,11 @@ def draw(rows: list[Row], path: Path) -> None:
 def facts(comparison: Comparison, model: str) -> dict:
     """Machine, versions, command, and what was compared."""
     pipe = comparison.pipe
-    return {
-        "command": f"python -m benchmarks.tradeoff {shlex.join(sys.argv[1:])}".strip(),
+    return report.about(f"python -m benchmarks.tradeoff {shlex.join(sys.argv[1:])}".strip(), pipe.device, {
         "model": model, "sounds": len(comparison.seeds), "kinds": list(dict.fromkeys(comparison.kinds)),
         "guidance_scale": pipe.defaults["guidance_scale"], "seconds": pipe.defaults["seconds"],
-        "device": str(pipe.device), "dtype": str(pipe.dtype)[6:], "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(), "python": platform.python_version(),
-        "torch": torch.__version__, "ldm2": ldm2.__version__,
-    }
+        "dtype": str(pipe.dtype)[6:],
+    })
 
 
 def write(stem: Path, told: dict, rows: list[Row], text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ import torch
 
 import ldm2
 from benchmarks import tradeoff
-from benchmarks.tradeoff import Comparison, Row, counted, name_of, operations, pareto, ways
+from benchmarks.tradeoff import Comparison, Row, calls_of, name_of, operations, pareto, ways
 from ldm2.recipe import DEFAULTS, PRESETS
 from ldm2.samplers import SAMPLERS
 from ldm2.training.sounds import make_waveform
+from ldm2.unet import UNet
 
 REFERENCE = tradeoff.REFERENCE | {"steps": 6}
 
@@ -62,10 +64,10 @@ def test_a_way_starts_from_the_noise_of_the_reference(comparison):
 def test_branches_and_work_are_those_of_the_calls_that_were_made(comparison):
     half = comparison.row("ddim", REFERENCE | {"guidance_interval": (0.0, 0.5)})
     assert half.branches == 2 * 2 + 4                      # the timesteps 831 and 665 of 831, 665, 499, 333, 167, 1
-    assert half.work == pytest.approx((2 + 4 * comparison.operations[1, True] / comparison.operations[2, True]) / 6)
+    assert half.work == pytest.approx((2 + 4 * operations()[1, True] / operations()[2, True]) / 6)
     reused = comparison.row("ddim", REFERENCE | {"reuse": 3})
     assert reused.branches == 12
-    assert reused.work == pytest.approx((2 + 4 * comparison.operations[2, False] / comparison.operations[2, True]) / 6)
+    assert reused.work == pytest.approx((2 + 4 * operations()[2, False] / operations()[2, True]) / 6)
     assert half.latents > 0 and reused.latents > 0
 
 
@@ -75,11 +77,32 @@ def test_the_first_level_is_a_small_part_of_the_published_model():
     assert all(counts[branches, False] < 0.12 * counts[branches, True] for branches in (1, 2))
 
 
-def test_counting_leaves_the_model_as_it_was(pipe):
-    with counted(pipe.unet) as calls:
-        pipe.generate("x", seconds=0.1, steps=3, seed=0)
-    assert calls == {(2, True): 3}
-    assert "with_features" not in vars(pipe.unet)
+@pytest.mark.parametrize("settings, calls", [
+    ({}, {(2, True): 6}),
+    ({"sampler": "heun"}, {(2, True): 11}),
+    ({"guidance_interval": (0.0, 0.5)}, {(2, True): 2, (1, True): 4}),
+    ({"reuse": 3}, {(2, True): 2, (2, False): 4}),
+    ({"sampler": "dpmpp-2m-sde", "guidance_interval": (0.0, 0.5), "reuse": 2},
+     {(2, True): 2, (2, False): 1, (1, True): 2, (1, False): 1}),
+])
+def test_calls_are_counted_by_branches_and_depth(pipe, settings, calls):
+    unet = pipe.unet
+    assert calls_of(pipe, REFERENCE | settings) == calls
+    assert pipe.unet is unet
+
+
+@pytest.mark.parametrize("settings", [{"sampler": "heun"}, {"guidance_interval": (0.3, 0.8), "reuse": 2}])
+def test_the_counted_calls_are_those_that_the_unet_gets(pipe, monkeypatch, settings):
+    made = Counter()
+    with_features = UNet.with_features
+
+    def watched(self, x_t, t, conditioning, time=None, features=None):
+        made[conditioning.rows // len(x_t), features is None] += 1
+        return with_features(self, x_t, t, conditioning, time, features)
+
+    monkeypatch.setattr(UNet, "with_features", watched)
+    pipe.generate("x", seed=0, **REFERENCE | settings)
+    assert made == calls_of(pipe, REFERENCE | settings)
 
 
 def test_the_judge_hears_what_was_asked_for(comparison, monkeypatch):
