@@ -38,6 +38,8 @@ MODULES: dict[str, dict[str, str | None]] = {
         "geglu": None,
         "attention": None,
         "leaky_relu": None,
+        "add_leaky_relu": None,
+        "add_up": None,
         "guide": None,
         "axpby": None,
     },
