@@ -1,6 +1,6 @@
 """Sounds beyond the model's own length: does time grow no faster than the length, does memory stay, do loops close?
 
-    python -m benchmarks.long_sound [--model NAME] [--steps N] [--short 10] [--long 120] [--loops N]
+    python -m benchmarks.long_sound [--model NAME] [--steps N] [--short 10] [--long 120] [--loops N] [--tiles]
 
 Each length runs in a process of its own, so that the peak of its memory is its own. Peak memory is what the generation
 adds to the process with the model loaded and warmed up (resident set on a CPU, allocated memory on a GPU). On a CPU the
@@ -113,6 +113,29 @@ def loops(model: str, steps: int, count: int, device: str) -> dict[str, dict[str
     return table
 
 
+def tiles(model: str, device: str) -> list[str]:
+    """What the VAE's decoder loses by tiles, in log-mel: lines that compare them with everything decoded at once."""
+    import torch
+
+    import ldm2
+    from ldm2 import audio
+    from ldm2.inputs import analyse
+    from ldm2.training.sounds import SAMPLE_RATE, sounds
+
+    pipe = ldm2.load(model, device=device)
+    sound = np.concatenate([item.waveform for item in sounds(seed=0, count=16)])                    # 41 s
+    sound = audio.resample(sound, SAMPLE_RATE, pipe.sample_rate)
+    latents = pipe.encode_audio(sound, pipe.sample_rate)
+    whole = pipe.decode(latents, tile=latents.shape[2]).float()
+
+    def line(name: str, mel: torch.Tensor) -> str:
+        gap = (mel.float() - whole).abs()
+        return f"{name:>22}: mean {gap.mean():.2f}, at most {gap.max():.2f}"
+
+    rows = [line(f"tiles of {tile} frames", pipe.decode(latents, tile=tile)) for tile in (256, 64)]
+    return [*rows, line("the sound itself", analyse(pipe, sound[None]))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="tiny")
@@ -121,10 +144,15 @@ def main() -> None:
     parser.add_argument("--short", type=float, default=10.0)
     parser.add_argument("--long", type=float, default=120.0)
     parser.add_argument("--loops", type=int, default=0, metavar="N", help="also judge the joints of N loops")
+    parser.add_argument("--tiles", action="store_true", help="only say what the VAE's decoder loses by tiles")
     parser.add_argument("--measure", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure is not None:
         print(json.dumps(measure(args.model, args.measure, args.steps, args.device)))
+        return
+    if args.tiles:
+        print("difference from the VAE's decoding of everything at once, in log-mel")
+        print("\n".join(tiles(args.model, args.device)))
         return
     short, long = (apart(args.model, seconds, args.steps, args.device) for seconds in (args.short, args.long))
     print(f"{'sound':>8} {'time':>9} {'per second':>11} {'peak memory':>12}")

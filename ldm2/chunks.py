@@ -68,9 +68,9 @@ def decode(vae: VAE, latents: Tensor, tiles: Sequence[Window]) -> Tensor:
     """Unscaled latents (B, C, T, F) -> log-mel (B, 1, f * T, f * F), the weighted mean of tiles (see `windows.plan`).
 
     An approximation of vae.decode(latents): the group norms and the attention see a tile in place of everything. On
-    41 s of unlike sounds and the bundled tiny model, tiles of 256 frames that share 64 differ from the whole by 0.02 in
-    log-mel on average and 0.36 at most (the whole differs from the original by 0.08); tiles of 64 frames that share 16
-    by 0.07 and 1.4, so tiles should not be short.
+    41 s of unlike sounds and the bundled tiny model, tiles of 256 frames that share 64 differ from the whole by 0.37 in
+    log-mel on average and 2.6 at most (the whole differs from the original by 2.7 on average); tiles of 64 frames that
+    share 16 by 0.52 and 4.6, so tiles should not be short. `python -m benchmarks.long_sound --tiles` measures it.
     """
     factor = vae.config.downsampling
     batch, _, num_frames, num_bins = latents.shape
