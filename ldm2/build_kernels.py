@@ -48,8 +48,8 @@ def compile_library(sources: Path) -> bytes:
     headers = ["-fopenmp", "-isystem", str(torch_folder / "include"),
                f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     with tempfile.TemporaryDirectory() as scratch:
-        objects = {"convolution": ("convolution.cpp", headers)} | {
-            name: ("winograd.cpp", [f"-DLDM2_SET={name}", *flags]) for name, flags in SETS.items()
+        objects = {"operators": ("operators.cpp", headers)} | {
+            name: ("kernels.cpp", [f"-DLDM2_SET={name}", *flags]) for name, flags in SETS.items()
         }
         commands = [
             [compiler, *FLAGS, *flags, "-c", str(sources / source), "-o", f"{scratch}/{name}.o"]

@@ -85,6 +85,16 @@ class Conv3x3(nn.Conv2d):
         return ops.conv3x3(x, self.weight, self.bias, residual)
 
 
+class Conv1x1(nn.Conv2d):
+    """One linear map at all positions: (B, C_in, T, F) -> (B, C_out, T, F)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.conv1x1(x, self.weight, self.bias)
+
+
 class ResnetBlock(nn.Module):
     """Two normalised 3x3 convolutions beside a skip connection: (B, C_in, T, F) -> (B, C_out, T, F).
 
@@ -100,7 +110,7 @@ class ResnetBlock(nn.Module):
             self.time_emb_proj = nn.Linear(emb_dim, out_channels)
         self.norm2 = GroupNormSiLU(groups, out_channels, eps=eps)
         self.conv2 = Conv3x3(out_channels, out_channels)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv_shortcut = Conv1x1(in_channels, out_channels) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """shift (1 or B or k * B, C_out) is added to each channel; k * B rows tile the result, see `repeat_rows`."""

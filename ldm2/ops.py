@@ -165,6 +165,12 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = N
 
 
 @_fusible
+def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same linear map at each position: x (B, C_in, T, F), weight (C_out, C_in, 1, 1) -> (B, C_out, T, F)."""
+    return F.conv2d(x, weight, bias)
+
+
+@_fusible
 def leaky_relu(x: Tensor, slope: float) -> Tensor:
     """x where x is positive, slope * x elsewhere."""
     return F.leaky_relu(x, slope)

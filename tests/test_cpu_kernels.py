@@ -209,3 +209,25 @@ def test_a_generation_is_that_of_plain_pytorch(library, tiny_checkpoint):
     for plain, fused in zip(*results.values()):
         assert not torch.equal(plain, fused)
         assert rms(plain - fused) <= 2e-4 * rms(plain)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 64), (1, 1, 7), (3, 33), (19,)])
+def test_geglu_is_as_exact_as_the_rule_asks(library, shape):
+    assert_within_the_accuracy_rule(ops.geglu, (draw(*shape), 3 * draw(*shape, seed=1)))
+
+
+def test_geglu_takes_halves_of_one_tensor(library):
+    value, gate = draw(2, 5, 3, 40).chunk(2, dim=-1)
+    assert torch.equal(ops.geglu(value, gate), ops.geglu(value.contiguous(), gate.contiguous()))
+    assert torch.equal(ops.geglu(value.mT, gate.mT), ops.geglu(value.mT.contiguous(), gate.mT.contiguous()))
+
+
+def test_geglu_is_right_where_erf_has_ended(library):
+    gate = torch.tensor([-1e30, -100.0, -6.0, 0.0, 6.0, 100.0, 1e30])
+    torch.testing.assert_close(ops.geglu(torch.ones(7), gate), F.gelu(gate), atol=2e-7, rtol=1e-6)
+
+
+def test_conv1x1_is_as_exact_as_the_rule_asks(library):
+    x, weight, bias = draw(2, 24, 5, 3), draw(40, 24, 1, 1, seed=1), draw(40, seed=2)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert_within_the_accuracy_rule(ops.conv1x1, (x.contiguous(memory_format=layout), weight, bias))

@@ -17,11 +17,11 @@ struct Scheme {
 
   // One tile. rows[i] points to the C channels of input i (zeros outside the map); point p goes to v + p * stride.
   void (*input)(const float* const* rows, int64_t channels, float slope, float* v, int64_t stride);
-  // One tile, back. rows[o] points to the C channels of output o, null outside the map; `bias` and residual[o] are added.
+  // One tile, back. rows[o] points to the channels of output o, null outside the map; bias and residual[o] are added.
   void (*output)(const float* m, int64_t stride, int64_t channels, const float* bias, const float* const* residual,
                  float* const* rows);
-  // Weights of PANEL output channels (rows of w, `row` floats apart; null: zeros) for one input channel, taps[t] being the
-  // place of tap t in a row, negative if there is none. Point p goes to u + p * stride.
+  // Weights of PANEL output channels for one input channel: taps[t] is the place of tap t in a row, negative if there
+  // is none. Point p goes to u + p * stride.
   void (*weight)(const float* const* rows, const int* taps, float* u, int64_t stride);
 };
 
@@ -31,6 +31,8 @@ struct Kernels {
   // c (rows, 16 * panels; ldc apart) = a (rows, depth; lda apart) x packed b (panels, depth, 16).
   void (*gemm)(int64_t rows, int64_t depth, int64_t panels, const float* a, int64_t lda, const float* b, float* c,
                int64_t ldc);
+  // y = x * gelu(gate), all of `width` floats.
+  void (*geglu_row)(int64_t width, const float* x, const float* gate, float* y);
 };
 
 Kernels kernels_baseline();

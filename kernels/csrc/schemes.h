@@ -74,8 +74,9 @@ struct F43 {
   }
 };
 
-// F(4, 4), points 0, +-1, +-2, 1/2, infinity. M(x) = (x - 1/2) E(x) with E(x) = x (x^2 - 1)(x^2 - 4) = x^5 - 5 x^3 + 4 x;
-// a root p of E gives the row (x - 1/2) E(x) / (x - p): the row of F(4, 3) on e[i] = d[i + 1] - d[i] / 2.
+// F(4, 4), points 0, +-1, +-2, 1/2, infinity. The polynomial of all roots is M(x) = (x - 1/2) E(x) with
+// E(x) = x (x^2 - 1)(x^2 - 4) = x^5 - 5 x^3 + 4 x; a root p of E gives the row (x - 1/2) E(x) / (x - p), which is that
+// of F(4, 3) on e[i] = d[i + 1] - d[i] / 2.
 struct F44 {
   static constexpr int INPUTS = 7, POINTS = 7, OUTPUTS = 4, TAPS = 4;
   static void input(const vec* d, vec* v) {

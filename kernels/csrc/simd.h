@@ -1,6 +1,7 @@
 // Vectors of float32 as wide as the instruction set this file is compiled for: 16 lanes (AVX-512), 8 (AVX2) or 4.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 

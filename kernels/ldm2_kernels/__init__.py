@@ -26,16 +26,18 @@ MODULES: dict[str, dict[str, str | None]] = {
         "layer_norm": None,
         "leaky_relu": None,
         "conv3x3": None,                                   # cuDNN
+        "conv1x1": None,
         "residual_block": None,                            # cuDNN, and the operations above between its convolutions
     },
     "cpu": {
         "conv3x3": "ldm2_kernels.cpu",
+        "conv1x1": "ldm2_kernels.cpu",
         "residual_block": "ldm2_kernels.cpu",
         "group_norm": None,                                # memory-bound, and a small part of a step
         "group_norm_silu": None,
         "layer_norm": None,
         "add_layer_norm": None,
-        "geglu": None,
+        "geglu": "ldm2_kernels.cpu",
         "attention": None,
         "leaky_relu": None,
         "add_leaky_relu": None,

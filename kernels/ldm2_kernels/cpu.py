@@ -75,6 +75,13 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = N
     return _convolve(x, weight, bias, residual, form, keep=tiles <= _KEPT_TILES)
 
 
+def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """One matrix product where the channels are last in memory, as `conv3x3` leaves them; PyTorch would copy them."""
+    if x.dtype != torch.float32:
+        return NotImplemented
+    return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+
+
 def residual_block(
     x: Tensor, activated: Tensor, total: Tensor | None, count: int, slope: float, dilations: tuple[int, ...],
     *parameters: Tensor,
@@ -89,6 +96,11 @@ def residual_block(
     if total is not None:
         x += total
     return x if count == 1 else x.div_(count)
+
+
+def geglu(x: Tensor, gate: Tensor) -> Tensor:
+    """In one pass."""
+    return torch.ops.ldm2.geglu(x, gate) if x.dtype == torch.float32 and x.shape == gate.shape else NotImplemented
 
 
 def _leaky_conv(

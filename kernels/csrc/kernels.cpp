@@ -1,7 +1,9 @@
-// Tile transforms of the minimal-filtering convolutions and the product between them, for one instruction set.
+// The kernels of one instruction set: tile transforms of the convolutions, the product between them, GEGLU.
 // Compiled once per set with -DLDM2_SET=<its name> and that set's flags.
 
 #include "kernels.h"
+
+#include "geglu.h"
 #include "schemes.h"
 
 namespace {
@@ -181,5 +183,5 @@ void gemm(int64_t rows, int64_t depth, int64_t panels, const float* a, int64_t l
 
 ldm2::Kernels ldm2::JOINED(kernels_, LDM2_SET)() {
   return {TEXT(LDM2_SET), scheme<F43, F43>(), scheme<F23, Pair>(), scheme<Plain, F43>(), scheme<F22, F44>(),
-          scheme<F23, F44>(), gemm};
+          scheme<F23, F44>(), gemm, geglu_row};
 }

@@ -1,11 +1,14 @@
-// Minimal-filtering convolutions of stride 1 as PyTorch operators: float32, channels-last in memory, inference only.
+// PyTorch operators for float32, inference only:
 //
-//   ldm2::pack(weight, form)                          weights, transformed and laid out for the product
-//   ldm2::convolution(x, packed, bias, residual, ...)   the convolution with such weights
-//   ldm2::instruction_sets(), use_instruction_set(name)   those of this machine, best first; the best is used unless told
+//   ldm2::pack(weight, form)                            weights, transformed and laid out for the product
+//   ldm2::convolution(x, packed, bias, residual, ...)   convolution of stride 1 with such weights, channels-last
+//   ldm2::geglu(x, gate)                                x * gelu(gate)
+//   ldm2::instruction_sets()                            those of this machine, best first; the best is the default
+//   ldm2::use_instruction_set(name)
 //
-// Tiles of the map are transformed into V (points, tiles, C), multiplied by U (points, C, O) into M (points, tiles, O)
-// and transformed back, a block of tiles at a time so that V and M stay in cache.
+// Convolutions are minimal-filtering ones, arXiv:1509.09308. Tiles of the map are transformed into V (points, tiles, C),
+// multiplied by U (points, C, O) into M (points, tiles, O) and transformed back, a block of tiles at a time so that V and
+// M stay in cache.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -62,7 +65,7 @@ void use_instruction_set(std::string_view name) {
   TORCH_CHECK(false, "no instruction set ", name, " on this machine");
 }
 
-// Which algorithm: 3x3 kernels on maps of any width, 3x3 on maps of width 2, one-dimensional kernels of 3, 7 and 11 taps.
+// Which algorithm: 3x3 kernels on maps of any width or of width 2, one-dimensional kernels of 3, 7 and 11 taps.
 enum Form : int64_t { WIDE = 0, NARROW = 1, TAPS3 = 3, TAPS7 = 7, TAPS11 = 11 };
 
 const Scheme& scheme(int64_t form) {
@@ -158,38 +161,37 @@ struct Job {
     scheme.input(rows, in_channels, slope, v, stride);
   }
 
-  void output(int64_t index, const float* m, int64_t stride) const {
+  // Output channels [first, first + count).
+  void output(int64_t index, const float* m, int64_t stride, int64_t first, int64_t count) const {
     const float* added[MAX_OUTPUTS];
     float* rows[MAX_OUTPUTS];
     Places places(scheme, map, form, index);
     for (int o = 0, n = 0; o < scheme.outer_outputs; o++) {
       for (int i = 0; i < scheme.inner_outputs; i++, n++) {
         int64_t place = places.output(o, i);
-        rows[n] = place < 0 ? nullptr : y + place * out_channels;
-        added[n] = residual + std::max<int64_t>(place, 0) * out_channels;
+        rows[n] = place < 0 ? nullptr : y + place * out_channels + first;
+        added[n] = residual + std::max<int64_t>(place, 0) * out_channels + first;
       }
     }
-    scheme.output(m, stride, out_channels, bias, residual == nullptr ? nullptr : added, rows);
+    scheme.output(m + first, stride, count, bias == nullptr ? nullptr : bias + first,
+                  residual == nullptr ? nullptr : added, rows);
   }
 
-  // Tiles [begin, begin + tiles); shares its three stages among threads unless it runs inside a parallel region.
+  // Tiles [begin, begin + tiles). Threads share the inputs, then the output channels, unless inside a parallel region.
   void block(int64_t begin, int64_t tiles, float* buffer) const {
-    int64_t vs = v_stride(tiles), ms = m_stride(tiles), panels = ceil_div(out_channels, PANEL);
+    int64_t vs = v_stride(tiles), ms = m_stride(tiles), panels = out_channels / PANEL;
     float *v = buffer, *m = buffer + scheme.points * vs;
     at::parallel_for(0, tiles, 1, [&](int64_t from, int64_t to) {
       for (int64_t n = from; n < to; n++) input(begin + n, v + n * in_channels, vs);
     });
-    at::parallel_for(0, scheme.points * panels, 1, [&](int64_t from, int64_t to) {
-      while (from < to) {                                  // the panels of one point at once
-        int64_t point = from / panels, panel = from % panels;
-        int64_t count = std::min(panels - panel, to - from);
-        kernels().gemm(tiles, in_channels, count, v + point * vs, in_channels,
-                       u + (point * panels + panel) * in_channels * PANEL, m + point * ms + panel * PANEL, out_channels);
-        from += count;
+    at::parallel_for(0, panels, 1, [&](int64_t from, int64_t to) {
+      for (int64_t point = 0; point < scheme.points; point++) {
+        kernels().gemm(tiles, in_channels, to - from, v + point * vs, in_channels,
+                       u + (point * panels + from) * in_channels * PANEL, m + point * ms + from * PANEL, out_channels);
       }
-    });
-    at::parallel_for(0, tiles, 1, [&](int64_t from, int64_t to) {
-      for (int64_t n = from; n < to; n++) output(begin + n, m + n * out_channels, ms);
+      for (int64_t n = 0; n < tiles; n++) {
+        output(begin + n, m + n * out_channels, ms, from * PANEL, (to - from) * PANEL);
+      }
     });
   }
 };
@@ -204,21 +206,26 @@ std::unique_ptr<float, Free> allocate(int64_t floats) {
   return std::unique_ptr<float, Free>(static_cast<float*>(memory));
 }
 
-constexpr int64_t BLOCK = 128;  // tiles: V and M of 128 channels take 5 MB, and packed weights are read once a block
+constexpr int64_t BLOCK = 128;       // tiles: V and M of 128 channels take 5 MB, and weights are read once a block
+constexpr int64_t LEAST_BLOCK = 32;  // tiles worth a thread of their own
 
 void run(const Job& job) {
-  int64_t tiles = job.map.tiles(), blocks = ceil_div(tiles, BLOCK), threads = at::get_num_threads();
-  auto place = [&](int64_t n) { return tiles * n / blocks; };
-  int64_t largest = ceil_div(tiles, blocks);
-  if (blocks < 4 * threads) {                              // few blocks: threads work on one together
-    auto buffer = allocate(job.scratch(largest));
-    for (int64_t n = 0; n < blocks; n++) job.block(place(n), place(n + 1) - place(n), buffer.get());
-    return;
+  int64_t tiles = job.map.tiles(), threads = at::get_num_threads();
+  int64_t blocks = ceil_div(tiles, BLOCK), shared = ceil_div(blocks, threads) * threads;
+  bool apart = tiles >= shared * LEAST_BLOCK;              // a block for each thread, else all threads on each block
+  if (apart) blocks = shared;
+  auto work = [&](int64_t from, int64_t to) {
+    auto buffer = allocate(job.scratch(ceil_div(tiles, blocks)));
+    for (int64_t n = from; n < to; n++) {
+      int64_t begin = tiles * n / blocks, end = tiles * (n + 1) / blocks;
+      job.block(begin, end - begin, buffer.get());
+    }
+  };
+  if (apart) {
+    at::parallel_for(0, blocks, 1, work);
+  } else {
+    work(0, blocks);
   }
-  at::parallel_for(0, blocks, 1, [&](int64_t from, int64_t to) {
-    auto buffer = allocate(job.scratch(largest));
-    for (int64_t n = from; n < to; n++) job.block(place(n), place(n + 1) - place(n), buffer.get());
-  });
 }
 
 at::Tensor pack(const at::Tensor& given, int64_t form) {
@@ -290,6 +297,38 @@ at::Tensor convolution(const at::Tensor& given, const at::Tensor& packed, const 
   return y;
 }
 
+// The rows of a tensor (..., width): their first elements lie `stride` apart. A copy where that cannot be.
+struct Rows {
+  at::Tensor tensor;
+  int64_t width, count, stride;
+
+  explicit Rows(const at::Tensor& given) : tensor(given), width(given.size(-1)), count(given.numel() / width) {
+    bool even = tensor.dim() > 1 && tensor.stride(-1) == 1;
+    for (int64_t d = tensor.dim() - 3; even && d >= 0; d--) {
+      even = tensor.stride(d) == tensor.size(d + 1) * tensor.stride(d + 1);
+    }
+    if (!even) tensor = tensor.contiguous();
+    stride = even ? tensor.stride(-2) : width;
+  }
+};
+
+at::Tensor geglu(const at::Tensor& x, const at::Tensor& gate) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat && gate.scalar_type() == at::kFloat, "x and gate must be float32");
+  TORCH_CHECK(x.sizes() == gate.sizes() && x.dim() > 0 && x.numel() > 0, "x and gate must be of one shape, not empty");
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  Rows a(x), b(gate);
+  const float *from_x = a.tensor.const_data_ptr<float>(), *from_gate = b.tensor.const_data_ptr<float>();
+  float* to_y = y.data_ptr<float>();
+  at::parallel_for(0, a.count, ceil_div(16384, a.width), [&](int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; n++) {
+      kernels().geglu_row(a.width, from_x + n * a.stride, from_gate + n * b.stride, to_y + n * a.width);
+    }
+  });
+  return y;
+}
+
+at::Tensor geglu_meta(const at::Tensor& x, const at::Tensor&) { return at::empty_symint(x.sym_sizes(), x.options()); }
+
 at::Tensor convolution_meta(const at::Tensor& x, const at::Tensor&, const std::optional<at::Tensor>&,
                             const std::optional<at::Tensor>&, c10::SymInt out_channels, int64_t, int64_t, double) {
   return empty_output(x, out_channels);
@@ -305,6 +344,7 @@ TORCH_LIBRARY(ldm2, library) {
   library.def(
       "convolution(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, SymInt out_channels, int form, "
       "int dilation, float slope) -> Tensor");
+  library.def("geglu(Tensor x, Tensor gate) -> Tensor");
   library.def("instruction_sets() -> str[]", instruction_sets);
   library.def("use_instruction_set(str name) -> ()", use_instruction_set);
 }
@@ -312,11 +352,13 @@ TORCH_LIBRARY(ldm2, library) {
 TORCH_LIBRARY_IMPL(ldm2, CPU, library) {
   library.impl("pack", pack);
   library.impl("convolution", convolution);
+  library.impl("geglu", geglu);
 }
 
 TORCH_LIBRARY_IMPL(ldm2, Meta, library) {
   library.impl("pack", pack_meta);
   library.impl("convolution", convolution_meta);
+  library.impl("geglu", geglu_meta);
 }
 
 }  // namespace
