@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm2.mel import MelConfig, log_mel
 
 RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))          # FFT, hop and window in samples
+FRAMES_AT_ONCE = 1024                                      # spectra of a long sound would fill the memory
 FLOOR = 1e-5                                               # magnitudes and levels below count as this: -100 dB
 
 
@@ -32,20 +33,12 @@ def spectral_convergence(
 
     Of a silent reference: 0 for a silent estimate and infinite for any other.
     """
-    a, b = (_magnitudes(waveform, fft, hop, window) for waveform in _pair(reference, estimate))
-    difference, norm = float(torch.linalg.norm(a - b)), float(torch.linalg.norm(a))
-    if norm == 0:
-        return 0.0 if difference == 0 else math.inf
-    return difference / norm
+    return _spectral_distances(reference, estimate, fft, hop, window)[0]
 
 
 def multi_resolution_stft(reference: np.ndarray, estimate: np.ndarray) -> float:
     """Spectral convergence plus mean absolute difference of log magnitudes, averaged over RESOLUTIONS."""
-    total = 0.0
-    for resolution in RESOLUTIONS:
-        a, b = (_magnitudes(waveform, *resolution).clamp(min=FLOOR).log() for waveform in _pair(reference, estimate))
-        total += spectral_convergence(reference, estimate, *resolution) + float((a - b).abs().mean())
-    return total / len(RESOLUTIONS)
+    return sum(sum(_spectral_distances(reference, estimate, *sizes)) for sizes in RESOLUTIONS) / len(RESOLUTIONS)
 
 
 def level(waveform: np.ndarray) -> float:
@@ -78,7 +71,29 @@ def _filled(waveform: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(waveform, (0, -waveform.shape[1] % multiple))
 
 
-def _magnitudes(waveform: Tensor, fft: int, hop: int, window: int) -> Tensor:
-    """|STFT| of (1, N), with silence around it."""
+def _spectral_distances(
+    reference: np.ndarray, estimate: np.ndarray, fft: int, hop: int, window: int
+) -> tuple[float, float]:
+    """Spectral convergence and the mean absolute difference of the log magnitudes, with silence around both."""
+    pair = _pair(reference, estimate)
+    squares = [0.0, 0.0]                                   # of the difference and of the reference
+    logs, num_frames = 0.0, 1 + len(reference) // hop
+    for first in range(0, num_frames, FRAMES_AT_ONCE):
+        frames = slice(first, min(first + FRAMES_AT_ONCE, num_frames))
+        a, b = (_magnitudes(waveform, fft, hop, window, frames) for waveform in pair)
+        squares = [total + float(x.square().sum()) for total, x in zip(squares, (a - b, a), strict=True)]
+        logs += float((a.clamp(min=FLOOR).log() - b.clamp(min=FLOOR).log()).abs().sum())
+    difference, norm = map(math.sqrt, squares)
+    mean = logs / (num_frames * (fft // 2 + 1))
+    if norm == 0:
+        return (0.0 if difference == 0 else math.inf), mean
+    return difference / norm, mean
+
+
+def _magnitudes(waveform: Tensor, fft: int, hop: int, window: int, frames: slice) -> Tensor:
+    """|STFT| of (1, N) at some frames, the first of them around sample 0."""
+    start, stop = hop * frames.start - fft // 2, hop * (frames.stop - 1) + (fft + 1) // 2
+    inside = waveform[:, max(0, start) : stop]
+    padded = torch.nn.functional.pad(inside, (max(0, -start), max(0, stop - waveform.shape[1])))
     hann = torch.hann_window(window, dtype=waveform.dtype)
-    return torch.stft(waveform, fft, hop, window, hann, pad_mode="constant", return_complex=True).abs()
+    return torch.stft(padded, fft, hop, window, hann, center=False, return_complex=True).abs()

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from ldm2 import metrics
 from ldm2.mel import MEL_16KHZ
@@ -46,3 +47,20 @@ def test_any_length_has_a_distance(length):
 def test_two_lengths_are_refused():
     with pytest.raises(ValueError, match=r"one length are needed, got \(16000,\) and \(100,\)"):
         metrics.compare(SOUND, SOUND[:100], MEL_16KHZ)
+
+
+@pytest.mark.parametrize("length", [1, 700, 20_000])
+def test_long_sounds_are_compared_piece_by_piece(monkeypatch, length):
+    a, b = (np.random.default_rng(seed).standard_normal(length) for seed in (0, 1))
+    whole = metrics.spectral_convergence(a, b), metrics.multi_resolution_stft(a, b)
+    monkeypatch.setattr(metrics, "FRAMES_AT_ONCE", 7)
+    pieces = metrics.spectral_convergence(a, b), metrics.multi_resolution_stft(a, b)
+    assert pieces == pytest.approx(whole, rel=1e-9)
+
+
+def test_the_spectra_are_those_of_torch_around_each_hop():
+    a, b = (torch.from_numpy(np.random.default_rng(seed).standard_normal(3000)) for seed in (0, 1))
+    spectra = [torch.stft(x, 512, 50, 240, torch.hann_window(240, dtype=x.dtype), pad_mode="constant",
+                          return_complex=True).abs() for x in (a, b)]
+    expected = torch.linalg.norm(spectra[0] - spectra[1]) / torch.linalg.norm(spectra[0])
+    assert metrics.spectral_convergence(a.numpy(), b.numpy(), 512, 50, 240) == pytest.approx(float(expected), rel=1e-9)
