@@ -304,14 +304,18 @@ class AudioLDM2:
     @in_stage("text")
     def conditionings(self, asked: Recipe) -> tuple[Conditioning, Conditioning | None]:
         """Both sides of guidance, a row for each waveform and prompt over time; the second is None without guidance."""
-        speech = {"transcription": asked.transcription, "phonemes": asked.phonemes}
-        later = [[text] * len(asked.prompts) for _, text in asked.prompt_at]
-        sides = [self.encode(prompts, **speech) for prompts in [asked.prompts, *later]]
-        conditioning = Conditioning.join([side.repeat(asked.num_waveforms) for side in sides])
+        over_time = 1 + len(asked.prompt_at)
+
+        def each(texts: Sequence[str] | None) -> list[str] | None:
+            return None if texts is None else [*texts] * over_time
+
+        speech = {"transcription": each(asked.transcription), "phonemes": each(asked.phonemes)}
+        later = [text for _, text in asked.prompt_at for _ in asked.prompts]
+        conditioning = self.encode([*asked.prompts, *later], **speech)
         if not asked.guided:
-            return conditioning, None
-        sides = [self.encode_unconditional(side, asked.negative_prompts, **speech) for side in sides]
-        return conditioning, Conditioning.join([side.repeat(asked.num_waveforms) for side in sides])
+            return conditioning.repeat(asked.num_waveforms), None
+        unconditional = self.encode_unconditional(conditioning, each(asked.negative_prompts), **speech)
+        return conditioning.repeat(asked.num_waveforms), unconditional.repeat(asked.num_waveforms)
 
     def _whole_frames(self, seconds: float) -> float:
         """The length of the whole number of latent frames, one at least, that is nearest to `seconds`."""

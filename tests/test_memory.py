@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import weakref
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import ldm2
 from ldm2.memory import Stage, gigabytes, peak_bytes
 from tests import authors, checkpoints
+from tests.test_cli import ldm2 as command
 from tests.test_pipeline import PROMPT
 
 PARTS = ("text", "unet", "vae", "vocoder")
@@ -142,3 +144,11 @@ def test_the_peak_counts_what_is_gone():
 
 def test_gigabytes_are_rounded():
     assert (gigabytes(1_234_567_890), gigabytes(None)) == ("1.23 GB", "not known")
+
+
+def test_the_command_line_tells_time_and_memory_of_each_stage(tiny_checkpoint, tmp_path):
+    done = command("generate", PROMPT, "--model", tiny_checkpoint, "--steps", 1, "--seconds", 0.2, "--low-memory", "-v",
+                   "-o", "x.wav", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == "x.wav\n"
+    for stage in PARTS:
+        assert re.search(rf"^ldm2: {stage}: \d+\.\d\d s, peak memory \d+\.\d\d GB$", done.stderr, re.MULTILINE)

@@ -287,3 +287,13 @@ def test_a_checkpoint_brings_its_own_defaults(tmp_path):
     (folder / "ldm2.json").write_text('{"second": 1}')
     with pytest.raises(ValueError, match="second"):
         ldm2.load(folder)
+
+
+def test_each_text_is_encoded_once_however_often_it_comes(tiny_checkpoint, monkeypatch):
+    pipe = ldm2.load(tiny_checkpoint)
+    seen = []
+    encode = pipe.text.t5.forward
+    monkeypatch.setattr(pipe.text.t5, "forward", lambda prompts, *more: seen.extend(prompts) or encode(prompts, *more))
+    changes = [(0.2, "techno music"), (0.4, PROMPT)]
+    pipe.generate(PROMPT, seconds=0.6, steps=1, seed=0, num_waveforms=2, prompt_at=changes, window=0.4)
+    assert sorted(seen) == sorted([PROMPT, "techno music", ""])
