@@ -24,6 +24,7 @@ _WIDE, _NARROW = 0, 1                                      # forms of 3x3 kernel
 _LINES = (3, 7, 11)                                        # kernel sizes of one axis that have a form
 _FEWEST_CHANNELS = 32                                      # below, the transforms cost more than they save
 _KEPT_TILES = 128                                          # up to here packing costs a tenth of the product or more
+_FEWEST_POSITIONS = 256                                    # of a sequence; below, packing costs more than it saves
 
 _packs: WeakIdKeyDictionary = WeakIdKeyDictionary()        # weight -> (version, address, packed weight)
 
@@ -108,7 +109,7 @@ def _leaky_conv(
 ) -> Tensor:
     """conv(leaky_relu(x)) + residual, of the length of x."""
     size = weight.shape[2]
-    if size in _LINES and _pays(weight):
+    if size in _LINES and _pays(weight) and len(x) * x.shape[2] >= _FEWEST_POSITIONS:
         return _convolve(x, weight, bias, residual, size, False, dilation, slope)
     y = F.conv1d(F.leaky_relu(x, slope), weight, bias, padding=dilation * (size // 2), dilation=dilation)
     return y if residual is None else y.add_(residual)
