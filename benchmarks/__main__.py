@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, folder: Path | None, device: torch.device, dty
     for subject in (name for name in asked if name in SUBJECTS):
         for row in SUBJECTS[subject](bench):
             print(f"{row.name} ...", file=sys.stderr, flush=True)
-            timed += timing.measure(row, device, args.repeats)
+            timed += timing.measure(row, device, args.repeats, at_least=0.5 if device.type == "cuda" else 0.0)
     processes = {}
     if "memory" in asked:
         names = PROCESSES if folder is not None else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from benchmarks.timing import Row, Run
 from ldm2 import ops, profiling
 from ldm2.conditioning import Conditioning
 from ldm2.pipeline import AudioLDM2
-from ldm2.recipe import recipe
+from ldm2.recipe import Recipe, recipe
+from ldm2.unet import UNet
 
 PROMPT = "a dog barking in the rain"
 LENGTHS = (5.0, 10.0, 20.0, 40.0)
@@ -57,8 +59,12 @@ def unet(bench: Bench) -> Iterator[Row]:
         step = next(work.run for work in profiling.works(bench.ours, asked) if work.name == "UNet step")
         runs = {"ldm2": lambda: ops.guide(step(), SCALE)}
         if bench.device.type == "cuda":
-            runs["ldm2, CUDA graph"] = _graph(runs["ldm2"])
-            runs["ldm2, torch.compile"] = _compiled_step(bench, asked)
+            from ldm2.compilation import compile_step
+
+            compiled = copy.copy(bench.ours.unet)          # shares the weights
+            compile_step(compiled)
+            runs["ldm2, no CUDA graph"] = _eager_step(bench, asked, bench.ours.unet)
+            runs["ldm2, compiled, no CUDA graph"] = _eager_step(bench, asked, compiled)
             runs["ldm2, plain PyTorch"] = _plain(runs["ldm2"])
         if bench.theirs is not None:
             if bench.device.type == "cuda":
@@ -66,7 +72,8 @@ def unet(bench: Bench) -> Iterator[Row]:
             runs["diffusers"] = _their_step(bench, bench.theirs.unet)
         return runs
 
-    yield Row("unet", f"UNet step, {bench.seconds:g} s", prepare, bench.flop.step(bench.seconds))
+    warm = 4 if bench.device.type == "cuda" else 1         # the third call is recorded as a graph
+    yield Row("unet", f"UNet step, {bench.seconds:g} s", prepare, bench.flop.step(bench.seconds), warm)
 
 
 def _plain(run: Run) -> Run:
@@ -77,39 +84,18 @@ def _plain(run: Run) -> Run:
     return plain
 
 
-def _graph(run: Run) -> Run:
-    """The run recorded once as a CUDA graph, then replayed; recorded when it is first called."""
-    graph: list[torch.cuda.CUDAGraph] = []
-
-    def replay() -> None:
-        if not graph:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    run()
-            torch.cuda.current_stream().wait_stream(side)
-            graph.append(torch.cuda.CUDAGraph())
-            with torch.cuda.graph(graph[0]):
-                run()
-        graph[0].replay()
-
-    return replay
-
-
-def _compiled_step(bench: Bench, asked: Any) -> Run:
-    """The same step through torch.compile."""
+def _eager_step(bench: Bench, asked: Recipe, unet: UNet) -> Run:
+    """ldm2's step as calls of `unet`, never as a graph."""
     pipe = bench.ours
-    compiled = torch.compile(pipe.unet)
     with torch.no_grad():
         both = Conditioning.join(pipe.conditionings(asked)[::-1])
-        prepared = pipe.unet.prepare(both.to(pipe.device, pipe.dtype))
-        time = pipe.unet.embed_time(1.0)
-    x = torch.randn(1, *pipe.latent_shape(asked.seconds), device=pipe.device, dtype=pipe.dtype)
+        prepared = unet.prepare(both.to(pipe.device, pipe.dtype))
+        time = unet.embed_time(1.0)
+    x = torch.randn(1, *pipe.latent_shape(asked.seconds)).to(pipe.device, pipe.dtype)
 
     @torch.no_grad()
     def step() -> object:
-        return ops.guide(compiled(x, 1.0, prepared, time=time), SCALE)
+        return ops.guide(unet(x, 1.0, prepared, time=time), SCALE)
 
     return step
 
@@ -202,7 +188,7 @@ def length(bench: Bench) -> Iterator[Row]:
         prepare = functools.partial(_generations, bench, seconds, bench.sweep_steps, windows=seconds > 10.24)
         flop = bench.flop.generation(seconds, bench.sweep_steps)
         name = f"{seconds:g} s, {bench.sweep_steps} steps"
-        yield Row("length", name, prepare, flop, warm=bench.device.type == "cuda")
+        yield Row("length", name, prepare, flop, warm=int(bench.device.type == "cuda"))
 
 
 def batch(bench: Bench) -> Iterator[Row]:
@@ -211,7 +197,7 @@ def batch(bench: Bench) -> Iterator[Row]:
         prepare = functools.partial(_generations, bench, bench.seconds, bench.sweep_steps, rows=rows)
         flop = bench.flop.generation(bench.seconds, bench.sweep_steps, rows)
         name = f"{rows} x {bench.seconds:g} s, {bench.sweep_steps} steps"
-        yield Row("batch", name, prepare, flop, warm=bench.device.type == "cuda")
+        yield Row("batch", name, prepare, flop, warm=int(bench.device.type == "cuda"))
 
 
 def _generations(bench: Bench, seconds: float, steps: int, rows: int = 1, windows: bool = False) -> dict[str, Run]:

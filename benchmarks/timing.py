@@ -17,7 +17,7 @@ Run = Callable[[], object]
 class Row:
     """Something to measure: the same work by several variants, the one that the others are compared with last.
 
-    flop: of one run on the plain path, 0 where it is not counted. warm: whether a first round is thrown away.
+    flop: of one run on the plain path, 0 where it is not counted. warm: how many first rounds are thrown away.
     prepare: makes the variants when the row's turn comes, and what they hold goes with them.
     """
 
@@ -25,7 +25,7 @@ class Row:
     name: str
     prepare: Callable[[], Mapping[str, Run]]
     flop: int = 0
-    warm: bool = True
+    warm: int = 1
 
 
 @dataclass
@@ -50,11 +50,15 @@ class Timed:
         return max(self.seconds) > profiling.WIDE * min(self.seconds)
 
 
-def measure(row: Row, device: torch.device, repeats: int) -> list[Timed]:
-    """Run the variants of a row one after the other, `repeats` times. One that fails is left out and says why."""
+def measure(row: Row, device: torch.device, repeats: int, at_least: float = 0.0) -> list[Timed]:
+    """Run the variants of a row one after the other, `repeats` times and until all took `at_least` seconds together.
+
+    One that fails is left out and says why.
+    """
     runs = dict(row.prepare())
     timed = {name: Timed(row.subject, row.name, name, row.flop) for name in runs}
-    for repeat in range(repeats + row.warm):
+    rounds, spent = -row.warm, 0.0
+    while rounds < repeats or (runs and spent < at_least):
         for name, run in list(runs.items()):
             try:
                 seconds, memory = _once(run, device)
@@ -62,9 +66,11 @@ def measure(row: Row, device: torch.device, repeats: int) -> list[Timed]:
                 timed[name].error = " ".join(str(error).split())[:200]
                 del runs[name]
                 continue
-            if repeat >= row.warm:
+            if rounds >= 0:
+                spent += seconds
                 timed[name].seconds.append(seconds)
                 timed[name].memory += [] if memory is None else [memory]
+        rounds += 1
     return list(timed.values())
 
 

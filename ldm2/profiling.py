@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm2 import ops, samplers
 from ldm2.conditioning import Conditioning
+from ldm2.graphs import accelerated
 from ldm2.noise import SeededNoise
 from ldm2.pipeline import AudioLDM2
 from ldm2.recipe import Recipe
@@ -195,11 +196,11 @@ def works(pipe: AudioLDM2, asked: Recipe) -> list[Work]:
         return pipe.unet.prepare(both), pipe.unet.embed_time(torch.tensor(timesteps))
 
     prepared, times = prepare()
-    noisy = latents.to(pipe.dtype)
+    noisy, unet = latents.to(pipe.dtype), accelerated(pipe.unet)
 
     @torch.inference_mode()
     def step() -> Tensor:
-        return pipe.unet(noisy, timesteps[0], prepared, time=times[:1])
+        return unet(noisy, timesteps[0], prepared, time=times[:1])
 
     prediction = step()
 

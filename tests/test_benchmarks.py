@@ -38,6 +38,12 @@ def test_variants_alternate_and_the_first_round_does_not_count():
     assert [(one.variant, len(one.seconds), len(one.memory)) for one in found] == [("a", 2, 2), ("b", 2, 2)]
 
 
+def test_short_runs_are_repeated_until_they_can_be_told(monkeypatch):
+    monkeypatch.setattr(profiling, "seconds_of", lambda run, device: 0.125)
+    [found] = timing.measure(Row("x", "x", lambda: {"a": lambda: None}), CPU, repeats=2, at_least=1.0)
+    assert len(found.seconds) == 8
+
+
 def test_a_variant_that_fails_is_left_out_and_says_why():
     def fail():
         raise RuntimeError("no kernel\nfor this")
