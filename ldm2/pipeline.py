@@ -269,7 +269,8 @@ class AudioLDM2:
         overlap:         seconds that neighbouring windows share, default a quarter of a window
         loop:            make the end go on at the start; rounds the length to whole latent frames (0.04 s at 16 kHz)
         prompt_at:       [(seconds, prompt), ...]: prompts that take over from `prompt` at these times
-        preset:          one of ldm2.recipe.PRESETS, values for what is not given here: "fast"
+        preset:          one of ldm2.recipe.PRESETS, values for what is not given here: "fast" has about a tenth of the
+                         default's work; how far it is from it: python -m benchmarks.tradeoff
         guidance_interval: (start, end), shares of the run from 0 (noise) to 1 (sound) between which there is guidance,
                          arXiv:2404.07724; outside a step costs half. Default (0, 1). Levels: see Schedule.within
         reuse:           the UNet's deep features are computed in every so many steps, arXiv:2312.00858; default 1
