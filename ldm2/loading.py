@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ldm2 import hub, original, weights
+from ldm2.compilation import check_compiler, compile_step
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
 from ldm2.memory import Load, Stage
 from ldm2.pipeline import AudioLDM2
@@ -31,7 +32,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def load(
     model: str | Path = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto", reference: str = "authors",
     revision: str | None = None, local_files_only: bool = False, tokenizers: str | Path | None = None,
-    low_memory: bool = False,
+    low_memory: bool = False, compile: bool = False,
 ) -> AudioLDM2:
     """A checkpoint, ready to generate.
 
@@ -46,6 +47,7 @@ def load(
                       own hub repositories
     low_memory:       read each part from its files when its stage begins, and let go of it when the stage ends; the
                       sound is the same
+    compile:          compile the UNet's step with torch.compile, at its first call, which takes minutes
 
     Raises ValueError or OSError, one line each, naming what is missing or does not fit.
     """
@@ -53,6 +55,8 @@ def load(
         raise ValueError(f"unknown reference {reference!r}, choose from {', '.join(REFERENCES)}")
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
+    if compile:
+        check_compiler(place)
     path = hub.resolve(str(model), revision=revision, local_files_only=local_files_only)
     settings = {
         "device": place,
@@ -62,8 +66,12 @@ def load(
     if path.is_dir():
         if tokenizers is not None:
             raise ValueError(f"{path} brings its own tokenizers: leave out tokenizers={str(tokenizers)!r}")
-        return _from_folder(path, reference, settings, low_memory)
-    return _from_original(path, reference, tokenizers, local_files_only, settings, low_memory)
+        pipe = _from_folder(path, reference, settings, low_memory)
+    else:
+        pipe = _from_original(path, reference, tokenizers, local_files_only, settings, low_memory)
+    if compile:
+        compile_step(pipe.unet)
+    return pipe
 
 
 def _from_folder(folder: Path, reference: str, settings: dict, low_memory: bool) -> AudioLDM2:

@@ -48,6 +48,8 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
                          "(default: authors; see weights.md)")
     command.add_argument("--low-memory", action="store_true", help="hold only the part of the model in memory that is "
                          "at work: the same sound, and the time to read each part anew")
+    command.add_argument("--compile", action="store_true", help="compile the model's step with torch.compile at its "
+                         "first call, which takes minutes")
 
 
 def add_source_options(command: argparse.ArgumentParser) -> None:
@@ -154,6 +156,7 @@ def load(args: argparse.Namespace) -> AudioLDM2:
     return ldm2.load(
         args.model, device=args.device, dtype=args.dtype, reference=args.reference, revision=args.revision,
         local_files_only=args.local_files_only, tokenizers=args.tokenizers, low_memory=args.low_memory,
+        compile=args.compile,
     )
 
 
