@@ -128,7 +128,7 @@ def pipelines(args: argparse.Namespace, folder: Path | None, device: torch.devic
     from tests import checkpoints
 
     ours = ldm2.load(folder, reference="diffusers", device=str(device), dtype=str(dtype)[6:])
-    return ours, checkpoints.diffusers_pipeline(folder).to(device, their_dtype)
+    return ours, checkpoints.diffusers_pipeline(folder, their_dtype).to(device)
 
 
 def alone(args: argparse.Namespace, folder: Path, device: torch.device, dtype: torch.dtype) -> int:
@@ -136,7 +136,7 @@ def alone(args: argparse.Namespace, folder: Path, device: torch.device, dtype: t
     if args.only == "diffusers":
         from tests import checkpoints
 
-        pipe = checkpoints.diffusers_pipeline(folder).to(device, dtype)
+        pipe = checkpoints.diffusers_pipeline(folder, dtype).to(device)
         pipe(PROMPT, audio_length_in_s=args.seconds, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
     else:
         low = args.only == "ldm2, low_memory"

@@ -169,7 +169,7 @@ def load(bench: Bench) -> Iterator[Row]:
     def prepare() -> dict[str, Run]:
         return {
             "ldm2": lambda: ldm2.load(bench.folder, **settings),
-            "diffusers": lambda: checkpoints.diffusers_pipeline(bench.folder).to(bench.device, bench.their_dtype),
+            "diffusers": lambda: checkpoints.diffusers_pipeline(bench.folder, bench.their_dtype).to(bench.device),
         }
 
     yield Row("load", "load", prepare)

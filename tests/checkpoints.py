@@ -272,13 +272,14 @@ def save(folder: str | Path, **parts) -> Path:
     return folder
 
 
-def diffusers_pipeline(folder: str | Path) -> diffusers.AudioLDM2Pipeline:
+def diffusers_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> diffusers.AudioLDM2Pipeline:
     """diffusers' AudioLDM2Pipeline on `folder`, its GPT-2 wrapped in the class that can still generate."""
-    pipeline = diffusers.AudioLDM2Pipeline.from_pretrained(folder)
+    pipeline = diffusers.AudioLDM2Pipeline.from_pretrained(folder, dtype=dtype)
     model = pipeline.language_model
     if isinstance(model, transformers.GPT2Model):
-        head = transformers.GPT2LMHeadModel(model.config).eval()
-        head.transformer = model
+        with torch.device("meta"):
+            head = transformers.GPT2LMHeadModel(model.config).eval()
+        head.transformer, head.lm_head.weight = model, model.wte.weight
         pipeline.language_model = head
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
