@@ -7,8 +7,8 @@
 //   ldm2::use_instruction_set(name)
 //
 // Convolutions are minimal-filtering ones, arXiv:1509.09308. Tiles of the map are transformed into V (points, tiles, C)
-// and multiplied by U (points, C, O) into M (points, tiles, O), which is transformed back: a block of tiles at a time, so
-// that V and M stay in cache.
+// and multiplied by U (points, C, O) into M (points, tiles, O), which is transformed back, a block of tiles at a time:
+// V and M stay in cache.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

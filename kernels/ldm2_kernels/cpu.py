@@ -23,7 +23,7 @@ _PANEL = 16                                                # channels come in mu
 _WIDE, _NARROW = 0, 1                                      # forms of 3x3 kernels; of one axis: the number of taps
 _LINES = (3, 7, 11)                                        # kernel sizes of one axis that have a form
 _FEWEST_CHANNELS = 32                                      # below, the transforms cost more than they save
-_KEPT_TILES = 128                                          # up to here packing costs a tenth of the product or more
+_KEPT_TILES = 16                                           # up to here packing costs as much as the product
 _FEWEST_POSITIONS = 256                                    # of a sequence; below, packing costs more than it saves
 
 _packs: WeakIdKeyDictionary = WeakIdKeyDictionary()        # weight -> (version, address, packed weight)
