@@ -2,10 +2,11 @@
 
     python -m benchmarks.tradeoff [--model tiny] [--prompts N] [--seeds N] [--out FILE] [--plot FILE]
 
-Every sampler at several numbers of steps, guidance in a part of the run, feature reuse, and the presets. Two distances:
-of the latents, relative to the norm of the reference's, and of the log-mel spectrograms (mean absolute difference, in
-natural logarithms). Both also grow where a sound is as good but another one; so a judge of sounds that were made by
-formulas says which share of them is what the prompt asked for. It is meant for the bundled tiny model.
+Every sampler at several numbers of steps, timesteps that start at the last one of the training, guidance in a part of
+the run, feature reuse, and the presets. Two distances: of the latents, relative to the norm of the reference's, and of
+the log-mel spectrograms (mean absolute difference, in natural logarithms). Both also grow where a sound is as good but
+another one; so a judge of sounds that were made by formulas says which share of them is what the prompt asked for. It
+is meant for the bundled tiny model.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ from ldm2.recipe import PRESETS, WHOLE_RUN, check_count
 from ldm2.samplers import SAMPLERS
 from ldm2.unet import UNet
 
-REFERENCE = {"sampler": "ddim", "steps": 200, "guidance_interval": WHOLE_RUN, "reuse": 1}
+REFERENCE = {"sampler": "ddim", "steps": 200, "guidance_interval": WHOLE_RUN, "reuse": 1, "spacing": None}
 STEPS = (10, 20, 50)
+TRAILING = ("ddim", "dpmpp-2m")
 INTERVALS = ((0.0, 0.4), (0.0, 0.6), (0.0, 0.8), (0.1, 0.8), (0.2, 0.8), (0.2, 1.0), (0.4, 1.0), (0.3, 0.7))
 Call = tuple[int, bool]                    # branches of guidance, and whether the deep part is computed
 
@@ -70,19 +72,22 @@ def ways() -> list[tuple[str, dict]]:
     fast = REFERENCE | PRESETS["fast"]
     plain = fast | {"guidance_interval": WHOLE_RUN, "reuse": 1}
     rows = [(name, REFERENCE | {"sampler": name, "steps": steps}) for name in SAMPLERS for steps in STEPS]
+    trailing = REFERENCE | {"spacing": "trailing"}
+    rows += [("trailing", trailing | {"sampler": name, "steps": steps}) for name in TRAILING for steps in STEPS]
     rows += [("guidance interval", plain | {"guidance_interval": interval}) for interval in INTERVALS]
-    for way in (REFERENCE | {"steps": 50}, plain, fast):
+    for way in (REFERENCE | {"steps": 50}, trailing | {"steps": 50}, plain, fast):
         rows += [("reuse", way | {"reuse": n}) for n in (2, 3, 4)]
     presets = [(f"preset {name}", REFERENCE | settings) for name, settings in PRESETS.items()]
     return [row for row in rows if row[1] not in [settings for _, settings in presets]] + presets
 
 
 def name_of(settings: dict) -> str:
-    """For example "dpmpp-2m 25, guidance 0.1:0.8, reuse 2"."""
+    """For example "dpmpp-2m 25, trailing, guidance 0.1:0.8, reuse 2"."""
     start, end = settings["guidance_interval"]
     guided = "" if (start, end) == WHOLE_RUN else f", guidance {start:g}:{end:g}"
     reused = "" if settings["reuse"] == 1 else f", reuse {settings['reuse']}"
-    return f"{settings['sampler']} {settings['steps']}{guided}{reused}"
+    spaced = "" if settings["spacing"] is None else f", {settings['spacing']}"
+    return f"{settings['sampler']} {settings['steps']}{spaced}{guided}{reused}"
 
 
 @functools.cache

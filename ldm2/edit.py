@@ -48,8 +48,8 @@ def transfer(
     channel:     index of the channel that the model hears, None for the mean of all
     keep_format: give the result the rate and the number of channels of the input, not one channel at the model's rate
     settings:    as of AudioLDM2.generate: negative_prompt, steps, guidance_scale, sampler, eta, seed, num_waveforms,
-                 transcription, phonemes, window, overlap, prompt_at, preset, guidance_interval, reuse, callback,
-                 progress
+                 transcription, phonemes, window, overlap, prompt_at, preset, guidance_interval, reuse, spacing,
+                 callback, progress
 
     Raises ValueError or OSError, one line, for what cannot be read and for values out of range.
     """
@@ -241,7 +241,7 @@ class _Job:
         return pipe.denoise(
             *self._conditionings(), latents=latents, steps=asked.steps, guidance_scale=asked.guidance_scale,
             sampler=asked.sampler, eta=asked.eta, guidance_interval=asked.guidance_interval, reuse=asked.reuse,
-            noise=noise, x0=x0 if start else None, start=start, edit=edit,
+            spacing=asked.spacing, noise=noise, x0=x0 if start else None, start=start, edit=edit,
             windows=pipe.windows(x0.shape[2], asked.window, asked.overlap, changes=changes), **self.watch,
         )
 

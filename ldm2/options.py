@@ -23,6 +23,7 @@ TOY = (
     "licence) is then fetched once. `ldm2 models` lists others."
 )
 SAMPLERS = ("ddim", "ddpm", "pndm", "lms", "euler", "euler-ancestral", "heun", "dpmpp-2m", "dpmpp-2m-sde", "unipc")
+SPACINGS = ("leading", "trailing", "linspace")
 
 
 def add_output_options(command: argparse.ArgumentParser, source: str) -> None:
@@ -81,6 +82,9 @@ def add_sampling_options(command: argparse.ArgumentParser, candidates: int | Non
                          "(default: all of it)")
     command.add_argument("--reuse", type=int, metavar="N", help="compute the deep part of the model in every N-th step "
                          "and reuse it in between: faster and less exact (default: 1)")
+    command.add_argument("--spacing", choices=SPACINGS, metavar="NAME", help="of the timesteps: leading, trailing "
+                         "(starts at the last one of the training, which leading misses the more the fewer the steps) "
+                         "or linspace (default: the model's own)")
     command.add_argument("--eta", type=float, default=0.0, help="share of fresh noise in ddim, 0 to 1 (default: 0)")
     command.add_argument("--seed", type=int, help="number that fixes the noise (default: drawn, and printed)")
     if candidates is not None:
@@ -119,7 +123,8 @@ def _told(preset: str) -> str:
     """A preset in words."""
     values = PRESETS[preset]
     start, end = values["guidance_interval"]
-    return f"{preset} is {values['sampler']} in {values['steps']} steps with guidance in {start:g}:{end:g}"
+    return (f"{preset} is {values['sampler']} in {values['steps']} steps, {values['spacing']}, "
+            f"with guidance in {start:g}:{end:g}")
 
 
 def interval(text: str) -> tuple[float, float]:
@@ -143,7 +148,7 @@ def prompts(args: argparse.Namespace) -> tuple[str, list[tuple[float, str]]]:
 def sampling(args: argparse.Namespace) -> dict:
     """The settings of add_sampling_options as arguments of AudioLDM2.generate and of the edits."""
     names = ("steps", "guidance_scale", "negative_prompt", "sampler", "eta", "seed", "num_waveforms", "preset",
-             "guidance_interval", "reuse")
+             "guidance_interval", "reuse", "spacing")
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 

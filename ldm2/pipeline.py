@@ -22,7 +22,7 @@ from ldm2.guidance import Guidance
 from ldm2.memory import STAGES, Stage, in_stage
 from ldm2.noise import SeededNoise
 from ldm2.ranking import Ranker, best_first
-from ldm2.recipe import DEFAULTS, Recipe, check_count, check_interval, recipe
+from ldm2.recipe import DEFAULTS, Recipe, check_count, check_interval, check_spacing, recipe
 from ldm2.result import Result
 from ldm2.samplers import Step
 from ldm2.samplers.core import Denoiser
@@ -152,7 +152,7 @@ class AudioLDM2:
         guidance_scale: float = 1.0, sampler: str = "ddim", eta: float = 0.0,
         noise: Callable[[Tensor], Tensor] | None = None, windows: Sequence[Window] | None = None,
         x0: Tensor | None = None, start: int = 0, edit: Callable[[Step], Tensor] | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0), reuse: int = 1,
+        guidance_interval: tuple[float, float] = (0.0, 1.0), reuse: int = 1, spacing: str | None = None,
         callback: Callback | None = None, progress: bool = False,
     ) -> Tensor:
         """Standard normal `latents` (B, C, T/f, F/f) -> latents of sound, same shape, float32.
@@ -161,14 +161,15 @@ class AudioLDM2:
         windows: what the UNet sees at once (see `windows`), all if None. For prompts over time the conditionings have B
         rows for the first prompt, then B for the second, and so on.
         x0, start, edit: a late start from latents of sound, and what is held fixed: see samplers.sample.
-        guidance_interval, reuse: see `generate`.
+        guidance_interval, reuse, spacing: see `generate`.
         noise: draws what stochastic samplers add. callback(step, total, latents) may return False: raises Cancelled.
         """
         interval, reuse = check_interval(guidance_interval), check_count("reuse", reuse)
+        schedule = self.schedule.with_spacing(check_spacing(spacing))
         guided = functools.partial(
             Guidance, self.unet, scale=guidance_scale, dtype=self.dtype,
-            timesteps=samplers.timesteps(sampler, self.schedule, steps),
-            acts_at=lambda t: self.schedule.within(t, interval),
+            timesteps=samplers.timesteps(sampler, schedule, steps),
+            acts_at=lambda t: schedule.within(t, interval),
         )
         if windows is None:
             denoiser = guided(conditioning, unconditional).denoiser(reuse)
@@ -181,7 +182,7 @@ class AudioLDM2:
                 return None if callback is None else callback(done, total, latents)
 
             latents = samplers.sample(
-                sampler, denoiser, latents.to(self.device, torch.float32), self.schedule, steps,
+                sampler, denoiser, latents.to(self.device, torch.float32), schedule, steps,
                 eta=eta, noise=noise, x0=x0, start=start, edit=edit, callback=after_step,
             )
         return self.finite(latents, "the sampler's latents")
@@ -247,7 +248,7 @@ class AudioLDM2:
         transcription: str | Sequence[str] | None = None, phonemes: str | Sequence[str] | None = None,
         latents: Tensor | None = None, window: float | None = None, overlap: float | None = None, loop: bool = False,
         prompt_at: Sequence[tuple[float, str]] = (), preset: str | None = None,
-        guidance_interval: tuple[float, float] | None = None, reuse: int | None = None,
+        guidance_interval: tuple[float, float] | None = None, reuse: int | None = None, spacing: str | None = None,
         callback: Callback | None = None, progress: bool = False,
     ) -> Result:
         """Sound for one prompt or several.
@@ -274,6 +275,8 @@ class AudioLDM2:
         guidance_interval: (start, end), shares of the run from 0 (noise) to 1 (sound) between which there is guidance,
                          arXiv:2404.07724; outside a step costs half. Default (0, 1). Levels: see Schedule.within
         reuse:           the UNet's deep features are computed in every so many steps, arXiv:2312.00858; default 1
+        spacing:         of the timesteps: "leading", "trailing" (the first is the training's last) or "linspace",
+                         arXiv:2305.08891, table 2; default the checkpoint's own
         callback:        called as callback(step, total, latents) after each step; False stops with ldm2.Cancelled
         progress:        show a progress bar on stderr
 
@@ -283,7 +286,7 @@ class AudioLDM2:
             prompt, negative_prompt, seconds=seconds, steps=steps, guidance_scale=guidance_scale, sampler=sampler,
             eta=eta, seed=seed, num_waveforms=num_waveforms, transcription=transcription, phonemes=phonemes,
             window=window, overlap=overlap, loop=loop, prompt_at=prompt_at, preset=preset,
-            guidance_interval=guidance_interval, reuse=reuse, defaults=self.defaults,
+            guidance_interval=guidance_interval, reuse=reuse, spacing=spacing, defaults=self.defaults,
         )
         if asked.loop:
             asked = replace(asked, seconds=self._whole_frames(asked.seconds))
@@ -296,7 +299,7 @@ class AudioLDM2:
         latents = self.denoise(
             conditioning, unconditional, latents=latents, steps=asked.steps, guidance_scale=asked.guidance_scale,
             sampler=asked.sampler, eta=asked.eta, guidance_interval=asked.guidance_interval, reuse=asked.reuse,
-            noise=noise, windows=windows, callback=callback, progress=progress,
+            spacing=asked.spacing, noise=noise, windows=windows, callback=callback, progress=progress,
         )
         mel = self.decode(latents, loop=asked.loop)
         waveforms = self.vocode(mel, loop=asked.loop)[:, : round(asked.seconds * self.sample_rate)]

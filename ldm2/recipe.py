@@ -14,11 +14,11 @@ from numbers import Integral, Real
 WHOLE_RUN = (0.0, 1.0)
 DEFAULTS = {
     "seconds": 10.24, "steps": 200, "guidance_scale": 3.5, "sampler": "ddim", "guidance_interval": WHOLE_RUN,
-    "reuse": 1,
+    "reuse": 1, "spacing": None,
 }
 # What takes the place of the defaults by one name; `python -m benchmarks.tradeoff` measures the price.
 PRESETS = {
-    "fast": {"steps": 25, "sampler": "dpmpp-2m", "guidance_interval": (0.0, 0.7)},
+    "fast": {"steps": 25, "sampler": "dpmpp-2m", "guidance_interval": (0.0, 0.7), "spacing": "trailing"},
 }
 PER_PROMPT = ("prompt", "negative_prompt", "transcription", "phonemes")
 MAX_SECONDS = 600.0
@@ -46,6 +46,7 @@ class Recipe:
     prompt_at: tuple[tuple[float, str], ...] = ()
     guidance_interval: tuple[float, float] = WHOLE_RUN
     reuse: int = 1
+    spacing: str | None = None
 
     @property
     def guided(self) -> bool:
@@ -73,6 +74,7 @@ class Recipe:
             "prompt_at": [list(change) for change in self.prompt_at],
             "guidance_interval": list(self.guidance_interval),
             "reuse": self.reuse,
+            "spacing": self.spacing,
         }
 
 
@@ -107,6 +109,7 @@ def recipe(
     preset: str | None = None,
     guidance_interval: tuple[float, float] | None = None,
     reuse: int | None = None,
+    spacing: str | None = None,
     defaults: Mapping[str, object] = DEFAULTS,
 ) -> Recipe:
     """Check the arguments of a call; None takes the value from the preset, or else from `defaults`.
@@ -121,7 +124,7 @@ def recipe(
     num_waveforms = check_count("num_waveforms", num_waveforms)
     given = {
         "seconds": seconds, "steps": steps, "guidance_scale": guidance_scale, "sampler": sampler,
-        "guidance_interval": guidance_interval, "reuse": reuse,
+        "guidance_interval": guidance_interval, "reuse": reuse, "spacing": spacing,
     }
     chosen = {**defaults, **preset_settings(preset), **{name: v for name, v in given.items() if v is not None}}
     steps, sampler = check_count("steps", chosen["steps"]), chosen["sampler"]
@@ -145,6 +148,7 @@ def recipe(
         prompt_at=check_prompt_at(prompt_at, seconds),
         guidance_interval=check_interval(chosen["guidance_interval"]),
         reuse=check_count("reuse", chosen["reuse"]),
+        spacing=check_spacing(chosen["spacing"]),
     )
 
 
@@ -222,6 +226,15 @@ def check_interval(interval: Sequence[float]) -> tuple[float, float]:
     if not 0 <= start <= end <= 1:
         raise ValueError(f"guidance_interval must have 0 <= start <= end <= 1, got {start:g} to {end:g}")
     return start, end
+
+
+def check_spacing(spacing: str | None) -> str | None:
+    """The name of a spacing of timesteps, or None for the checkpoint's own."""
+    from ldm2.schedules import SPACINGS
+
+    if spacing is not None and spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing {spacing!r}, choose from {', '.join(SPACINGS)}")
+    return spacing
 
 
 def check_prompt_at(changes: Sequence[tuple[float, str]], seconds: float) -> tuple[tuple[float, str], ...]:

@@ -14,7 +14,7 @@ import json
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -114,6 +114,10 @@ class Schedule:
             return cls(**{field: config[field] for field in fields})
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
+
+    def with_spacing(self, spacing: str | None) -> Schedule:
+        """The same noise levels, visited at another spacing of the timesteps; None keeps its own."""
+        return self if spacing is None else replace(self, timestep_spacing=spacing)
 
     @cached_property
     def betas(self) -> np.ndarray:

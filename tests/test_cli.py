@@ -74,11 +74,11 @@ def test_without_a_name_the_prompt_names_the_file_and_nothing_is_overwritten(gen
 def test_the_file_tells_what_the_fast_options_were(tiny_checkpoint, tmp_path):
     target = tmp_path / "x.wav"
     short = ("--steps", "1", "--seconds", "0.2", "-o", str(target))
-    fast = ("--preset", "fast", "--guidance-interval", ":0.7", "--reuse", "2")
+    fast = ("--preset", "fast", "--guidance-interval", ":0.7", "--reuse", "2", "--spacing", "linspace")
     assert main(["generate", PROMPT, "--model", str(tiny_checkpoint), *short, *fast]) == 0
     settings = json.loads(audio.read_metadata(target)["comment"])
     assert (settings["steps"], settings["sampler"]) == (1, PRESETS["fast"]["sampler"])
-    assert (settings["guidance_interval"], settings["reuse"]) == ([0, 0.7], 2)
+    assert (settings["guidance_interval"], settings["reuse"], settings["spacing"]) == ([0, 0.7], 2, "linspace")
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -125,6 +125,7 @@ def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(generate, refu
     (("--guidance-interval", "0.5:0.2"), ("guidance_interval", "0.5", "0.2")),
     (("--guidance-interval", "0:2"), ("guidance_interval", "2")),
     (("--reuse", 0), ("reuse", "0")),
+    (("--spacing", "karras"), ("karras", "leading", "trailing", "linspace")),
     (("--reuse", "often"), ("--reuse", "often")),
     (("--dtype", "int8"), ("int8", "float16")),
     (("--device", "gpu"), ("gpu", "cuda")),
@@ -191,6 +192,12 @@ def test_help_lists_the_samplers_that_exist():
     from ldm2.samplers import SAMPLERS as exist
 
     assert set(SAMPLERS) == set(exist)
+
+
+def test_help_lists_the_spacings_that_exist():
+    from ldm2.schedules import SPACINGS
+
+    assert options.SPACINGS == SPACINGS
 
 
 def test_info_tells_parts_parameters_and_heads(tiny_checkpoint, tmp_path):

@@ -337,6 +337,20 @@ def test_an_edit_takes_the_fast_settings(pipe, prompt):
     assert not torch.equal(fast.latents, exact.latents)
 
 
+def test_a_late_start_is_at_the_timesteps_of_the_spacing(pipe, monkeypatch):
+    visited = []
+    forward = pipe.unet.forward
+
+    def watched(x_t, t, prepared, time):
+        visited.append(t)
+        return forward(x_t, t, prepared, time)
+
+    monkeypatch.setattr(pipe.unet, "forward", watched)
+    made = pipe.transfer(noise(4000), RAIN, sample_rate=RATE, strength=0.6, steps=5, seed=1, spacing="trailing")
+    assert visited == [599, 399, 199]
+    assert made.settings["spacing"] == "trailing"
+
+
 @pytest.mark.parametrize("option", [{"guidance_scale": 3.0}, {"negative_prompt": "x"}, {"prompt_at": [(0.1, "x")]}])
 def test_without_a_prompt_there_is_no_guidance(pipe, option):
     with pytest.raises(ValueError, match="needs a prompt: without one there is no guidance"):

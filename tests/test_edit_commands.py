@@ -80,10 +80,11 @@ def test_each_edit_names_its_file_after_the_input(run, tmp_path, arguments, name
 
 
 def test_an_edit_takes_the_fast_options(run, tmp_path):
-    code, out, err = run("transfer", "in.wav", "rain", "--preset", "fast", "--reuse", 2, *ONE)
+    code, out, err = run("transfer", "in.wav", "rain", "--preset", "fast", "--reuse", 2, "--spacing", "linspace", *ONE)
     assert (code, out) == (0, ["in-transfer.wav"]), err
     settings = json.loads(audio.read_metadata(tmp_path / out[0])["comment"])
     assert (settings["steps"], settings["reuse"], settings["sampler"]) == (1, 2, PRESETS["fast"]["sampler"])
+    assert settings["spacing"] == "linspace"
 
 
 def test_variations_are_three_unless_asked_otherwise(run, tmp_path):

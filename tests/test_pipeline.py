@@ -143,9 +143,11 @@ def test_settings_make_the_sound_again(pipe):
 
 def test_settings_of_a_preset_make_the_sound_again(pipe):
     first = pipe.generate(PROMPT, seconds=0.2, preset="fast", steps=4, reuse=2, seed=3)
-    names = ("prompt", "seconds", "steps", "guidance_scale", "sampler", "eta", "seed", "guidance_interval", "reuse")
+    names = ("prompt", "seconds", "steps", "guidance_scale", "sampler", "eta", "seed", "guidance_interval", "reuse",
+             "spacing")
     settings = json.loads(json.dumps(first.settings))
     assert settings["guidance_interval"] == list(PRESETS["fast"]["guidance_interval"])
+    assert settings["spacing"] == PRESETS["fast"]["spacing"]
     again = pipe.generate(**{name: settings[name] for name in names})
     assert np.array_equal(first.waveforms, again.waveforms)
 
@@ -157,6 +159,29 @@ def test_guidance_in_all_of_the_run_is_guidance_and_in_none_of_it_is_none(pipe, 
     assert torch.equal(pipe.generate(PROMPT, **settings, guidance_interval=(0, 1)).latents, plain)
     assert torch.equal(pipe.generate(PROMPT, **settings, guidance_interval=(0.4, 0.4)).latents, alone)
     assert not torch.equal(pipe.generate(PROMPT, **settings, guidance_interval=(0.5, 1)).latents, plain)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp-2m"])
+def test_the_spacing_that_the_checkpoint_has_changes_nothing_and_another_does(pipe, sampler):
+    settings = {"seconds": 0.2, "steps": 3, "seed": 1, "sampler": sampler}
+    plain = pipe.generate(PROMPT, **settings).latents
+    own = pipe.schedule.timestep_spacing
+    assert torch.equal(pipe.generate(PROMPT, **settings, spacing=own).latents, plain)
+    assert not torch.equal(pipe.generate(PROMPT, **settings, spacing="trailing").latents, plain)
+    assert pipe.schedule.timestep_spacing == own == "leading"
+
+
+def test_the_unet_sees_the_timesteps_of_the_spacing(pipe, monkeypatch):
+    visited = []
+    forward = pipe.unet.forward
+
+    def watched(x_t, t, prepared, time):
+        visited.append((t, time is not None))
+        return forward(x_t, t, prepared, time)
+
+    monkeypatch.setattr(pipe.unet, "forward", watched)
+    pipe.generate(PROMPT, seconds=0.2, steps=4, spacing="trailing", seed=0)
+    assert visited == [(999, True), (749, True), (499, True), (249, True)]
 
 
 def test_the_unet_is_called_on_both_branches_inside_the_interval_only(pipe, monkeypatch):
@@ -248,6 +273,7 @@ def test_overflow_names_the_stage_and_the_way_out(pipe):
     ({"guidance_interval": (0.5, 0.4)}, "guidance_interval.*0.5 to 0.4"),
     ({"guidance_interval": 0.5}, "guidance_interval.*0.5"),
     ({"reuse": 0}, "reuse.*0"),
+    ({"spacing": "karras"}, "unknown spacing 'karras', choose from leading, trailing, linspace"),
     ({"seed": -1}, "seed"),
     ({"seed": 1.5}, "seed"),
     ({"seed": [1, 2]}, "2 seeds for 1"),

@@ -48,6 +48,7 @@ def test_a_preset_takes_the_place_of_the_defaults(name):
 
 @pytest.mark.parametrize("given", [
     {"steps": 11}, {"sampler": "euler"}, {"guidance_interval": (0.0, 1.0)}, {"reuse": 1}, {"guidance_scale": 0.0},
+    {"spacing": "leading"},
 ])
 def test_what_is_given_wins_over_the_preset(given):
     asked = recipe("a dog", preset="fast", **given)
@@ -73,6 +74,17 @@ def test_an_unknown_preset_is_refused_with_those_that_exist(name):
 def test_an_interval_that_is_no_part_of_the_run_is_refused(interval):
     with pytest.raises(ValueError, match="guidance_interval"):
         recipe("a dog", guidance_interval=interval)
+
+
+def test_the_fast_preset_starts_at_the_last_timestep_and_the_default_as_the_checkpoint_does():
+    assert recipe("a dog", preset="fast").spacing == "trailing"
+    assert recipe("a dog").spacing is None
+
+
+@pytest.mark.parametrize("spacing", ["karras", "", 3, ["trailing"]])
+def test_an_unknown_spacing_is_refused_with_those_that_exist(spacing):
+    with pytest.raises(ValueError, match=r"unknown spacing .*, choose from leading, trailing, linspace"):
+        recipe("a dog", spacing=spacing)
 
 
 @pytest.mark.parametrize("reuse", [0, -1, 1.5, True, "2"])

@@ -106,6 +106,19 @@ def test_there_are_as_many_timesteps_as_steps_where_steps_does_not_divide_the_ta
     assert len(SCHEDULE.timesteps(steps)) == steps
 
 
+@pytest.mark.parametrize("steps", [1, 7, 20, 25, 200, 1000])
+def test_trailing_begins_at_the_last_timestep_of_the_training_and_leading_earlier(steps):
+    trailing = SCHEDULE.with_spacing("trailing")
+    for spaced in (Schedule.timesteps, Schedule.interval_timesteps, Schedule.sigma_timesteps):
+        assert spaced(trailing, steps)[0] == 999
+        assert spaced(SCHEDULE, steps)[0] < 999 or steps == 1000
+
+
+def test_another_spacing_keeps_the_noise_levels_and_none_keeps_everything():
+    assert np.array_equal(SCHEDULE.with_spacing("trailing").sigmas, SCHEDULE.sigmas)
+    assert SCHEDULE.with_spacing(None) is SCHEDULE
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("offset", [0, 1])
 def test_every_number_of_steps_visits_as_many_different_timesteps_of_the_table(spacing, offset):

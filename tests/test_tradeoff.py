@@ -40,7 +40,7 @@ def row(seconds, mel, name="x"):
 
 
 def test_the_reference_is_what_is_made_without_any_option():
-    plain = {name: DEFAULTS[name] for name in ("sampler", "steps", "guidance_interval", "reuse")}
+    plain = {name: DEFAULTS[name] for name in ("sampler", "steps", "guidance_interval", "reuse", "spacing")}
     assert plain == tradeoff.REFERENCE
 
 
@@ -49,6 +49,13 @@ def test_all_samplers_and_presets_are_compared_and_nothing_twice():
     assert {kind for kind, _ in compared} >= set(SAMPLERS) | {f"preset {name}" for name in PRESETS}
     names = [name_of(settings) for _, settings in compared]
     assert len(names) == len(set(names))
+
+
+def test_ways_that_differ_in_spacing_alone_are_compared():
+    settings = [settings for _, settings in ways()]
+    for sampler in tradeoff.TRAILING:
+        own = tradeoff.REFERENCE | {"sampler": sampler, "steps": 20}
+        assert own in settings and own | {"spacing": "trailing"} in settings
 
 
 def test_the_reference_is_at_no_distance_from_itself(comparison):
