@@ -24,7 +24,7 @@ def library(tmp_path_factory):
             build(folder)
             patch.setattr(cpu, "folders", lambda: [folder])
         patch.setattr(ops, "_kernels", {})
-        yield torch.ops.ldm2
+        yield torch.ops.ldm2_cpu
 
 
 def draw(*shape, seed=0):

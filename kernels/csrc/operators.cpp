@@ -1,10 +1,10 @@
 // PyTorch operators for float32, inference only:
 //
-//   ldm2::pack(weight, form)                            weights, transformed and laid out for the product
-//   ldm2::convolution(x, packed, bias, residual, ...)   convolution of stride 1 with such weights, channels-last
-//   ldm2::geglu(x, gate)                                x * gelu(gate)
-//   ldm2::instruction_sets()                            those of this machine, best first; the best is the default
-//   ldm2::use_instruction_set(name)
+//   ldm2_cpu::pack(weight, form)                            weights, transformed and laid out for the product
+//   ldm2_cpu::convolution(x, packed, bias, residual, ...)   convolution of stride 1 with such weights, channels-last
+//   ldm2_cpu::geglu(x, gate)                                x * gelu(gate)
+//   ldm2_cpu::instruction_sets()                            those of this machine, best first; the best is the default
+//   ldm2_cpu::use_instruction_set(name)
 //
 // Convolutions are minimal-filtering ones, arXiv:1509.09308. Tiles of the map are transformed into V (points, tiles, C)
 // and multiplied by U (points, C, O) into M (points, tiles, O), which is transformed back, a block of tiles at a time:
@@ -339,7 +339,7 @@ at::Tensor pack_meta(const at::Tensor& weight, int64_t form) {
                           weight.options());
 }
 
-TORCH_LIBRARY(ldm2, library) {
+TORCH_LIBRARY(ldm2_cpu, library) {
   library.def("pack(Tensor weight, int form) -> Tensor");
   library.def(
       "convolution(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, SymInt out_channels, int form, "
@@ -349,13 +349,13 @@ TORCH_LIBRARY(ldm2, library) {
   library.def("use_instruction_set(str name) -> ()", use_instruction_set);
 }
 
-TORCH_LIBRARY_IMPL(ldm2, CPU, library) {
+TORCH_LIBRARY_IMPL(ldm2_cpu, CPU, library) {
   library.impl("pack", pack);
   library.impl("convolution", convolution);
   library.impl("geglu", geglu);
 }
 
-TORCH_LIBRARY_IMPL(ldm2, Meta, library) {
+TORCH_LIBRARY_IMPL(ldm2_cpu, Meta, library) {
   library.impl("pack", pack_meta);
   library.impl("convolution", convolution_meta);
   library.impl("geglu", geglu_meta);

@@ -55,7 +55,7 @@ def library() -> Path | None:
 
 
 def load() -> bool:
-    """Registers the operators torch.ops.ldm2. False where no library is built."""
+    """Registers the operators torch.ops.ldm2_cpu. False where no library is built."""
     path = library()
     if path is None:
         return False
@@ -101,7 +101,7 @@ def residual_block(
 
 def geglu(x: Tensor, gate: Tensor) -> Tensor:
     """In one pass."""
-    return torch.ops.ldm2.geglu(x, gate) if x.dtype == torch.float32 and x.shape == gate.shape else NotImplemented
+    return torch.ops.ldm2_cpu.geglu(x, gate) if x.dtype == torch.float32 and x.shape == gate.shape else NotImplemented
 
 
 def _leaky_conv(
@@ -124,16 +124,16 @@ def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, form: int, keep: bool, dilation: int = 1,
     slope: float = 1.0,
 ) -> Tensor:
-    packed = _kept(weight, form) if keep else torch.ops.ldm2.pack(weight, form)
-    return torch.ops.ldm2.convolution(x, packed, bias, residual, len(weight), form, dilation, slope)
+    packed = _kept(weight, form) if keep else torch.ops.ldm2_cpu.pack(weight, form)
+    return torch.ops.ldm2_cpu.convolution(x, packed, bias, residual, len(weight), form, dilation, slope)
 
 
 def _kept(weight: Tensor, form: int) -> Tensor:
     """Packed weight, kept as long as the weight lives and is not written to."""
     if torch.compiler.is_compiling() or weight.is_inference():               # no version to tell a write by
-        return torch.ops.ldm2.pack(weight, form)
+        return torch.ops.ldm2_cpu.pack(weight, form)
     state = (form, weight._version, weight.data_ptr())
     found = _packs.get(weight)
     if found is None or found[0] != state:
-        found = _packs[weight] = (state, torch.ops.ldm2.pack(weight, form))
+        found = _packs[weight] = (state, torch.ops.ldm2_cpu.pack(weight, form))
     return found[1]
