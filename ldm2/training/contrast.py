@@ -51,9 +51,16 @@ def contrastive_loss(audio: Tensor, text: Tensor, scale: Tensor, same: Tensor) -
 
 
 def train_clap(clap: transformers.ClapModel, tokenizer: transformers.RobertaTokenizer, pool: Pool, held_out: Pool,
-               recipe: Recipe, clock: Clock) -> None:
-    """Both branches together, from the waveforms of the first clips of the pool."""
+               recipe: Recipe, clock: Clock, copies: Tensor | None = None) -> None:
+    """Both branches together, from the waveforms of the first clips of the pool.
+
+    copies: waveforms (K, N) of the first clips as the VAE and the vocoder return them. If given, the audio branch alone
+    is trained, on the clips and on these: it ranks what the vocoder has made, and others rely on the text branch.
+    """
     clap.logit_scale_t.requires_grad_(False)                                  # the ranking uses one scale at most
+    for module in (clap.text_model, clap.text_projection):
+        module.requires_grad_(copies is None)
+    clap.audio_model.train()
     extractor = feature_extractor()
     classes = [a + b for a, b in zip(pool.labels, pool.levels)]
     number = {name: i for i, name in enumerate(dict.fromkeys(classes))}
@@ -64,6 +71,10 @@ def train_clap(clap: transformers.ClapModel, tokenizer: transformers.RobertaToke
         return torch.cat([features(clips.waveform(part), extractor) for part in rows.split(32)])
 
     audio_pool, audio_held_out = heard(pool, _CLIPS), heard(held_out, 128)
+    origin = torch.arange(len(audio_pool))
+    if copies is not None:
+        audio_pool = torch.cat([audio_pool, *(features(part, extractor) for part in copies.split(32))])
+        origin = torch.cat([origin, torch.arange(len(copies))])
 
     device = clap.logit_scale_a.device
 
@@ -75,7 +86,9 @@ def train_clap(clap: transformers.ClapModel, tokenizer: transformers.RobertaToke
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(audio_pool), (64,), generator=generator)
-        audio, text = embed(audio_pool[rows], vary([pool.captions[i] for i in rows], generator))
+        audio = audio_pool[rows]
+        rows = origin[rows]
+        audio, text = embed(audio, vary([pool.captions[i] for i in rows], generator))
         same = groups[rows][:, None] == groups[rows][None]
         return contrastive_loss(audio, text, clap.logit_scale_a.exp().clamp(max=50), same.to(device))
 
@@ -86,4 +99,4 @@ def train_clap(clap: transformers.ClapModel, tokenizer: transformers.RobertaToke
         exact = [r and held_out.levels[i] == held_out.levels[j] for r, (i, j) in zip(right, enumerate(best))]
         return {"kind": sum(right) / len(best), "exact": sum(exact) / len(best)}
 
-    train("clap", clap, loss, recipe, clock, evaluate, evaluate_every=100)
+    train("clap" if copies is None else "clap_audio", clap, loss, recipe, clock, evaluate, evaluate_every=100)

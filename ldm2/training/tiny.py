@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ DEFAULTS = {"seconds": 2.56, "steps": 25, "guidance_scale": 2.5, "sampler": "ddi
 SHARES = {kind: 1 for kind in KINDS if kind != "rain"} | {"rising sweep": 2, "falling sweep": 2}
 
 _FULL = 120                                # minutes for which the steps below are meant, on two cores
-_STEPS = {"vae": 2300, "clap": 350, "description": 300, "vocoder_front": 500, "vocoder": 550, "diffusion": 6000}
+_STEPS = {
+    "vae": 2300, "clap": 350, "description": 300, "vocoder_front": 500, "vocoder": 2000, "clap_audio": 200,
+    "diffusion": 5000,
+}
 _CLIPS, _HELD_OUT, _ENCODED, _DECODED = 12_000, 256, 8000, 700
 
 
@@ -123,20 +127,23 @@ def prepare_text(plan: Plan, pool: Pool, held_out: Pool) -> tuple[transformers.C
     return clap, describer
 
 
-def prepare_vocoder(plan: Plan, vae: VAE, latents: Tensor, pool: Pool, held_out: Pool) -> Vocoder:
+def prepare_vocoder(plan: Plan, decoded: Tensor, pool: Pool, held_out: Pool) -> Vocoder:
     """Solved, then taught, then tuned."""
     torch.manual_seed(plan.seed)
     vocoder = Vocoder(VocoderConfig.from_dict(VOCODER_FIELDS))
     vocoding.start(vocoder)
     vocoding.solve_front(vocoder, pool)
     fresh(plan, vocoder)
-    with torch.no_grad():
-        parts = latents[:_DECODED].split(16)
-        decoded = torch.cat([vae.decode(part.to(plan.device).float()).half().cpu() for part in parts])
     recipe = plan.recipe("vocoder_front", 5e-4, average=0.98)
     vocoding.train_front(vocoder, pool, held_out, recipe, plan.clock, decoded)
-    vocoding.train_spectra(vocoder, pool, held_out, plan.recipe("vocoder", 3e-4, average=0.98), plan.clock, decoded)
+    vocoding.train_spectra(vocoder, pool, held_out, plan.recipe("vocoder", 4e-4, average=0.98), plan.clock, decoded)
     return vocoder.eval()
+
+
+@torch.no_grad()
+def in_parts(module: Callable[[Tensor], Tensor], inputs: Tensor, plan: Plan) -> Tensor:
+    """The module's results for all rows, sixteen at a time, on the CPU in float32."""
+    return torch.cat([module(part.to(plan.device).float()).cpu() for part in inputs.split(16)])
 
 
 def prepare_diffusion(
@@ -179,7 +186,12 @@ def run(plan: Plan) -> Path:
     latents = latents_of(plan, vae, pool, held_out)
     autoencoder.measure_scaling(vae, latents[0])
     clap, describer = prepare_text(plan, pool, held_out)
-    vocoder = prepare_vocoder(plan, vae, latents[0], pool, held_out)
+    decoded = in_parts(vae.decode, latents[0][:_DECODED], plan)
+    vocoder = prepare_vocoder(plan, decoded, pool, held_out)
+    copies = in_parts(vocoder, decoded, plan)
+    recipe = plan.recipe("clap_audio", 1e-3, average=0.98)
+    contrast.train_clap(clap, describer.text.clap.tokenizer, pool, held_out, recipe, plan.clock, copies)
+    clap.eval()
     plan.clock.check()
     words = (pool.captions, held_out.captions), (pool.labels, held_out.labels)
     rest = (describer, vae.config.scaling_factor, latents, *words, descriptions(pool))

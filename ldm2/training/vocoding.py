@@ -200,7 +200,7 @@ def _louder(mel: Tensor, gain: Tensor) -> Tensor:
 
 
 class SpectralLoss:
-    """Distance of two waveforms (B, N) by magnitudes only: log-mels point by point, and the grain of spectrograms.
+    """Distance of two waveforms (B, N) by magnitudes only: log-mels, the grain of spectrograms, and levels by the hop.
 
     The grain of a block of the spectrogram is its mean power and how far its mean log power is below that: steady
     lines, a comb and noise of the same power differ in it, two draws of the same noise do not. Log-mels count down to
@@ -222,7 +222,9 @@ class SpectralLoss:
             level = ((F.avg_pool2d(a, size) + floor) / (mean + floor)).log().abs()
             depth = (F.avg_pool2d((a + floor).log(), size) - F.avg_pool2d((b + floor).log(), size)).abs()
             total = total + 0.5 * _balanced(level + depth, mean > 10 * floor)
-        return total
+        a, b = (F.avg_pool1d(x**2, _HOP) for x in (made, wanted))            # carriers must not beat within a hop
+        floor = 1e-4 * b.amax(dim=1, keepdim=True) + 1e-10
+        return total + 2 * ((a + floor) / (b + floor)).log().abs().mean()
 
 
 def _balanced(error: Tensor, active: Tensor, rest: float = 1 / 3) -> Tensor:
