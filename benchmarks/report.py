@@ -38,8 +38,8 @@ def _cpu() -> dict[str, str]:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return {"name": platform.processor() or platform.machine(), "units": "not known"}
-    name = re.search(r"model name\\s*: (.*)", text)
-    flags = set((re.search(r"flags\\s*: (.*)", text) or [""] * 2)[1].split())
+    name = re.search(r"model name\s*: (.*)", text)
+    flags = set((re.search(r"flags\s*: (.*)", text) or [""] * 2)[1].split())
     units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in flags]
     return {"name": name[1] if name else platform.machine(), "units": " ".join(units) or "none of them"}
 

@@ -74,6 +74,13 @@ def test_the_table_tells_machine_versions_command_failures_and_wide_spreads():
         assert words in table
 
 
+def test_the_cpu_is_told_by_name_and_vector_units(monkeypatch):
+    text = "processor\t: 0\nmodel name\t: Some CPU 9000\nflags\t\t: fpu avx2 amx_bf16\n"
+    monkeypatch.setattr(report.Path, "read_text", lambda path, **options: text)
+    about = report.about("", CPU, {})
+    assert (about["machine"], about["vector_units"]) == ("Some CPU 9000", "avx2 amx_bf16")
+
+
 def test_flop_from_sizes_is_flop_of_a_run(pipe):
     flop = Flop(pipe)
     works = {work.name: work for work in profiling.works(pipe, recipe("a low tone", seconds=0.64, steps=2, seed=0))}
