@@ -168,7 +168,11 @@ def test_ctrl_c_ends_with_130_and_leaves_no_file(tiny_checkpoint, tmp_path, monk
     monkeypatch.setattr(UNet, "forward", interrupted)
     monkeypatch.chdir(tmp_path)
     short = ("--steps", "50", "--seconds", "0.2", "-o", "x.wav")
-    code = main(["generate", PROMPT, "--model", str(tiny_checkpoint), *short])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)        # a job in the background ignores it
+    try:
+        code = main(["generate", PROMPT, "--model", str(tiny_checkpoint), *short])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 130
     assert "stopped" in capsys.readouterr().err
     assert len(calls) == 3
