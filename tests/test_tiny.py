@@ -12,6 +12,7 @@ import ldm2
 from benchmarks.judge import is_right, measure
 from ldm2.mel import log_mel
 from ldm2.training.sounds import sounds
+from tests import checkpoints
 
 FOLDER = Path(ldm2.__file__).parent / "tiny"
 
@@ -79,3 +80,13 @@ def test_copy_synthesis_keeps_most_sounds_what_they_are(pipe):
         waves = pipe.vocoder(decoded).numpy()
     assert (decoded - mels).abs().mean() < 0.15
     assert np.mean([is_right(wave, clip.kind) for wave, clip in zip(waves, clips)]) > 0.7
+
+
+def test_diffusers_makes_the_same_sound_of_the_same_folder():
+    prompt, settings = "a rising sweep", {"guidance_scale": 2.5}
+    noise = torch.randn(1, 4, 64, 16, generator=torch.Generator().manual_seed(3))
+    theirs = checkpoints.diffusers_pipeline(FOLDER)(
+        prompt, latents=noise, num_inference_steps=5, audio_length_in_s=2.56, **settings).audios[0]
+    pipe = ldm2.load("tiny", reference="diffusers")
+    ours = pipe.generate(prompt, latents=noise, steps=5, seconds=2.56, **settings).waveforms[0]
+    assert np.linalg.norm(ours - theirs) < 5e-3 * np.linalg.norm(theirs)
