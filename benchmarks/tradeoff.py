@@ -267,10 +267,10 @@ def facts(comparison: Comparison, model: str) -> dict:
 def write(stem: Path, told: dict, rows: list[Row], text: str) -> None:
     """STEM.json and STEM.md."""
     content = {**told, "rows": [asdict(row) for row in rows]}
-    stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    report.write(stem.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
     lines = [f"- {name}: {', '.join(value) if isinstance(value, list) else value}" for name, value in told.items()]
     heading = "# Distance to 200 DDIM steps with full guidance, against time"
-    stem.with_suffix(".md").write_text("\n".join([heading, "", *lines, "", text, ""]), encoding="utf-8")
+    report.write(stem.with_suffix(".md"), "\n".join([heading, "", *lines, "", text, ""]))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -130,7 +130,7 @@ def test_the_script_prints_a_table_and_writes_json_markdown_and_a_picture(pipe, 
     monkeypatch.setattr(tradeoff, "INTERVALS", ((0.0, 0.5),))
     monkeypatch.setattr(tradeoff, "PRESETS", {"fast": PRESETS["fast"] | {"steps": 2}})
     monkeypatch.setattr(ldm2, "load", lambda *arguments, **options: pipe)
-    out, plot = tmp_path / "result", tmp_path / "curve.png"
+    out, plot = tmp_path / "results" / "x", tmp_path / "curve.png"
     tradeoff.main(["--prompts", "1", "--seeds", "1", "--no-judge", "--out", str(out), "--plot", str(plot)])
     printed = capsys.readouterr().out
     content = json.loads(out.with_suffix(".json").read_text())
