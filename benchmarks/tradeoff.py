@@ -33,7 +33,7 @@ from benchmarks.tiny_quality import PROMPTS
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig
 from ldm2.noise import SeededNoise
-from ldm2.profiling import flop_of
+from ldm2.profiling import flop_of, synchronise
 from ldm2.random_models import SIZES, UNET
 from ldm2.recipe import PRESETS, WHOLE_RUN, check_count
 from ldm2.samplers import SAMPLERS
@@ -201,7 +201,7 @@ def clock_of(device: torch.device) -> Callable[[], float]:
         return time.process_time
 
     def clock() -> float:
-        getattr(torch, device.type).synchronize()
+        synchronise(device)
         return time.perf_counter()
 
     return clock
