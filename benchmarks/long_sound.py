@@ -14,50 +14,33 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
 PROMPT = "white noise"
 
 
-def resident() -> float:
-    """Resident memory of this process in MB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 1e6
-
-
-def reset_peak() -> None:
-    """Let VmHWM start again from the present size (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> float:
-    """Highest resident memory in MB since `reset_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
-
-
 def measure(model: str, seconds: float, steps: int, device: str) -> dict:
-    """Time in s and memory in MB of one generation, after a short one that warms up."""
+    """Time in s and memory in bytes (None where the system does not tell) of one generation, after a short one that
+    warms up."""
     import torch
 
     import ldm2
+    from ldm2 import profiling
 
     torch.set_num_threads(1)
     pipe = ldm2.load(model, device=device)
     pipe.generate(PROMPT, seconds=1.0, steps=1, seed=0)
-    gpu = pipe.device.type == "cuda"
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    reset_peak()
-    before = torch.cuda.memory_allocated() / 1e6 if gpu else resident()
-    clock = time.perf_counter if gpu else time.process_time
-    start = clock()
-    pipe.generate(PROMPT, seconds=seconds, steps=steps, seed=0)
-    elapsed = clock() - start
-    after = torch.cuda.max_memory_allocated() / 1e6 if gpu else peak()
-    return {"seconds": seconds, "time": elapsed, "memory": after - before}
+    clock = time.perf_counter if pipe.device.type == "cuda" else time.process_time
+    times = []
+
+    def run() -> None:
+        times.append(clock())
+        pipe.generate(PROMPT, seconds=seconds, steps=steps, seed=0)
+        times.append(clock())
+
+    memory = profiling.memory_of(run, pipe.device)
+    return {"seconds": seconds, "time": times[1] - times[0], "memory": memory}
 
 
 def apart(model: str, seconds: float, steps: int, device: str) -> dict:
@@ -136,6 +119,17 @@ def tiles(model: str, device: str) -> list[str]:
     return [*rows, line("the sound itself", analyse(pipe, sound[None]))]
 
 
+def table(short: dict, long: dict) -> str:
+    """Two results of `measure`, and their ratios."""
+    lines = [f"{'sound':>8} {'time':>9} {'per second':>11} {'peak memory':>12}"]
+    for row in (short, long):
+        memory = "not known" if row["memory"] is None else f"{row['memory'] / 1e6:.1f} MB"
+        lines.append(f"{row['seconds']:6.0f} s {row['time']:7.2f} s {row['time'] / row['seconds']:9.4f} s {memory:>12}")
+    time_ratio = long["time"] / long["seconds"] / (short["time"] / short["seconds"])
+    memory_ratio = f"{long['memory'] / short['memory']:.2f}x" if short["memory"] and long["memory"] else ""
+    return "\n".join([*lines, f"{'ratio':>8} {'':>9} {time_ratio:10.2f}x {memory_ratio:>12}"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="tiny")
@@ -154,13 +148,7 @@ def main() -> None:
         print("difference from the VAE's decoding of everything at once, in log-mel")
         print("\n".join(tiles(args.model, args.device)))
         return
-    short, long = (apart(args.model, seconds, args.steps, args.device) for seconds in (args.short, args.long))
-    print(f"{'sound':>8} {'time':>9} {'per second':>11} {'peak memory':>12}")
-    for row in (short, long):
-        per_second = row["time"] / row["seconds"]
-        print(f"{row['seconds']:6.0f} s {row['time']:7.2f} s {per_second:9.4f} s {row['memory']:9.1f} MB")
-    time_ratio = long["time"] / long["seconds"] / (short["time"] / short["seconds"])
-    print(f"{'ratio':>8} {'':>9} {time_ratio:10.2f}x {long['memory'] / short['memory']:11.2f}x")
+    print(table(*(apart(args.model, seconds, args.steps, args.device) for seconds in (args.short, args.long))))
     if args.loops:
         for row, values in loops(args.model, args.steps, args.loops, args.device).items():
             print(f"{row:>22}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))

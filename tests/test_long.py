@@ -13,7 +13,7 @@ import soundfile
 import torch
 
 import ldm2
-from benchmarks.long_sound import joint_ranks
+from benchmarks.long_sound import joint_ranks, measure, table
 from ldm2.__main__ import main
 from ldm2.windows import plan
 
@@ -160,6 +160,20 @@ def test_the_judge_of_joints_hears_a_cut():
     assert joint_ranks(tone, 16000)["phase"] > 0.99
     assert joint_ranks(swell, 16000)["level"] > 0.99
     assert joint_ranks(np.sin(2 * np.pi * 100 * time), 16000)["phase"] < 0.95
+
+
+def test_the_cost_of_a_length_is_measured(tiny_checkpoint):
+    found = measure(str(tiny_checkpoint), 0.16, 1, "cpu")
+    assert found["seconds"] == 0.16 and found["time"] > 0
+    assert found["memory"] is None or found["memory"] >= 0
+
+
+def test_costs_of_two_lengths_are_compared_second_by_second():
+    short, long = {"seconds": 10.0, "time": 2.0, "memory": 10**7}, {"seconds": 100.0, "time": 30.0, "memory": 2 * 10**7}
+    lines = table(short, long).splitlines()
+    assert lines[2].split() == ["100", "s", "30.00", "s", "0.3000", "s", "20.0", "MB"]
+    assert lines[3].split() == ["ratio", "1.50x", "2.00x"]
+    assert "not known" in table(short | {"memory": None}, long)
 
 
 @pytest.mark.parametrize("settings, message", [
