@@ -15,7 +15,10 @@ from torch import Tensor
 
 from ldm2.mel import MelConfig, log_mel
 
-RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))          # FFT, hop and window in samples
+Distances = tuple[float, float]                            # spectral convergence, and of the log magnitudes
+
+# FFT, hop and window in samples; spectral convergence by itself is that of the first.
+RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
 FRAMES_AT_ONCE = 1024                                      # spectra of a long sound would fill the memory
 FLOOR = 1e-5                                               # magnitudes and levels below count as this: -100 dB
 
@@ -38,7 +41,7 @@ def spectral_convergence(
 
 def multi_resolution_stft(reference: np.ndarray, estimate: np.ndarray) -> float:
     """Spectral convergence plus mean absolute difference of log magnitudes, averaged over RESOLUTIONS."""
-    return sum(sum(_spectral_distances(reference, estimate, *sizes)) for sizes in RESOLUTIONS) / len(RESOLUTIONS)
+    return _mean_of_sums(_all_spectral_distances(reference, estimate))
 
 
 def level(waveform: np.ndarray) -> float:
@@ -51,10 +54,11 @@ def compare(reference: np.ndarray, estimate: np.ndarray, config: MelConfig) -> d
 
     Raises ValueError unless both are (N,) of the same length.
     """
+    spectral = _all_spectral_distances(reference, estimate)
     return {
         "log_mel_distance": log_mel_distance(reference, estimate, config),
-        "spectral_convergence": spectral_convergence(reference, estimate),
-        "multi_resolution_stft": multi_resolution_stft(reference, estimate),
+        "spectral_convergence": spectral[0][0],
+        "multi_resolution_stft": _mean_of_sums(spectral),
         "level_difference": level(estimate) - level(reference),
     }
 
@@ -71,9 +75,16 @@ def _filled(waveform: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(waveform, (0, -waveform.shape[1] % multiple))
 
 
-def _spectral_distances(
-    reference: np.ndarray, estimate: np.ndarray, fft: int, hop: int, window: int
-) -> tuple[float, float]:
+def _mean_of_sums(spectral: list[Distances]) -> float:
+    return sum(map(sum, spectral)) / len(spectral)
+
+
+def _all_spectral_distances(reference: np.ndarray, estimate: np.ndarray) -> list[Distances]:
+    """At each of RESOLUTIONS."""
+    return [_spectral_distances(reference, estimate, *sizes) for sizes in RESOLUTIONS]
+
+
+def _spectral_distances(reference: np.ndarray, estimate: np.ndarray, fft: int, hop: int, window: int) -> Distances:
     """Spectral convergence and the mean absolute difference of the log magnitudes, with silence around both."""
     pair = _pair(reference, estimate)
     squares = [0.0, 0.0]                                   # of the difference and of the reference

@@ -38,6 +38,16 @@ def test_the_level_of_a_sine_of_full_scale_is_minus_3_db():
     assert metrics.level(SILENCE) == -100
 
 
+def test_compare_gives_each_distance_from_one_look_at_each_resolution(monkeypatch):
+    looks = []
+    alone = metrics.spectral_convergence(SOUND, SOUND[::-1]), metrics.multi_resolution_stft(SOUND, SOUND[::-1])
+    look = metrics._spectral_distances
+    monkeypatch.setattr(metrics, "_spectral_distances", lambda *given: looks.append(given[2:]) or look(*given))
+    distances = metrics.compare(SOUND, SOUND[::-1], MEL_16KHZ)
+    assert (distances["spectral_convergence"], distances["multi_resolution_stft"]) == alone
+    assert looks == list(metrics.RESOLUTIONS)
+
+
 @pytest.mark.parametrize("length", [1, 159, 161, 1000])
 def test_any_length_has_a_distance(length):
     distances = metrics.compare(SOUND[:length], -0.5 * SOUND[:length], MEL_16KHZ)
