@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import secrets
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from itertools import groupby
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import Timed, ratio
-from ldm2 import __version__
+from ldm2 import __version__, files
 from ldm2.profiling import Limits
 
 PACKAGES = ("diffusers", "transformers", "triton")
@@ -111,12 +110,8 @@ def _cell(value: float | None, form: str, scale: float = 1.0) -> str:
 def write(path: Path, text: str) -> Path:
     """A file, complete or not at all; one of an earlier run is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
+    with files.whole(path, overwrite=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -145,7 +140,8 @@ def plot(path: Path, rows: Sequence[dict]) -> Path | None:
         ax.set_ylim(bottom=0)
         ax.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with files.whole(path, overwrite=True) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     return path
 
 

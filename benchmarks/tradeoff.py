@@ -30,6 +30,7 @@ import ldm2
 from benchmarks import report
 from benchmarks.judge import is_right
 from benchmarks.tiny_quality import PROMPTS
+from ldm2 import files
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig
 from ldm2.noise import SeededNoise
@@ -251,7 +252,8 @@ def draw(rows: list[Row], path: Path) -> None:
            ylabel="log-mel distance to 200 DDIM steps with full guidance")
     ax.grid(alpha=0.3, which="both")
     ax.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with files.whole(path, overwrite=True) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def facts(comparison: Comparison, model: str) -> dict:

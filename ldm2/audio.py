@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ldm2 import tags
+from ldm2 import files, tags
 
 if TYPE_CHECKING:
     import soundfile
@@ -224,9 +223,6 @@ FORMATS = {
 }
 
 
-_TAKEN = "{} exists already: choose another name, or ask for it (overwrite=True, --overwrite)"
-
-
 def check_output(path: str | Path, overwrite: bool = False, *, sample_rate: int | None = None, channels: int = 1,
                  encoding: str | None = None, inputs: Sequence[str | Path] = ()) -> None:
     """Check that `write` can write to `path`, before minutes are spent on what to write. Nothing is created.
@@ -241,21 +237,7 @@ def check_output(path: str | Path, overwrite: bool = False, *, sample_rate: int 
         _check_rate(path.suffix.lower(), kind, sample_rate)
     if not 1 <= channels <= kind.max_channels:
         raise ValueError(f"{path.suffix} takes 1 to {kind.max_channels} channels, got {channels}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"the folder {path.parent} is not writable")
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder")
-    for source in inputs:
-        if path.exists() and os.path.exists(source) and path.samefile(source):
-            raise ValueError(f"{path} is the input: choose another name for the output")
-    if not overwrite:
-        raise FileExistsError(_TAKEN.format(path))
+    files.check_place(path, overwrite, inputs)
 
 
 def _format_of(path: Path, encoding: str | None) -> _Format:
@@ -309,16 +291,8 @@ def write(path: str | Path, waveform: np.ndarray, sample_rate: int, overwrite: b
     metadata = tags.check(metadata or {})
     if subtype not in ("FLOAT", "DOUBLE"):
         waveform = _clipped(waveform, path)
-    temporary = path.with_name(f".ldm2-{secrets.token_hex(8)}.tmp")
-    try:
+    with files.whole(path, overwrite) as temporary:
         _encode(temporary, waveform, int(sample_rate), kind.container, subtype, metadata)
-        publish(temporary, path, overwrite)
-    except OSError as error:
-        if str(error.filename) == str(temporary):     # nobody knows the name that it has until it is complete
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -360,11 +334,10 @@ def _as_stored(block: np.ndarray, subtype: str) -> np.ndarray:
 
 def _encode(path: Path, waveform: np.ndarray, sample_rate: int, container: str, subtype: str,
             metadata: dict[str, str]) -> None:
-    """Create the file `path`, complete and on the disk."""
+    """Fill the file `path`."""
     import soundfile
 
     channels, num_samples = waveform.shape
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         with soundfile.SoundFile(path, "w", sample_rate, channels, subtype, format=container) as file:
             if container != "WAV":
@@ -377,22 +350,6 @@ def _encode(path: Path, waveform: np.ndarray, sample_rate: int, container: str, 
         raise OSError(f"{path.parent}: writing failed: {error.error_string}") from error
     if written != num_samples:
         raise OSError(f"{path.parent}: only {written} of {num_samples} samples could be written")
-    with open(path, "r+b") as file:
-        if container == "WAV" and metadata:
+    if container == "WAV" and metadata:
+        with open(path, "r+b") as file:
             tags.append_wav(file, metadata)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def publish(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Give a complete file its name, in one step. Raises FileExistsError if the name is taken, unless `overwrite`."""
-    if overwrite:
-        os.replace(temporary, path)
-        return
-    try:
-        os.link(temporary, path)                                             # unlike a rename, never replaces a file
-    except FileExistsError:
-        raise FileExistsError(_TAKEN.format(path)) from None
-    except OSError:                                                          # no hard links here: claim the name first
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(temporary, path)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ldm2 import files
+
 LOWEST = -100.0                                            # dB of full scale
 WIDEST = 30.0                                              # dB of difference
 
@@ -21,12 +23,7 @@ def check_plot(path: str | Path, overwrite: bool = False, inputs: Sequence[str |
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"a plot is a .png file, got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.parent} does not exist")
-    if any(path.exists() and path.samefile(source) for source in inputs):
-        raise ValueError(f"{path} is the input: choose another name for the plot")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already: choose another name, or ask for overwriting")
+    files.check_place(path, overwrite, inputs)
 
 
 def compare(
@@ -60,7 +57,8 @@ def compare(
     for ax in axes:
         ax.set_xlabel("time in s")
     axes[0].set_ylabel("frequency in Hz")
-    figure.savefig(path, dpi=110)
+    with files.whole(Path(path), overwrite) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def _decibels(waveform: np.ndarray, sample_rate: int) -> np.ndarray:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm2 import __version__, audio, options
+from ldm2 import __version__, files, options
 
 if TYPE_CHECKING:
     from ldm2.pipeline import AudioLDM2
@@ -60,12 +59,8 @@ def run(args: argparse.Namespace) -> None:
     if trace is None:
         top = profiling.operations(works, pipe.device)
     else:
-        temporary = trace.with_name(f".ldm2-{secrets.token_hex(8)}.json")
-        try:
+        with files.whole(trace, args.overwrite) as temporary:
             top = profiling.operations(works, pipe.device, temporary)
-            audio.publish(temporary, trace, args.overwrite)
-        finally:
-            temporary.unlink(missing_ok=True)
     about = _about(pipe, asked.seconds, asked.steps, args.batch)
     if args.json:
         print(json.dumps(as_json(about, limits, rows, top) | {"trace": args.trace}, indent=1))
@@ -80,12 +75,7 @@ def check_trace(path: str | Path, overwrite: bool) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".json":
         raise ValueError(f"a trace is a .json file, got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already: choose another name, or ask for overwriting")
+    files.check_place(path, overwrite)
     return path
 
 

@@ -1,0 +1,72 @@
+"""Output files: they get their names when they are complete, and replace others only where that is asked for."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+_TAKEN = "{} exists already: choose another name, or ask for it (overwrite=True, --overwrite)"
+
+
+def check_place(path: str | Path, overwrite: bool = False, inputs: Sequence[str | Path] = ()) -> None:
+    """Check that `whole` can write to `path`, before minutes are spent on what to write. Nothing is created.
+
+    inputs: files that must not be overwritten even with `overwrite`, because they are read.
+    Raises ValueError for one of `inputs`, OSError (which one tells what) for a place where no new file can be written.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"the folder {path.parent} is not writable")
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    for source in inputs:
+        if path.exists() and os.path.exists(source) and path.samefile(source):
+            raise ValueError(f"{path} is the input: choose another name for the output")
+    if not overwrite:
+        raise FileExistsError(_TAKEN.format(path))
+
+
+@contextmanager
+def whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """`with whole(path) as temporary:` gives an empty file in the same folder to write to; it becomes `path` at the end
+    of the block, and is gone if the block raises.
+
+    An existing file is never replaced without `overwrite`, even if it appears in the meantime: FileExistsError. Other
+    OSErrors about the temporary file come with the name `path`, the only one that anybody knows.
+    """
+    temporary = path.with_name(f".ldm2-{secrets.token_hex(8)}.tmp")
+    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield temporary
+        with open(temporary, "r+b") as file:               # on the disk, before the name says that it is complete
+            os.fsync(file.fileno())
+        _publish(temporary, path, overwrite)
+    except OSError as error:
+        if str(error.filename) == str(temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Give a complete file its name, in one step."""
+    if overwrite:
+        os.replace(temporary, path)
+        return
+    try:
+        os.link(temporary, path)                                             # unlike a rename, never replaces a file
+    except FileExistsError:
+        raise FileExistsError(_TAKEN.format(path)) from None
+    except OSError:                                                          # no hard links here: claim the name first
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(temporary, path)
