@@ -58,20 +58,21 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     device = loading.choose_device(args.device)
     dtype = loading.choose_dtype(args.dtype, device)
+    their_dtype = dtype if args.their_dtype is None else loading.choose_dtype(args.their_dtype, device)
     fast = device.type == "cuda"
     args.steps = args.steps or (200 if fast else 20)
     args.sweep_steps = args.sweep_steps or (20 if fast else 2)
     folder = checkpoint(args)
     if args.only is not None:
-        print(alone(args, folder, device, dtype))
+        print(alone(args.only, args.seconds, folder, device, their_dtype if args.only == "diffusers" else dtype))
         return 0
-    return run(args, folder, device, dtype)
+    return run(args, folder, device, dtype, their_dtype)
 
 
-def run(args: argparse.Namespace, folder: Path | None, device: torch.device, dtype: torch.dtype) -> int:
+def run(args: argparse.Namespace, folder: Path | None, device: torch.device, dtype: torch.dtype,
+        their_dtype: torch.dtype) -> int:
     """All rows in this process, then the processes of their own."""
     asked = args.rows.split(",")
-    their_dtype = loading.choose_dtype(args.their_dtype or str(dtype)[6:], device)
     limits = profiling.limits(device, dtype)
     bench = Bench(*pipelines(args, folder, device, dtype, their_dtype), folder, args.seconds, args.steps,
                   args.sweep_steps, their_dtype)
@@ -81,9 +82,9 @@ def run(args: argparse.Namespace, folder: Path | None, device: torch.device, dty
             print(f"{row.name} ...", file=sys.stderr, flush=True)
             timed += timing.measure(row, device, args.repeats, at_least=0.5 if device.type == "cuda" else 0.0)
     processes = {}
-    if "memory" in asked:
-        names = PROCESSES if folder is not None else ()
-        processes = {name: apart(name, args) for name in names}
+    for name in PROCESSES if "memory" in asked and folder is not None else ():
+        other = name == "diffusers" and their_dtype != dtype
+        processes[f"{name}, {str(their_dtype)[6:]}" if other else name] = apart(name, args)
     notes = [] if folder is not None else ["diffusers is not installed, so its rows, loading and memory are left out."]
     settings = {name: getattr(args, name) for name in ("size", "seconds", "steps", "sweep_steps", "repeats")}
     settings |= {"dtype": str(dtype)[6:], "their_dtype": str(their_dtype)[6:]}
@@ -131,25 +132,26 @@ def pipelines(args: argparse.Namespace, folder: Path | None, device: torch.devic
     return ours, checkpoints.diffusers_pipeline(folder, their_dtype).to(device)
 
 
-def alone(args: argparse.Namespace, folder: Path, device: torch.device, dtype: torch.dtype) -> int:
+def alone(name: str, seconds: float, folder: Path, device: torch.device, dtype: torch.dtype) -> int:
     """Load and make one sound of two steps with one of PROCESSES; the peak of memory in bytes."""
-    if args.only == "diffusers":
+    if name == "diffusers":
         from tests import checkpoints
 
         pipe = checkpoints.diffusers_pipeline(folder, dtype).to(device)
-        pipe(PROMPT, audio_length_in_s=args.seconds, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+        pipe(PROMPT, audio_length_in_s=seconds, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
     else:
-        low = args.only == "ldm2, low_memory"
+        low = name == "ldm2, low_memory"
         pipe = ldm2.load(folder, reference="diffusers", device=str(device), dtype=str(dtype)[6:], low_memory=low)
-        pipe.generate(PROMPT, seconds=args.seconds, steps=2, seed=0)
+        pipe.generate(PROMPT, seconds=seconds, steps=2, seed=0)
     return memory.peak_bytes(device)
 
 
 def apart(name: str, args: argparse.Namespace) -> float:
     """`alone` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks", "--only", name, "--size", args.size, "--seconds", str(args.seconds),
-               "--device", args.device, "--dtype", args.dtype]
-    command += [] if args.folder is None else ["--folder", str(args.folder)]
+    command = [sys.executable, "-m", "benchmarks", "--only", name]
+    for option in ("size", "seconds", "device", "dtype", "their_dtype", "threads", "folder"):
+        value = getattr(args, option)
+        command += [] if value is None else [f"--{option.replace('_', '-')}", str(value)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -137,6 +138,25 @@ def test_everything_runs_beside_diffusers(tmp_path, monkeypatch, capsys, tiny_ch
     assert {row["subject"] for row in found["rows"]} == set(asked.split(","))
     assert all(row["seconds"] > 0 for row in found["rows"])
     assert {row["variant"] for row in found["rows"]} == {"ldm2", "ldm2, windows of 10.24 s", "diffusers"}
+
+
+def test_the_processes_of_their_own_get_their_dtypes_and_the_threads(tmp_path, monkeypatch, capsys):
+    commands, ran = [], []
+
+    def run(command, **options):
+        commands.append(command[3:])
+        return subprocess.CompletedProcess(command, 0, stdout="2500000000\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(profiling, "limits", lambda device, dtype: Limits(1e9, 1e9))
+    benchmarks.main(["--rows", "memory", "--size", "tiny", "--their-dtype", "bfloat16", "--threads", "1",
+                     "--out", str(tmp_path)])
+    assert "| ldm2, low_memory | 2.50 |\n| diffusers, bfloat16 | 2.50 |" in capsys.readouterr().out
+    monkeypatch.setattr(benchmarks, "alone", lambda name, seconds, folder, device, dtype: ran.append((name, dtype)))
+    for command in commands:
+        assert command[command.index("--threads") + 1] == "1"
+        benchmarks.main(command)
+    assert ran == [("ldm2", torch.float32), ("ldm2, low_memory", torch.float32), ("diffusers", torch.bfloat16)]
 
 
 def test_without_diffusers_ldm2_runs_alone(tmp_path, monkeypatch, capsys):
