@@ -74,22 +74,33 @@ def run(args: argparse.Namespace, folder: Path | None, device: torch.device, dty
     """All rows in this process, then the processes of their own."""
     asked = args.rows.split(",")
     limits = profiling.limits(device, dtype)
+    subjects = [SUBJECTS[name] for name in asked if name in SUBJECTS]
     bench = Bench(*pipelines(args, folder, device, dtype, their_dtype), folder, args.seconds, args.steps,
-                  args.sweep_steps, their_dtype)
-    timed = []
-    for subject in (name for name in asked if name in SUBJECTS):
-        for row in SUBJECTS[subject](bench):
-            print(f"{row.name} ...", file=sys.stderr, flush=True)
-            timed += timing.measure(row, device, args.repeats, at_least=0.5 if device.type == "cuda" else 0.0)
+                  args.sweep_steps, their_dtype) if subjects else None
+    rows = []
+    for subject in subjects:
+        for row in subject(bench):
+            tell(f"{row.name} ...")
+            timed = timing.measure(row, device, args.repeats, at_least=0.5 if device.type == "cuda" else 0.0)
+            found = report.rows(timed, limits)
+            tell(*map(report.line, found))
+            rows += found
     processes = {}
     for name in PROCESSES if "memory" in asked and folder is not None else ():
         other = name == "diffusers" and their_dtype != dtype
-        processes[f"{name}, {str(their_dtype)[6:]}" if other else name] = apart(name, args)
+        title = f"{name}, {str(their_dtype)[6:]}" if other else name
+        processes[title] = apart(name, args)
+        tell(report.process_line(title, processes[title]))
     notes = [] if folder is not None else ["diffusers is not installed, so its rows, loading and memory are left out."]
     settings = {name: getattr(args, name) for name in ("size", "seconds", "steps", "sweep_steps", "repeats")}
     settings |= {"dtype": str(dtype)[6:], "their_dtype": str(their_dtype)[6:]}
     about = report.about(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device, settings)
-    return publish(args, about, limits, report.rows(timed, limits), processes, notes)
+    return publish(args, about, limits, rows, processes, notes)
+
+
+def tell(*lines: str) -> None:
+    """Results as they come, so that a run that is stopped has told what it found."""
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def publish(args: argparse.Namespace, about: dict, limits: profiling.Limits, rows: list[dict],

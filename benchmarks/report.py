@@ -85,22 +85,30 @@ def markdown(about: dict, limits: Limits, rows: Sequence[dict], processes: dict[
         "| what | variant | ms | speed | GFLOP/s | of limit | memory MB |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        if "error" in row:
-            lines.append(f"| {row['name']} | {row['variant']} | failed: {row['error']} | | | | |")
-            continue
-        cells = [
-            row["name"], row["variant"], f"{1e3 * row['seconds']:.2f}" + ("*" if row["wide"] else ""),
-            _cell(row["speed"], ".2f"), _cell(row["flop_rate"], ".0f", 1e-9), _cell(row["share"], ".2f"),
-            _cell(row["memory"], ".0f", 1e-6),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines += map(line, rows)
     if any(row.get("wide") for row in rows):
         lines += ["", "\\* repetitions differ by more than 15 %"]
     if processes:
         lines += ["", "| process that loads the model and makes one sound | peak memory GB |", "|---|---|"]
-        lines += [f"| {name} | {peak / 1e9:.2f} |" for name, peak in processes.items()]
+        lines += [process_line(name, peak) for name, peak in processes.items()]
     return "\n".join([*lines, *(f"\n{note}" for note in notes)])
+
+
+def line(row: dict) -> str:
+    """A row of the table."""
+    if "error" in row:
+        return f"| {row['name']} | {row['variant']} | failed: {row['error']} | | | | |"
+    cells = [
+        row["name"], row["variant"], f"{1e3 * row['seconds']:.2f}" + ("*" if row["wide"] else ""),
+        _cell(row["speed"], ".2f"), _cell(row["flop_rate"], ".0f", 1e-9), _cell(row["share"], ".2f"),
+        _cell(row["memory"], ".0f", 1e-6),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def process_line(name: str, peak: float) -> str:
+    """A row of the table of processes; peak: bytes."""
+    return f"| {name} | {peak / 1e9:.2f} |"
 
 
 def _cell(value: float | None, form: str, scale: float = 1.0) -> str:

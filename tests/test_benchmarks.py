@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -138,6 +139,18 @@ def test_everything_runs_beside_diffusers(tmp_path, monkeypatch, capsys, tiny_ch
     assert {row["subject"] for row in found["rows"]} == set(asked.split(","))
     assert all(row["seconds"] > 0 for row in found["rows"])
     assert {row["variant"] for row in found["rows"]} == {"ldm2", "ldm2, windows of 10.24 s", "diffusers"}
+
+
+def test_a_run_that_is_stopped_has_told_what_it_measured(tmp_path, monkeypatch, capsys):
+    def two_rows(bench):
+        yield Row("unet", "first", lambda: {"ldm2": lambda: None})
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(benchmarks.SUBJECTS, "unet", two_rows)
+    monkeypatch.setattr(profiling, "limits", lambda device, dtype: Limits(1e9, 1e9))
+    with pytest.raises(KeyboardInterrupt):
+        benchmarks.main(["--rows", "unet", "--size", "tiny", "--out", str(tmp_path)])
+    assert re.search(r"^\| first \| ldm2 \| \d+\.\d\d", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_the_processes_of_their_own_get_their_dtypes_and_the_threads(tmp_path, monkeypatch, capsys):
