@@ -12,8 +12,6 @@ import torch
 if not torch.cuda.is_available():                          # Triton reads this when it is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tests import checkpoints
-
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
@@ -30,10 +28,14 @@ def same_numbers():
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """Folder of a tiny random checkpoint with the structure of cvssp/audioldm2."""
+    from tests import checkpoints  # needs diffusers, which the tests of kernels do without
+
     return checkpoints.save(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="session")
 def oracle(tiny_checkpoint):
     """diffusers' pipeline with DDIM on `tiny_checkpoint`."""
+    from tests import checkpoints
+
     return checkpoints.diffusers_pipeline(tiny_checkpoint)

@@ -17,7 +17,8 @@ TWO_LEVELS = {
     "cross_attention_dim": [[None, 24]] * 2,
     "layers_per_block": 1,
 }
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, ON_CUDA])]
 
 
 @pytest.mark.slow

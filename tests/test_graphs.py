@@ -149,6 +149,7 @@ def test_on_the_cpu_the_unet_is_its_own_acceleration(unet):
     assert accelerated(unet) is unet
 
 
+@pytest.mark.cuda
 @on_cuda
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-3), (torch.float16, 1e-2)])
@@ -164,6 +165,7 @@ def test_a_cuda_graph_answers_as_the_unet_does(dtype, atol):
     assert len(graphed.graphs._graphs) == 2
 
 
+@pytest.mark.cuda
 @on_cuda
 def test_graphs_on_cuda_are_gone_with_the_weights_they_read():
     unet = ours_of(checkpoints.unet()).to("cuda")
@@ -173,6 +175,7 @@ def test_graphs_on_cuda_are_gone_with_the_weights_they_read():
     assert len(graphs._graphs) == before - 1
 
 
+@pytest.mark.cuda
 @on_cuda
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp-2m"])
 def test_generation_on_cuda_is_near_that_of_plain_pytorch(tiny_checkpoint, sampler):
