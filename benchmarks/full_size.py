@@ -7,6 +7,7 @@ sizes, without the published weights. Sizes are those of the published config.js
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -58,12 +59,21 @@ def projection() -> torch.nn.Module:
 
 
 def save(folder: str | Path, size: str = "base") -> Path:
-    """Write the checkpoint (4.5 GB base, 5.9 GB large) into `folder`, which must not exist yet. Returns the folder."""
-    return checkpoints.save(
-        folder, unet=unet(size), vae=vae(), vocoder=vocoder(), text_encoder=clap(), text_encoder_2=t5(),
+    """Write the checkpoint (4.5 GB base, 5.9 GB large); `folder` is there when all of it is. Returns the folder.
+
+    Raises FileExistsError if it exists.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already")
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    checkpoints.save(
+        partial, unet=unet(size), vae=vae(), vocoder=vocoder(), text_encoder=clap(), text_encoder_2=t5(),
         language_model=gpt2(), projection_model=projection(),
         feature_extractor=transformers.ClapFeatureExtractor(truncation="rand_trunc", padding="repeatpad"),
     )
+    return partial.rename(folder)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import ldm2
 from benchmarks import __main__ as benchmarks
 from benchmarks import report, rows, timing
 from benchmarks.flop import Flop
-from benchmarks.kernels import cases
+from benchmarks.kernels import cases, kernels
 from benchmarks.timing import Row, Timed
 from ldm2 import ops, profiling
 from ldm2.profiling import Limits
@@ -105,6 +107,13 @@ def test_the_cases_of_kernels_are_arguments_of_the_operations(name, monkeypatch)
         assert getattr(ops, name)(*arguments) is not None
 
 
+def test_there_is_a_row_for_each_kernel_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch, "randn", lambda shape, device: torch.empty(shape, device="meta"))
+    bench = SimpleNamespace(device=SimpleNamespace(type="cuda"), ours=SimpleNamespace(dtype=torch.float16))
+    names = [row.name for row in kernels(bench)]
+    assert names[-2:] == ["20 guide, 2 x 8 x 256 x 16", "20 axpby, 1 x 8 x 256 x 16"]
+
+
 def test_the_plot_shows_length_and_batch(tmp_path):
     pytest.importorskip("matplotlib")
     lines = [
@@ -179,3 +188,23 @@ def test_without_diffusers_ldm2_runs_alone(tmp_path, monkeypatch, capsys):
                             "--out", str(tmp_path), "--name", "x"]) == 0
     assert "diffusers is not installed" in capsys.readouterr().out
     assert [row["variant"] for row in json.loads((tmp_path / "x.json").read_text())["rows"]] == ["ldm2"]
+
+
+def test_a_full_size_folder_is_there_when_all_of_it_is(tmp_path, monkeypatch):
+    full_size = pytest.importorskip("benchmarks.full_size")
+
+    def save(folder, **parts):
+        folder.mkdir()
+        (folder / "part").write_text("")
+        if fails:
+            raise KeyboardInterrupt
+
+    for name in ("unet", "vae", "vocoder", "clap", "t5", "gpt2", "projection"):
+        monkeypatch.setattr(full_size, name, lambda *size: None)
+    monkeypatch.setattr(full_size.checkpoints, "save", save)
+    for fails in (True, False):
+        with contextlib.suppress(KeyboardInterrupt):
+            assert full_size.save(tmp_path / "base") == tmp_path / "base"
+        assert (tmp_path / "base" / "part").exists() is not fails
+    with pytest.raises(FileExistsError, match="base exists already"):
+        full_size.save(tmp_path / "base")
