@@ -44,7 +44,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, tuple]:
         "add_up": (new(*wave), new(*wave), new(*wave), 3),
         "residual_block": (new(*wave), new(*wave), None, 3, 0.1, (1, 3, 5), *block),
         "guide": (new(2, 8, 256, 16), 3.5),
-        "axpby": (0.5, new(1, 8, 256, 16), 0.5, new(1, 8, 256, 16)),
+        "axpby": (0.5, new(1, 8, 256, 16).float(), 0.5, new(2, 8, 256, 16), 3.5),
     }
 
 
@@ -58,7 +58,8 @@ def kernels(bench: Bench) -> Iterator[Row]:
     there = MODULES.get(bench.device.type, {})
     for name, arguments in cases(bench.device, bench.ours.dtype).items():
         if there.get(name) is not None:
-            shape = " x ".join(map(str, arguments[0].shape))
+            first = next(argument for argument in arguments if isinstance(argument, Tensor))
+            shape = " x ".join(map(str, first.shape))
             yield Row("kernels", f"{REPEAT} {name}, {shape}", functools.partial(_variants, name, arguments))
 
 

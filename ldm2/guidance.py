@@ -14,11 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ldm2 import ops
 from ldm2.conditioning import Conditioning
 from ldm2.graphs import accelerated
 from ldm2.reuse import reusing
-from ldm2.samplers.core import Denoiser
+from ldm2.samplers.core import Guided
 from ldm2.unet import PreparedConditioning, UNet
 
 
@@ -60,7 +59,7 @@ class Guidance:
         visited = list(dict.fromkeys(timesteps))
         self.times = dict(zip(visited, unet.embed_time(torch.tensor(visited)).split(1))) if visited else {}
 
-    def denoiser(self, reuse: int = 1) -> Denoiser:
+    def denoiser(self, reuse: int = 1) -> Guided:
         """A denoiser(x_t, t) -> prediction for `samplers.sample`, float32 (B, C, T, F) -> float32.
 
         reuse: the deep features of the UNet are computed at every so many timesteps and kept in between, by this
@@ -69,13 +68,12 @@ class Guidance:
         unet = accelerated(self.unet)
         predict = unet if reuse == 1 else reusing(unet, reuse)
 
-        def denoise(x: Tensor, t: float) -> Tensor:
+        def branches(x: Tensor, t: float) -> tuple[Tensor, float | None]:
             guided = self.scale > 1 and self.acts_at(t)
-            branches = self._both if guided else self._conditional
-            prediction = predict(x.to(self.dtype), t, branches, time=self.times.get(t))
-            return ops.guide(prediction, self.scale) if guided else prediction.float()
+            prepared = self._both if guided else self._conditional
+            return predict(x.to(self.dtype), t, prepared, time=self.times.get(t)), self.scale if guided else None
 
-        return denoise
+        return Guided(branches)
 
     @cached_property
     def _both(self) -> PreparedConditioning:

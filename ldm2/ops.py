@@ -65,24 +65,25 @@ def _choice(name: str, device_type: str) -> tuple[bool, bool]:
     return known.get(name) is not None, asked == "fused" and not native
 
 
-def _obstacle(tensors: list[Tensor]) -> str | None:
+def _obstacle(tensors: list[Tensor], mixed: bool) -> str | None:
     """Why no kernel can take these tensors, None if nothing is in the way."""
     first = tensors[0]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "a gradient is needed"
     if any(tensor.device != first.device for tensor in tensors):
         return "the tensors are on several devices"
-    if any(tensor.dtype != first.dtype for tensor in tensors):
+    if not mixed and any(tensor.dtype != first.dtype for tensor in tensors):
         return "the tensors are of several dtypes"
-    if first.dtype not in _DTYPES:
-        return f"it takes float32, float16 and bfloat16, not {str(first.dtype)[6:]}"
+    for tensor in tensors:
+        if tensor.dtype not in _DTYPES:
+            return f"it takes float32, float16 and bfloat16, not {str(tensor.dtype)[6:]}"
     if any(tensor.numel() == 0 for tensor in tensors):
         return "a tensor is empty"
     return None
 
 
-def _fusible(reference: Callable) -> Callable:
-    """The operation that `reference` defines, by its kernel where there is one."""
+def _fusible(reference: Callable, mixed: bool = False) -> Callable:
+    """The operation that `reference` defines, by its kernel where there is one; `mixed` ones take unlike dtypes."""
     name = reference.__name__
 
     @functools.wraps(reference)
@@ -90,7 +91,7 @@ def _fusible(reference: Callable) -> Callable:
         tensors = [arg for arg in (*args, *named.values()) if isinstance(arg, Tensor)]
         device_type = tensors[0].device.type
         there, strict = _choice(name, device_type)
-        obstacle = _obstacle(tensors) if there else None
+        obstacle = _obstacle(tensors, mixed) if there else None
         if there and obstacle is None:
             result = _kernels[device_type][name](*args, **named)
             if result is not NotImplemented:
@@ -213,16 +214,19 @@ def residual_block(
 
 
 @_fusible
-def guide(prediction: Tensor, scale: float) -> Tensor:
+def guide(prediction: Tensor, scale: float | None) -> Tensor:
     """u + scale * (c - u) in float32 (B, ...) from both branches, u above c, in any dtype (2 B, ...).
 
-    Classifier-free guidance, arXiv:2207.12598, equation 6 with scale = 1 + w.
+    Classifier-free guidance, arXiv:2207.12598, equation 6 with scale = 1 + w. None: there is one branch (B, ...).
     """
-    negative, positive = prediction.float().chunk(2)
+    prediction = prediction.float()
+    if scale is None:
+        return prediction
+    negative, positive = prediction.chunk(2)
     return negative + scale * (positive - negative)
 
 
-@_fusible
-def axpby(a: float, x: Tensor, b: float, y: Tensor) -> Tensor:
-    """a * x + b * y for tensors of one shape: the update of the samplers."""
-    return a * x + b * y
+@functools.partial(_fusible, mixed=True)
+def axpby(a: float, x: Tensor, b: float, y: Tensor, scale: float | None = None) -> Tensor:
+    """a * x + b * guide(y, scale): the update of the samplers, from x (B, ...) in float32 and y in any dtype."""
+    return a * x + b * guide.reference(y, scale)

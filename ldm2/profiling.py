@@ -22,6 +22,7 @@ from ldm2.graphs import accelerated
 from ldm2.noise import SeededNoise
 from ldm2.pipeline import AudioLDM2
 from ldm2.recipe import Recipe
+from ldm2.samplers.core import Guided
 
 COPY_BYTES = 256_000_000
 WIDE = 1.15                                                # slowest over median: above it a row is marked
@@ -204,12 +205,11 @@ def works(pipe: AudioLDM2, asked: Recipe) -> list[Work]:
 
     prediction = step()
 
-    def guide(x: Tensor, t: float) -> Tensor:
-        return ops.guide(prediction, asked.guidance_scale) if asked.guided else prediction.float()
+    guided = Guided(lambda x, t: (prediction, asked.guidance_scale if asked.guided else None))
 
     @torch.inference_mode()
     def walk() -> Tensor:
-        return samplers.sample(asked.sampler, guide, latents, pipe.schedule, asked.steps, noise=torch.zeros_like)
+        return samplers.sample(asked.sampler, guided, latents, pipe.schedule, asked.steps, noise=torch.zeros_like)
 
     mel = pipe.decode(latents)
     return [

@@ -30,7 +30,8 @@ KERNELS = [
     (leaky_relu._add, {"BLOCK": leaky_relu.BLOCK, "TOTAL": True}),
     (leaky_relu._add, {"BLOCK": leaky_relu.BLOCK, "TOTAL": False, "total": None, "count": 1}),
     (update._guide_kernel, {"BLOCK": update.BLOCK}),
-    (update._axpby_kernel, {"BLOCK": update.BLOCK}),
+    (update._axpby_kernel, {"BLOCK": update.BLOCK, "GUIDED": True}),
+    (update._axpby_kernel, {"BLOCK": update.BLOCK, "GUIDED": False, "scale": None}),
 ]
 
 

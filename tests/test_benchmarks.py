@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ from benchmarks import __main__ as benchmarks
 from benchmarks import report, rows, timing
 from benchmarks.flop import Flop
 from benchmarks.kernels import cases, kernels
+from benchmarks.rows import Bench
 from benchmarks.timing import Row, Timed
 from ldm2 import ops, profiling
 from ldm2.profiling import Limits
@@ -112,6 +114,24 @@ def test_there_is_a_row_for_each_kernel_of_a_gpu(monkeypatch):
     bench = SimpleNamespace(device=SimpleNamespace(type="cuda"), ours=SimpleNamespace(dtype=torch.float16))
     names = [row.name for row in kernels(bench)]
     assert names[-2:] == ["20 guide, 2 x 8 x 256 x 16", "20 axpby, 1 x 8 x 256 x 16"]
+
+
+def test_a_compiled_diffusers_shares_all_but_its_unet_and_makes_the_same_sound(pipe, oracle, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    bench = Bench(pipe, oracle, None, 0.16, 1, 1, torch.float32)
+    plain = oracle.unet
+    runs = rows._generations(bench, 0.16, 1, compiled=True)
+    compiled, theirs = (runs[name]().audios for name in ("diffusers, torch.compile", "diffusers"))
+    assert (compiled == theirs).all() and theirs.any()
+    assert oracle.unet is plain and bench.theirs_compiled.unet._orig_mod is plain
+    assert bench.theirs_compiled.vae is oracle.vae
+
+
+def test_a_step_of_several_sounds_is_measured_on_both_sides(tiny_checkpoint, oracle):
+    pipe = ldm2.load(tiny_checkpoint, device="cpu", reference="diffusers")
+    bench = Bench(pipe, oracle, None, 0.16, 1, 1, torch.float32)
+    shapes = {name: run().shape for name, run in rows._steps(bench, 3).items()}
+    assert shapes == dict.fromkeys(("ldm2", "diffusers"), (3, *pipe.latent_shape(0.16)))
 
 
 def test_the_plot_shows_length_and_batch(tmp_path):

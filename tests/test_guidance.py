@@ -1,6 +1,7 @@
 """Guidance: the formula, one model call for both branches, nothing computed twice, and errors."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from ldm2 import samplers
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig
 from ldm2.guidance import Guidance
+from ldm2.noise import SeededNoise
 from ldm2.schedules import Schedule
 from ldm2.unet import UNet
 from tests import checkpoints
@@ -99,6 +101,38 @@ def test_each_timestep_is_embedded_once(name):
     samplers.sample(name, guided, torch.zeros(2, 4, 5, 3), SCHEDULE, 6)
     assert unet.embedded == list(timesteps)
     assert all(time.tolist() == [[t]] for _, t, time in unet.calls)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_guidance_within_the_samplers_update_changes_nothing(name, prediction_type):
+    schedule = replace(SCHEDULE, prediction_type=prediction_type)
+    guided = denoiser(FakeUNet(), 3.5, acts_at=lambda t: 200 < t < 800)
+
+    def run(model):
+        x_T = torch.randn(2, 4, 5, 3, generator=torch.Generator().manual_seed(0))
+        return samplers.sample(name, model, x_T, schedule, 6, noise=SeededNoise([0, 1]))
+
+    torch.testing.assert_close(run(guided), run(lambda x_t, t: guided(x_t, t)))
+
+
+@pytest.mark.parametrize("name, eta", [
+    ("ddim", 0), ("ddim", 0.5), ("ddpm", 0), ("euler", 0), ("euler-ancestral", 0), ("dpmpp-2m", 0),
+    ("dpmpp-2m-sde", 0), ("unipc", 0),
+])
+def test_guidance_and_the_samplers_update_are_one_operation(name, eta, monkeypatch):
+    def refuse(prediction, scale):
+        raise AssertionError("guidance by itself")
+
+    monkeypatch.setattr("ldm2.samplers.core.guide", refuse)
+    guided = denoiser(FakeUNet(), 3.5)
+    samplers.sample(name, guided, torch.zeros(2, 4, 5, 3), SCHEDULE, 4, eta=eta, noise=SeededNoise([0, 1]))
+
+
+def test_latents_must_have_the_rows_of_the_conditioning():
+    for name in ("ddim", "pndm"):                          # with guidance in the update, and before it
+        with pytest.raises(ValueError, match=r"the denoiser returned \(2, 4, 5, 3\) for x_t \(4, 4, 5, 3\)"):
+            samplers.sample(name, denoiser(FakeUNet(), 3.5), torch.zeros(4, 4, 5, 3), SCHEDULE, 4)
 
 
 def test_without_timesteps_the_unet_embeds_them_itself():

@@ -26,8 +26,9 @@ def draw(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-def assert_as_exact_as_pytorch(kernel, reference, *args):
-    """Runs both at the dtype of `args` and the reference in float64 too; returns the kernel's result."""
+def assert_as_exact_as_pytorch(kernel, reference, *args, formula=None):
+    """Runs both at the dtype of `args` and the formula, the reference if None, in float64; returns the kernel's result.
+    """
     def together(results):
         return results if isinstance(results, tuple) else (results,)
 
@@ -36,7 +37,8 @@ def assert_as_exact_as_pytorch(kernel, reference, *args):
 
     kept = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
     results, plain = together(kernel(*args)), together(reference(*args))
-    for got, other, exact in zip(results, plain, together(reference(*map(doubled, args))), strict=True):
+    exactly = together((formula or reference)(*map(doubled, args)))
+    for got, other, exact in zip(results, plain, exactly, strict=True):
         assert (got.dtype, got.shape) == (other.dtype, other.shape)
         floor = FLOOR * torch.finfo(got.dtype).eps * exact.abs().max()
         assert (got.double() - exact).abs().max() <= 2 * (other.double() - exact).abs().max() + floor
@@ -159,16 +161,33 @@ def test_add_up(dtype, totalled, count):
     assert_as_exact_as_pytorch(leaky_relu.add_up, ops.add_up.reference, x, added, total, count)
 
 
+def guided(prediction, scale):
+    """Guidance in the dtype that it gets, which `ops.guide` leaves for float32."""
+    if scale is None:
+        return prediction
+    negative, positive = prediction.chunk(2)
+    return negative + scale * (positive - negative)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (4, 1100)])
-def test_guide(dtype, shape):
-    assert_as_exact_as_pytorch(update.guide, ops.guide.reference, draw(*shape, dtype=dtype), 3.5)
+@pytest.mark.parametrize("shape, scale", [((2, 3, 5, 7), 3.5), ((4, 1100), 3.5), ((3, 5), None)])
+def test_guide(dtype, shape, scale):
+    prediction = draw(*shape, dtype=dtype)
+    assert_as_exact_as_pytorch(update.guide, ops.guide.reference, prediction, scale, formula=guided)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("scale", [3.5, None])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 1100)])
-def test_axpby(shape):
-    x, y = draw(*shape), draw(*shape[::-1], seed=1).permute(*range(len(shape) - 1, -1, -1))
-    assert_as_exact_as_pytorch(update.axpby, ops.axpby.reference, 0.3, x, -1.2, y)
+def test_axpby(dtype, scale, shape):
+    rows = shape[0] * (1 if scale is None else 2)
+    y = draw(*shape[:0:-1], rows, seed=1, dtype=dtype).permute(*range(len(shape) - 1, -1, -1))
+    args = 0.3, draw(*shape), -1.2, y, scale
+
+    def formula(a, x, b, y, scale):
+        return a * x + b * guided(y, scale)
+
+    assert_as_exact_as_pytorch(update.axpby, ops.axpby.reference, *args, formula=formula)
 
 
 @pytest.mark.parametrize("kernel, args", [
@@ -178,6 +197,7 @@ def test_axpby(shape):
     (leaky_relu.add_up, (draw(2, 3), draw(2, 3), draw(1, 3))),
     (update.guide, (draw(3, 2), 2.0)),
     (update.axpby, (1.0, draw(2, 3), 1.0, draw(3))),
+    (update.axpby, (1.0, draw(2, 3), 1.0, draw(2, 3), 2.0)),
 ])
 def test_shapes_that_pytorch_would_broadcast_are_left_to_it(kernel, args):
     assert kernel(*args) is NotImplemented
@@ -192,7 +212,8 @@ OPERATORS = [
     (leaky_relu._add_leaky_relu, lambda: (draw(2, 6), draw(2, 6), 0.1)),
     (leaky_relu._add_up, lambda: (draw(2, 6), draw(2, 6), None, 1)),
     (update._guide, lambda: (draw(2, 6, dtype=torch.float16), 2.0)),
-    (update._axpby, lambda: (0.5, draw(2, 6), 2.0, draw(2, 6))),
+    (update._axpby, lambda: (0.5, draw(2, 6), 2.0, draw(2, 6), None)),
+    (update._axpby, lambda: (0.5, draw(2, 6), 2.0, draw(4, 6, dtype=torch.float16), 3.5)),
 ]
 
 

@@ -121,15 +121,15 @@ def test_ddim_in_one_step_is_the_closed_form():
     assert error(sample("ddim", model, x_T, SCHEDULE, 1), wanted) < 1e-6
 
 
-def test_v_prediction_gives_what_eps_prediction_gives():
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "pndm"])   # its history holds v itself
+def test_v_prediction_gives_what_eps_prediction_gives(name):
     def velocity(x, t):                                   # v = (eps - sigma x) / alpha
         alpha, sigma = preserving(SCHEDULE.sigma(t))
         return (model(x, t) - sigma * x) / alpha
 
     schedule = replace(SCHEDULE, prediction_type="v_prediction")
-    for name in ("ddim", "heun", "unipc"):
-        latents = sample(name, velocity, draw(2), schedule, 5)
-        assert error(latents, sample(name, model, draw(2), SCHEDULE, 5)) < 1e-4
+    latents = sample(name, velocity, draw(2), schedule, 5, noise=SeededNoise([0]))
+    assert error(latents, sample(name, model, draw(2), SCHEDULE, 5, noise=SeededNoise([0]))) < 1e-4
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -14,6 +14,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from ldm2.ops import axpby, guide
 from ldm2.schedules import Schedule
 
 Denoiser = Callable[[Tensor, float], Tensor]
@@ -89,6 +90,19 @@ class Run:
         return math.hypot(signal, sigma) * x_T
 
 
+@dataclass(frozen=True)
+class Guided:
+    """A denoiser that can leave guidance to the sampler's update, which then reads the branches where they are.
+
+    branches: branches(x_t, t) -> (prediction, scale) for `ops.guide`
+    """
+
+    branches: Callable[[Tensor, float], tuple[Tensor, float | None]]
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        return guide(*self.branches(x, t))
+
+
 class Epsilon:
     """eps(x_t, t) in float32, for variance preserving x_t, from a denoiser that predicts eps or v.
 
@@ -101,12 +115,27 @@ class Epsilon:
     def __call__(self, x: Tensor, t: float) -> Tensor:
         return self.of(self.predict(x, t), x, t)
 
+    def step(self, a: float, x: Tensor, b: float, t: float, divisor: float = 1.0) -> Tensor:
+        """a * x + b * eps(x / divisor, t) in one pass over what the model returns, eps or v."""
+        if self.schedule.prediction_type != "epsilon":
+            alpha, sigma = preserving(self.schedule.sigma(t))
+            a, b = a + b * sigma / divisor, b * alpha
+        return axpby(a, x, b, *self._branches(x if divisor == 1 else x / divisor, t))
+
     def predict(self, x: Tensor, t: float) -> Tensor:
         """What the denoiser predicts, eps or v, in float32."""
-        prediction = self.denoiser(x, t)
-        if prediction.shape != x.shape:
-            raise ValueError(f"the denoiser returned {tuple(prediction.shape)} for x_t {tuple(x.shape)}")
-        return prediction.float()
+        return guide(*self._branches(x, t))
+
+    def _branches(self, x: Tensor, t: float) -> tuple[Tensor, float | None]:
+        """The arguments of `ops.guide` for the denoiser's prediction. Raises ValueError if its shape is not x's."""
+        if isinstance(self.denoiser, Guided):
+            prediction, scale = self.denoiser.branches(x, t)
+        else:
+            prediction, scale = self.denoiser(x, t).float(), None
+        shape = (len(prediction) // (1 if scale is None else 2), *prediction.shape[1:])
+        if shape != x.shape:
+            raise ValueError(f"the denoiser returned {shape} for x_t {tuple(x.shape)}")
+        return prediction, scale
 
     def of(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
         """The eps which a prediction at (x, t) stands for."""

@@ -94,4 +94,4 @@ def correction(run: Run, i: int, x0: Tensor, before: Tensor, older: Tensor | Non
 def predict_x0(eps: Epsilon, run: Run, i: int, x: Tensor, t: float) -> Tensor:
     """The model's x_0 at the state x before step i."""
     alpha, sigma = run.levels(i)
-    return axpby(1 / alpha, x, -sigma / alpha, eps(x, t))
+    return eps.step(1 / alpha, x, -sigma / alpha, t)

@@ -19,7 +19,7 @@ def euler(eps: Epsilon, run: Run, x: Tensor) -> Solver:
     for i, t in run:
         x = yield run.step(i, x)
         sigma, sigma_next = run.sigmas[i], run.sigmas[i + 1]
-        x = axpby(1, x, sigma_next - sigma, eps(x / hypot(1, sigma), t))
+        x = eps.step(1, x, sigma_next - sigma, t, divisor=hypot(1, sigma))
     return x
 
 
@@ -33,7 +33,7 @@ def euler_ancestral(eps: Epsilon, run: Run, x: Tensor) -> Solver:
         sigma, sigma_next = run.sigmas[i], run.sigmas[i + 1]
         ratio = sigma_next / sigma
         down, up = sigma_next * ratio, sigma_next * sqrt(1 - ratio**2)
-        x = axpby(1, x, down - sigma, eps(x / hypot(1, sigma), t)) + up * run.noise(x)
+        x = eps.step(1, x, down - sigma, t, divisor=hypot(1, sigma)) + up * run.noise(x)
     return x
 
 

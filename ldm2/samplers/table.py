@@ -20,14 +20,14 @@ def ddim(eps: Epsilon, run: Run, x: Tensor) -> Solver:
         a, a_prev = run.schedule.alpha_cumprod(t), run.schedule.alpha_cumprod(t - run.stride)
         sigma = run.eta * sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
         keep = sqrt(a_prev / a)                            # equation 12 with x0 = (x - sqrt(1 - a) e) / sqrt(a) put in
-        x = axpby(keep, x, sqrt(1 - a_prev - sigma**2) - keep * sqrt(1 - a), eps(x, t))
+        x = eps.step(keep, x, sqrt(1 - a_prev - sigma**2) - keep * sqrt(1 - a), t)
         if run.eta > 0:
             x = x + sigma * run.noise(x)
     return x
 
 
 def ddpm(eps: Epsilon, run: Run, x: Tensor) -> Solver:
-    """Denoising diffusion probabilistic models, arXiv:2006.11239, equations 6 and 7 (the smaller variance).
+    """Denoising diffusion probabilistic models, arXiv:2006.11239, equations 7 (the smaller variance) and 11.
 
     The last step returns x_0. It draws its noise all the same, to leave the generator as diffusers leaves it.
     """
@@ -37,8 +37,7 @@ def ddpm(eps: Epsilon, run: Run, x: Tensor) -> Solver:
         a = run.schedule.alpha_cumprod(t)
         a_prev = 1.0 if last else run.schedule.alpha_cumprod(run.timesteps[i + 1])
         beta = 1 - a / a_prev
-        x0 = axpby(1 / sqrt(a), x, -sqrt(1 - a) / sqrt(a), eps(x, t))
-        x = axpby(sqrt(a_prev) * beta / (1 - a), x0, sqrt(1 - beta) * (1 - a_prev) / (1 - a), x)
+        x = eps.step(1 / sqrt(1 - beta), x, -beta / sqrt((1 - beta) * (1 - a)), t)
         if t > 0:
             x = x + sqrt((1 - a_prev) / (1 - a) * beta) * run.noise(x)
     return x
