@@ -50,30 +50,43 @@ class Bench:
     def flop(self) -> Flop:
         return Flop(self.ours)
 
+    @functools.cached_property
+    def theirs_compiled(self) -> Any:
+        """diffusers' pipeline with a compiled UNet, and all else shared."""
+        pipe = copy.copy(self.theirs)
+        pipe.unet = torch.compile(self.theirs.unet)
+        return pipe
+
 
 def unet(bench: Bench) -> Iterator[Row]:
-    """One step with guidance, everything before the loop done."""
-    asked = recipe(PROMPT, seconds=bench.seconds, steps=bench.steps, guidance_scale=SCALE, seed=0)
+    """One step with guidance, everything before the loop done; on CUDA also of the largest batch."""
+    gpu = bench.device.type == "cuda"
+    for rows in (1, max(BATCHES)) if gpu else (1,):
+        name = f"UNet step, {f'{rows} x ' if rows > 1 else ''}{bench.seconds:g} s"
+        warm = 4 if gpu else 1                             # the third call is recorded as a graph
+        flop = bench.flop.step(bench.seconds, rows)
+        yield Row("unet", name, functools.partial(_steps, bench, rows), flop, warm)
 
-    def prepare() -> dict[str, Run]:
-        step = next(work.run for work in profiling.works(bench.ours, asked) if work.name == "UNet step")
-        runs = {"ldm2": lambda: ops.guide(step(), SCALE)}
-        if bench.device.type == "cuda":
-            from ldm2.compilation import compile_step
 
-            compiled = copy.copy(bench.ours.unet)          # shares the weights
-            compile_step(compiled)
-            runs["ldm2, no CUDA graph"] = _eager_step(bench, asked, bench.ours.unet)
-            runs["ldm2, compiled, no CUDA graph"] = _eager_step(bench, asked, compiled)
-            runs["ldm2, plain PyTorch"] = _plain(runs["ldm2"])
-        if bench.theirs is not None:
-            if bench.device.type == "cuda":
-                runs["diffusers, torch.compile"] = _their_step(bench, torch.compile(bench.theirs.unet))
-            runs["diffusers"] = _their_step(bench, bench.theirs.unet)
-        return runs
+def _steps(bench: Bench, rows: int) -> dict[str, Run]:
+    settings = {"seconds": bench.seconds, "steps": bench.steps, "guidance_scale": SCALE, "seed": 0}
+    asked = recipe(PROMPT, num_waveforms=rows, **settings)
+    step = next(work.run for work in profiling.works(bench.ours, asked) if work.name == "UNet step")
+    runs = {"ldm2": lambda: ops.guide(step(), SCALE)}
+    compiling = bench.device.type == "cuda" and rows == 1
+    if compiling:
+        from ldm2.compilation import compile_step
 
-    warm = 4 if bench.device.type == "cuda" else 1         # the third call is recorded as a graph
-    yield Row("unet", f"UNet step, {bench.seconds:g} s", prepare, bench.flop.step(bench.seconds), warm)
+        compiled = copy.copy(bench.ours.unet)              # shares the weights
+        compile_step(compiled)
+        runs["ldm2, no CUDA graph"] = _eager_step(bench, asked, bench.ours.unet)
+        runs["ldm2, compiled, no CUDA graph"] = _eager_step(bench, asked, compiled)
+        runs["ldm2, plain PyTorch"] = _plain(runs["ldm2"])
+    if bench.theirs is not None:
+        if compiling:
+            runs["diffusers, torch.compile"] = _their_step(bench, rows, bench.theirs_compiled.unet)
+        runs["diffusers"] = _their_step(bench, rows, bench.theirs.unet)
+    return runs
 
 
 def _plain(run: Run) -> Run:
@@ -100,15 +113,15 @@ def _eager_step(bench: Bench, asked: Recipe, unet: UNet) -> Run:
     return step
 
 
-def _their_step(bench: Bench, unet: Callable) -> Run:
-    """diffusers' step: both branches, then guidance."""
-    words, mask, generated = bench.theirs.encode_prompt(PROMPT, bench.device, 1, True)
-    x = torch.randn(1, *bench.ours.latent_shape(bench.seconds), device=bench.device, dtype=bench.their_dtype)
-    words, generated = words.to(x), generated.to(x)
+def _their_step(bench: Bench, rows: int, unet: Callable) -> Run:
+    """diffusers' step, called as in its pipeline: both branches, then guidance."""
+    words, mask, generated = bench.theirs.encode_prompt(PROMPT, bench.device, rows, True)
+    x = torch.randn(rows, *bench.ours.latent_shape(bench.seconds), device=bench.device, dtype=bench.their_dtype)
+    words, generated, t = words.to(x), generated.to(x), torch.tensor(1, device=bench.device)
 
     @torch.no_grad()
     def step() -> object:
-        noise = unet(torch.cat([x] * 2), 1, encoder_hidden_states=generated, encoder_hidden_states_1=words,
+        noise = unet(torch.cat([x] * 2), t, encoder_hidden_states=generated, encoder_hidden_states_1=words,
                      encoder_attention_mask_1=mask, return_dict=False)[0]
         negative, positive = noise.chunk(2)
         return negative + SCALE * (positive - negative)
@@ -177,7 +190,8 @@ def load(bench: Bench) -> Iterator[Row]:
 
 def generation(bench: Bench) -> Iterator[Row]:
     """Prompt -> waveform."""
-    prepare = functools.partial(_generations, bench, bench.seconds, bench.steps)
+    gpu = bench.device.type == "cuda"
+    prepare = functools.partial(_generations, bench, bench.seconds, bench.steps, compiled=gpu)
     flop = bench.flop.generation(bench.seconds, bench.steps)
     yield Row("generation", f"{bench.seconds:g} s, {bench.steps} steps", prepare, flop)
 
@@ -200,17 +214,25 @@ def batch(bench: Bench) -> Iterator[Row]:
         yield Row("batch", name, prepare, flop, warm=int(bench.device.type == "cuda"))
 
 
-def _generations(bench: Bench, seconds: float, steps: int, rows: int = 1, windows: bool = False) -> dict[str, Run]:
+def _generations(bench: Bench, seconds: float, steps: int, rows: int = 1, windows: bool = False,
+                 compiled: bool = False) -> dict[str, Run]:
+    """windows: ldm2 also in windows. compiled: diffusers also with a compiled UNet."""
     prompts = [PROMPT] * rows
     settings = {"seconds": seconds, "steps": steps, "guidance_scale": SCALE, "seed": 0}
+
+    def theirs(pipe: Any) -> Run:
+        return lambda: pipe(
+            prompts, audio_length_in_s=seconds, num_inference_steps=steps, guidance_scale=SCALE,
+            generator=torch.Generator().manual_seed(0),
+        )
+
     runs = {"ldm2": lambda: bench.ours.generate(prompts, **settings)}
     if windows:
         runs["ldm2, windows of 10.24 s"] = lambda: bench.ours.generate(prompts, window=10.24, **settings)
     if bench.theirs is not None:
-        runs["diffusers"] = lambda: bench.theirs(
-            prompts, audio_length_in_s=seconds, num_inference_steps=steps, guidance_scale=SCALE,
-            generator=torch.Generator().manual_seed(0),
-        )
+        if compiled:
+            runs["diffusers, torch.compile"] = theirs(bench.theirs_compiled)
+        runs["diffusers"] = theirs(bench.theirs)
     return runs
 
 
