@@ -1,12 +1,18 @@
 """Graphs of the UNet's step: recorded by a stand-in on the CPU, and by CUDA where there is one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import ldm2
-from ldm2 import graphs, ops
+from ldm2 import graphs, ops, random_models
+from ldm2.conditioning import Conditioning
+from ldm2.config import UNetConfig, VAEConfig
 from ldm2.graphs import GraphedUNet, Graphs, accelerated, lengthened, tensors
 from ldm2.reuse import reusing
+from ldm2.unet import UNet
+from ldm2.vae import VAE
 from tests import checkpoints
 from tests.test_unet import KINDS, condition, draw, ours_of
 
@@ -131,6 +137,52 @@ def test_lengthened_contexts_do_not_change_the_prediction():
     assert {memory.keys.shape[2] for layers in long.memories for memory in layers if memory is not None} == {8}
     x_t = draw(1, 4, 8, 8)
     torch.testing.assert_close(unet(x_t, 500, long), unet(x_t, 500, plain), atol=2e-5, rtol=0)
+
+
+def assert_fused_on_cuda(q, k, v, bias):
+    """What the memory-efficient kernel of PyTorch's attention asks for on CUDA, so that no call is left to plain products.
+
+    FlashAttention, which comes first, takes neither a bias nor more than 256 channels a head. A bias of other strides
+    would be copied in every call.
+    """
+    assert [tensor.dim() for tensor in (q, k, v)] == [4, 4, 4]
+    assert q.shape[:2] == k.shape[:2] and k.shape == v.shape
+    assert q.shape[3] == k.shape[3] and q.shape[3] % 8 == 0
+    for tensor in (q, k, v):
+        assert tensor.stride(3) == 1 and tensor.stride(2) % 8 == 0 and tensor.storage_offset() % 8 == 0
+    if bias is not None:
+        assert bias.dtype == q.dtype and bias.shape == (len(q), 1, 1, k.shape[2])
+        assert bias.stride(3) == 1 and not any(stride % 8 for stride in bias.stride()[:3])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reference", ["authors", "diffusers"])
+def test_attention_of_published_sizes_is_fused_on_cuda(reference, monkeypatch):
+    calls, attention = [], ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *args: calls.append(args) or attention(*args))
+    fields = random_models.fields("audioldm2")
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_dict(fields["unet"], reference=reference)).half()
+        contexts = [torch.empty(2, tokens, width).half() for tokens, width in ((8, 768), (13, 1024))]
+        conditioning = lengthened(unet.prepare(Conditioning(tuple(contexts), (None, None))))
+        unet(torch.empty(1, 8, 250, 16).half(), 5.0, conditioning)
+        VAE(VAEConfig.from_dict(fields["vae"])).half().decode(torch.empty(1, 8, 250, 16).half())
+    for args in calls:
+        assert_fused_on_cuda(*args, *[None] * (4 - len(args)))
+    assert {None, 16} == {None if bias is None else bias.shape[3] for *_, bias in calls[:-1]}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 8, 11])
+def test_a_bias_is_aligned_for_cuda_however_long_the_prompt(tokens):
+    unet = ours_of(checkpoints.unet())
+    short = condition(unet.config, 2)
+    mask = torch.arange(tokens) < torch.tensor([[tokens], [tokens // 2]])
+    contexts = short.contexts[0], draw(2, tokens, unet.config.context_widths[1])
+    conditioning = unet.prepare(replace(short, contexts=contexts, masks=(None, mask)))
+    memories = [memory for layers in lengthened(conditioning).memories for memory in layers if memory is not None]
+    biases = [memory.bias for memory in memories if memory.bias is not None]
+    assert biases and all(bias.stride()[:3] == (bias.shape[3],) * 3 and bias.shape[3] % 8 == 0 for bias in biases)
 
 
 @torch.no_grad()
