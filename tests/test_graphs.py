@@ -140,7 +140,7 @@ def test_lengthened_contexts_do_not_change_the_prediction():
 
 
 def assert_fused_on_cuda(q, k, v, bias):
-    """What the memory-efficient kernel of PyTorch's attention asks for on CUDA, so that no call is left to plain products.
+    """What the memory-efficient kernel of PyTorch asks for on CUDA, so that no call is left to plain products.
 
     FlashAttention, which comes first, takes neither a bias nor more than 256 channels a head. A bias of other strides
     would be copied in every call.
