@@ -1,0 +1,121 @@
+"""All that needs an NVIDIA GPU in one call: the tests of what runs there, then the benchmarks, what matters most first.
+
+    python -m benchmarks.on_gpu [--minutes 9] [--parts NAME,...] [--out benchmarks/results]
+
+Run it in the repository's folder; nothing has to be installed. Each part is a process with a limit of its own: one that
+fails or is slow costs the others nothing. After each, gpu.md among the results says what came of all so far; of a part
+there are gpu-PART.log, .md, .json and .png. Without diffusers (which may lie on PYTHONPATH) ldm2 is timed alone, and
+parts that need diffusers are left out; soundfile and soxr are not needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ldm2 import files
+
+ROOT = Path(__file__).parents[1]
+DONE, ALONE = "done", "diffusers is not installed: ldm2 is timed alone, and parts that need diffusers are left out."
+
+
+@dataclass(frozen=True)
+class Part:
+    """`python -m` some command, for at most so many seconds; needs: a package without which it is left out."""
+
+    name: str
+    seconds: float
+    command: list[str]
+    needs: str | None = None
+
+
+def parts(device: str, size: str, out: Path) -> list[Part]:
+    """In order of importance."""
+    def rows(name: str, dtype: str, seconds: float, needs: str | None = None, names: str | None = None) -> Part:
+        command = f"benchmarks --device {device} --size {size} --dtype {dtype} --rows {names or name}".split()
+        return Part(f"{name}-{dtype}", seconds, [*command, "--out", str(out), "--name", f"gpu-{name}-{dtype}"], needs)
+
+    pytest = ["pytest", *(("-n", "8") if find_spec("xdist") else ())]
+    marked = sorted(path for path in (ROOT / "tests").glob("test_*.py") if "mark.cuda" in path.read_text("utf-8"))
+    folder = f"build/random-{size}"                        # where benchmarks look for it
+    weights = [] if size == "tiny" or Path(folder).exists() else [
+        Part("weights", 150, ["benchmarks.full_size", folder, "--size", size], "diffusers")]
+    return [
+        Part("kernel-tests", 100, [*pytest, "tests/test_kernels.py"]),
+        Part("cuda-tests", 90, [*pytest, "-m", "cuda", *(f"tests/{path.name}" for path in marked)], "diffusers"),
+        *weights, rows("unet", "float16", 210), rows("generation", "float16", 150),
+        rows("memory", "float16", 120, "diffusers"), rows("batch", "float16", 90), rows("unet", "bfloat16", 210),
+        rows("kernels", "float16", 90), rows("length", "float16", 120), rows("generation", "bfloat16", 150),
+        rows("batch", "bfloat16", 90), rows("stages", "float16", 90, names="vae,vocoder,text,load"),
+    ]
+
+
+def run(part: Part, left: float, log: Path) -> tuple[str, float, list[str]]:
+    """What came of a part in `left` seconds at most, after how many, and what it told."""
+    missing = part.needs is not None and find_spec(part.needs) is None
+    if missing or left < 15:                               # seconds: not worth beginning
+        return f"left out: {f'{part.needs} is not installed' if missing else 'no time left'}", 0.0, []
+    limit, start = min(part.seconds, left), time.monotonic()
+    places = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
+    with open(log, "w", encoding="utf-8") as file:
+        process = subprocess.Popen([sys.executable, "-m", *part.command], stdout=file, stderr=subprocess.STDOUT,
+                                   env=os.environ | {"PYTHONPATH": places}, process_group=0)
+        try:
+            code = process.wait(limit)
+            what = DONE if code == 0 else f"failed with exit code {code}"
+        except subprocess.TimeoutExpired:
+            what = f"stopped after {limit:.0f} s"
+        finally:
+            if process.poll() is None:                     # with all that it has started
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    told = list(dict.fromkeys(line for line in lines if line.startswith("| ")))     # one by one, then as a table
+    return what, time.monotonic() - start, told or lines[-1:] if what == DONE else told + lines[-12:]
+
+
+def markdown(outcomes: dict[str, tuple[str, float, list[str]]]) -> str:
+    """A table of the parts, and what each told."""
+    lines = [*([] if find_spec("diffusers") else [ALONE, ""]), "| part | outcome | s |", "|---|---|---|"]
+    lines += [f"| {name} | {what} | {seconds:.0f} |" for name, (what, seconds, _) in outcomes.items()]
+    for name, (_, _, told) in outcomes.items():
+        lines += ["", f"{name}:", "```", *told, "```"] if told else []
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the parts; 1 unless all were done."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.on_gpu", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: %(default)g)")
+    parser.add_argument("--parts", help="only these of " + ", ".join(part.name for part in parts("", "base", Path())))
+    parser.add_argument("--device", default="cuda", help="cpu with --size tiny is a rehearsal (default: %(default)s)")
+    parser.add_argument("--size", choices=("base", "large", "tiny"), default="base")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
+    args = parser.parse_args(arguments)
+    known = {part.name: part for part in parts(args.device, args.size, args.out)}
+    asked = list(known) if args.parts is None else args.parts.split(",")
+    if not set(asked) <= set(known):
+        parser.error(f"unknown parts {', '.join(sorted(set(asked) - set(known)))}, choose from {', '.join(known)}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} finds no NVIDIA GPU")
+    args.out.mkdir(parents=True, exist_ok=True)
+    outcomes, end = {}, time.monotonic() + 60 * args.minutes
+    for name in asked:
+        outcomes[name] = run(known[name], end - time.monotonic(), args.out / f"gpu-{name}.log")
+        print(markdown({name: outcomes[name]}), flush=True)
+        with files.whole(args.out / "gpu.md", overwrite=True) as temporary:
+            temporary.write_text(markdown(outcomes), encoding="utf-8")
+    return 0 if all(what == DONE for what, _, _ in outcomes.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
