@@ -78,7 +78,7 @@ def run(part: Part, left: float, log: Path) -> tuple[str, float, list[str]]:
             if process.poll() is None:                     # with all that it has started
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = [line[:300] for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
     told = list(dict.fromkeys(line for line in lines if line.startswith("| ")))     # one by one, then as a table
     return what, time.monotonic() - start, told or lines[-1:] if what == DONE else told + lines[-12:]
 
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.on_gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: %(default)g)")
     parser.add_argument("--parts", help="only these of " + ", ".join(part.name for part in parts("", "base", Path())))
-    parser.add_argument("--device", default="cuda", help="cpu with --size tiny is a rehearsal (default: %(default)s)")
+    parser.add_argument("--device", default="cuda", help="cpu with --size tiny rehearses (default: %(default)s)")
     parser.add_argument("--size", choices=("base", "large", "tiny"), default="base")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     args = parser.parse_args(arguments)
