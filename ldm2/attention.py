@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm2 import ops
-from ldm2.layers import GroupNorm, LayerNorm, repeat_rows
+from ldm2.layers import GroupNorm, LayerNorm, Linear, repeat_rows
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,10 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         context_dim = channels if context_dim is None else context_dim
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_dim, channels, bias=False)
-        self.to_v = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(context_dim, channels, bias=False)
+        self.to_v = Linear(context_dim, channels, bias=False)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def remember(self, context: Tensor, bias: Tensor | None = None) -> Memory:
         """Keys and values of a context (B, L, context_dim)."""
@@ -71,8 +70,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return ops.geglu(value, gate)
+        return ops.linear_geglu(x, self.proj.weight, self.proj.bias)
 
 
 class FeedForward(nn.Module):
@@ -81,7 +79,7 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         # Place 1 of the list is the dropout of the published implementation: no parameters, nothing at inference.
-        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
@@ -138,4 +136,4 @@ class Transformer2D(nn.Module):
 
 def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A 1x1 convolution applied to positions (B, L, C): as one matrix product it leaves them dense in memory."""
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
+    return ops.linear(x, conv.weight.flatten(1), conv.bias)

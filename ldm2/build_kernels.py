@@ -22,7 +22,9 @@ FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fas
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # Instruction sets and their flags.
-SETS = {"baseline": [], "avx2": AVX2, "avx512": AVX512} if platform.machine() == "x86_64" else {"baseline": []}
+SETS = {"baseline": []}
+if platform.machine() == "x86_64":
+    SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 
 
 def build(folder: str | Path | None = None) -> Path:
@@ -44,11 +46,11 @@ def compile_library(sources: Path) -> bytes:
     if compiler is None or shutil.which(compiler) is None:
         raise ValueError(f"no C++ compiler found: install g++ or set CXX (now {compiler or 'not set'})")
     torch_folder = Path(torch.__file__).parent
-    # Only this file sees PyTorch. OpenMP's own library is not linked: PyTorch brings the one whose threads it uses.
+    # Only these files see PyTorch. OpenMP's own library is not linked: PyTorch brings the one whose threads it uses.
     headers = ["-fopenmp", "-isystem", str(torch_folder / "include"),
                f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     with tempfile.TemporaryDirectory() as scratch:
-        objects = {"operators": ("operators.cpp", headers)} | {
+        objects = {name: (f"{name}.cpp", headers) for name in ("operators", "convolution", "transformer")} | {
             name: ("kernels.cpp", [f"-DLDM2_SET={name}", *flags]) for name, flags in SETS.items()
         }
         commands = [

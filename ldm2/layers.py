@@ -75,6 +75,13 @@ class LayerNorm(nn.LayerNorm):
         return ops.add_layer_norm(x, added, self.weight, self.bias, self.eps)
 
 
+class Linear(nn.Linear):
+    """Linear map of the last axis: (..., D_in) -> (..., D_out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
 class Conv3x3(nn.Conv2d):
     """3x3 convolution that keeps T and F: (B, C_in, T, F) -> (B, C_out, T, F), plus a residual where one is given."""
 

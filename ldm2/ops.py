@@ -144,9 +144,21 @@ def add_layer_norm(x: Tensor, added: Tensor, weight: Tensor, bias: Tensor, eps: 
 
 
 @_fusible
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias: x (..., D_in), weight (D_out, D_in) -> (..., D_out)."""
+    return F.linear(x, weight, bias)
+
+
+@_fusible
 def geglu(x: Tensor, gate: Tensor) -> Tensor:
     """x * GELU(gate) with the exact (erf) GELU, arXiv:2002.05202. Both (..., D) -> (..., D)."""
     return x * F.gelu(gate)
+
+
+@_fusible
+def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """geglu of the two halves of linear(x, weight, bias): x (..., D_in), weight (2 D_out, D_in) -> (..., D_out)."""
+    return geglu(*F.linear(x, weight, bias).chunk(2, dim=-1))
 
 
 @_fusible

@@ -1,7 +1,12 @@
 """The CPU kernels against float64 and plain PyTorch. Built once into a temporary folder; skipped without a compiler."""
 
 import gc
+import os
+import platform
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +49,17 @@ def block_inputs(size, channels=32, length=301, dilations=(1, 3, 5)):
     for seed in range(2, 2 + 2 * len(dilations)):
         parameters += [draw(channels, channels, size, seed=seed) / (channels * size) ** 0.5, draw(channels, seed=-seed)]
     return x, F.leaky_relu(x, 0.1), total, 3, 0.1, dilations, *parameters
+
+
+def linear_inputs(rows, ins, outs):
+    """x, weight, bias."""
+    return draw(2, rows, ins), draw(outs, ins, seed=1) / ins**0.5, draw(outs, seed=2)
+
+
+def attention_inputs(queries, keys, width, batch=2, heads=3, dtype=torch.float32):
+    """q, k, v as the heads of one linear layer each."""
+    shapes = [(batch, length, heads, width) for length in (queries, keys, keys)]
+    return [2 * draw(*shape, seed=i).transpose(1, 2).to(dtype) for i, shape in enumerate(shapes)]
 
 
 def doubled(args):
@@ -91,6 +107,8 @@ def test_every_instruction_set_of_this_machine_is_as_exact(library):
             library.use_instruction_set(name)
             assert_within_the_accuracy_rule(ops.conv3x3, conv_inputs(1, 48, 80, 9, 6))
             assert_within_the_accuracy_rule(ops.residual_block, block_inputs(11))
+            assert_within_the_accuracy_rule(ops.linear, linear_inputs(50, 70, 96))
+            assert_within_the_accuracy_rule(ops.attention, attention_inputs(50, 300, 48))
     finally:
         library.use_instruction_set(best)
 
@@ -172,8 +190,14 @@ def test_operators_have_true_schemas_and_fake_forms(library):
     x, weight, bias, residual = conv_inputs(1, 32, 48, 5, 4)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(library.pack.default, (weight, 0), test_utils=tests)
-    args = (x, library.pack(weight, 0), bias, residual, 48, 0, 1, 1.0)
-    torch.library.opcheck(library.convolution.default, args, test_utils=tests)
+    for given in (weight, library.pack(weight, 0)):
+        args = (x, given, bias, residual, 48, 0, 1, 1.0)
+        torch.library.opcheck(library.convolution.default, args, test_utils=tests)
+    for gated in (False, True):
+        torch.library.opcheck(library.linear.default, (*linear_inputs(5, 7, 64), gated), test_utils=tests)
+    for dtype in (torch.float32, torch.bfloat16):
+        args = (*attention_inputs(5, 7, 16, dtype=dtype), draw(2, 1, 1, 7).to(dtype))
+        torch.library.opcheck(library.attention.default, args, test_utils=tests)
 
 
 def test_a_compiled_function_calls_the_kernel(library):
@@ -186,8 +210,11 @@ def test_weights_that_do_not_fit_are_refused(library):
     x, weight, bias, _ = conv_inputs(1, 32, 32, 4, 4)
     with pytest.raises(RuntimeError, match="packed weights do not fit"):
         library.convolution(x[:, :16], library.pack(weight, 0), bias, None, 32, 0, 1, 1.0)
-    with pytest.raises(RuntimeError, match="form 7 does not take"):
-        library.pack(weight, 7)
+    with pytest.raises(RuntimeError, match="weights do not fit"):
+        library.convolution(x[:, :16], weight, bias, None, 32, 0, 1, 1.0)
+    for refused in (lambda: library.pack(weight, 7), lambda: library.convolution(x, weight, None, None, 32, 7, 1, 1.0)):
+        with pytest.raises(RuntimeError, match="form 7 does not take"):
+            refused()
 
 
 def test_fused_raises_without_the_library(monkeypatch):
@@ -211,23 +238,121 @@ def test_a_generation_is_that_of_plain_pytorch(library, tiny_checkpoint):
         assert rms(plain - fused) <= 2e-4 * rms(plain)
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 64), (1, 1, 7), (3, 33), (19,)])
-def test_geglu_is_as_exact_as_the_rule_asks(library, shape):
-    assert_within_the_accuracy_rule(ops.geglu, (draw(*shape), 3 * draw(*shape, seed=1)))
-
-
-def test_geglu_takes_halves_of_one_tensor(library):
-    value, gate = draw(2, 5, 3, 40).chunk(2, dim=-1)
-    assert torch.equal(ops.geglu(value, gate), ops.geglu(value.contiguous(), gate.contiguous()))
-    assert torch.equal(ops.geglu(value.mT, gate.mT), ops.geglu(value.mT.contiguous(), gate.mT.contiguous()))
-
-
-def test_geglu_is_right_where_erf_has_ended(library):
-    gate = torch.tensor([-1e30, -100.0, -6.0, 0.0, 6.0, 100.0, 1e30])
-    torch.testing.assert_close(ops.geglu(torch.ones(7), gate), F.gelu(gate), atol=2e-7, rtol=1e-6)
-
-
 def test_conv1x1_is_as_exact_as_the_rule_asks(library):
     x, weight, bias = draw(2, 24, 5, 3), draw(40, 24, 1, 1, seed=1), draw(40, seed=2)
     for layout in (torch.contiguous_format, torch.channels_last):
         assert_within_the_accuracy_rule(ops.conv1x1, (x.contiguous(memory_format=layout), weight, bias))
+
+
+@pytest.mark.parametrize("rows, ins, outs", [(1, 5, 16), (24, 384, 48), (37, 7, 32), (250, 1000, 16), (300, 390, 80)])
+def test_linear_layers_are_as_exact_as_the_rule_asks(library, rows, ins, outs):
+    x, weight, bias = linear_inputs(rows, ins, outs)
+    assert_within_the_accuracy_rule(ops.linear, (x, weight, bias))
+    assert_within_the_accuracy_rule(ops.linear, (x, weight))
+    if outs % 32 == 0:
+        assert_within_the_accuracy_rule(ops.linear_geglu, (x, weight, bias))
+
+
+def test_linear_layers_of_odd_widths_are_left_to_pytorch(library):
+    x, weight, bias = linear_inputs(30, 8, 24)
+    with ops.backend("fused"):
+        assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+        torch.testing.assert_close(ops.linear_geglu(x, weight, bias), ops.linear_geglu.reference(x, weight, bias))
+
+
+def test_linear_layers_take_any_strides(library):
+    x, weight, bias = linear_inputs(40, 24, 32)
+    expected = ops.linear(x, weight, bias)
+    wide = torch.cat([x, x], dim=-1)[..., 24:]
+    for other in (x.mT.contiguous().mT, wide, wide.unsqueeze(1).expand(-1, 3, -1, -1)[:, 1]):
+        assert torch.equal(ops.linear(other, weight.T.contiguous().T, bias), expected)
+
+
+def test_a_gate_is_right_where_erf_has_ended(library):
+    gate = torch.tensor([-1e30, -100.0, -6.0, 0.0, 6.0, 100.0, 1e30]).repeat(4)
+    weight = torch.cat([torch.zeros(16), torch.ones(16)])[:, None]           # values are 1, the bias; gates are x
+    bias = torch.cat([torch.ones(16), torch.zeros(16)])
+    got = library.linear(gate[:, None], weight, bias, True)
+    torch.testing.assert_close(got, F.gelu(gate)[:, None].expand(-1, 16), atol=2e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("queries, keys, width", [
+    (24, 1, 16), (49, 8, 32), (100, 256, 32), (64, 257, 48), (30, 700, 80), (145, 1024, 16),
+])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_attention_is_as_exact_as_the_rule_asks(library, queries, keys, width, with_bias):
+    bias = [4 * draw(2, 1, 1, keys, seed=5)] if with_bias else []
+    assert_within_the_accuracy_rule(ops.attention, [*attention_inputs(queries, keys, width), *bias])
+
+
+@pytest.mark.parametrize("queries, keys, width", [(24, 1, 16), (49, 9, 32), (64, 257, 48), (30, 700, 80)])
+@pytest.mark.parametrize("bias_rows", [0, 1, 2])
+def test_attention_in_bfloat16_is_as_exact_as_the_rule_asks(library, queries, keys, width, bias_rows):
+    args = attention_inputs(queries, keys, width, dtype=torch.bfloat16)
+    args += [4 * draw(bias_rows, 1, 1, keys, seed=5).bfloat16()] if bias_rows else []
+    assert_within_the_accuracy_rule(ops.attention, args)
+    exact = ops.attention.reference(*doubled(args))                          # the operator, where ops would widen first
+    got = library.attention(*args[:3], args[3] if bias_rows else None)
+    assert got.dtype == torch.bfloat16
+    assert rms(got - exact) <= 2 * rms(ops.attention.reference(*args) - exact) + 3e-6 * rms(exact)
+
+
+def test_dropped_keys_have_no_weight(library):
+    q, k, v = attention_inputs(30, 20, 16)
+    bias = torch.zeros(2, 1, 1, 20)
+    bias[..., 12:] = -10_000.0
+    torch.testing.assert_close(ops.attention(q, k, v, bias), ops.attention(q, k[:, :, :12], v[:, :, :12]))
+    bias[..., 12:] = -torch.inf
+    torch.testing.assert_close(ops.attention(q, k, v, bias), ops.attention(q, k[:, :, :12], v[:, :, :12]))
+
+
+def test_attention_hides_no_nan(library):
+    q, k, v = attention_inputs(30, 20, 16)
+    q[0, 1, 7, 3] = torch.nan
+    got = ops.attention(q, k, v)
+    assert got[0, 1, 7].isnan().all()
+    assert got.isnan().sum() == 16
+
+
+def test_threads_do_not_change_attention_or_linear_layers(library):
+    def run():
+        return ops.attention(*attention_inputs(130, 40, 32, batch=1)), ops.linear(*linear_inputs(130, 40, 48))
+
+    one = run()
+    torch.set_num_threads(2)
+    try:
+        two = run()
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+@pytest.mark.parametrize("change", [
+    lambda q, k, v: (q[..., :8], k[..., :8], v[..., :8]),                    # no panel of 16
+    lambda q, k, v: (q.half(), k.half(), v.half()),
+    lambda q, k, v: (q, k, v, torch.zeros(2, 1, 30, 20)),                    # not one bias for all queries
+    lambda q, k, v: (q, k.mT.contiguous().mT, v),
+])
+def test_attention_that_no_kernel_takes_is_left_to_pytorch(library, change):
+    args = change(*attention_inputs(30, 20, 16))
+    torch.testing.assert_close(ops.attention(*args), ops.attention.reference(*args))
+    with ops.backend("fused"), pytest.raises(RuntimeError, match="the fused attention on cpu cannot be used"):
+        ops.attention(*args)
+
+
+@pytest.mark.slow
+def test_code_for_sixteen_lanes_on_a_machine_of_eight(tmp_path):
+    """AVX-512's sources, compiled for AVX2: all but the instructions themselves. In a process of its own: a process has
+    one library."""
+    if shutil.which("g++") is None or platform.machine() != "x86_64":
+        pytest.skip("needs g++ on x86-64")
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *LDM2_SET=avx2*) set -- -DLDM2_LANES=16 "$@";; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    shutil.copytree(Path(cpu.__file__).parent.parent, tmp_path / "kernels", ignore=shutil.ignore_patterns("*.so"))
+    env = os.environ | {"CXX": str(compiler), "PYTHONPATH": os.pathsep.join([str(tmp_path / "kernels"), *sys.path])}
+    folder = str(tmp_path / "kernels" / "ldm2_kernels")
+    for command in (["-m", "ldm2.build_kernels", "--folder", folder],
+                    ["-m", "pytest", "-o", f"pythonpath={tmp_path / 'kernels'}", __file__]):
+        done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr

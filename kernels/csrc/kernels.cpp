@@ -1,14 +1,14 @@
-// The kernels of one instruction set: tile transforms of the convolutions, the product between them, GEGLU.
+// The kernels of one instruction set: tile transforms of the convolutions, linear layers,
+// attention.
 // Compiled once per set with -DLDM2_SET=<its name> and that set's flags.
 
 #include "kernels.h"
 
-#include "geglu.h"
+#include "attention.h"
+#include "linear.h"
 #include "schemes.h"
 
 namespace {
-
-using ldm2::PANEL;
 
 template <class Outer, class Inner, bool LEAKY>
 void input_channels(const float* const* rows, int64_t channels, float slope, float* v, int64_t stride) {
@@ -110,68 +110,9 @@ ldm2::Scheme scheme() {
           input_tile<Outer, Inner>, output_tile<Outer, Inner>, weight_panel<Outer, Inner>};
 }
 
-// c (ROWS, PANELS * 16) = a (ROWS, depth) x b (PANELS, depth, 16): sums stay in registers over the whole depth.
-template <int ROWS, int PANELS>
-void block(int64_t depth, const float* a, int64_t lda, const float* b, float* c, int64_t ldc) {
-  constexpr int WIDTH = PANEL / LANES;
-  vec sums[ROWS][PANELS * WIDTH] = {};
-  for (int64_t k = 0; k < depth; k++) {
-    vec column[PANELS * WIDTH];
-#pragma GCC unroll 8
-    for (int j = 0; j < PANELS * WIDTH; j++) {
-      column[j] = load(b + (j / WIDTH) * depth * PANEL + k * PANEL + (j % WIDTH) * LANES);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; i++) {
-      vec value = splat(a[i * lda + k]);
-#pragma GCC unroll 8
-      for (int j = 0; j < PANELS * WIDTH; j++) sums[i][j] += value * column[j];
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; i++) {
-#pragma GCC unroll 8
-    for (int j = 0; j < PANELS * WIDTH; j++) store(c + i * ldc + j * LANES, sums[i][j]);
-  }
-}
-
-#if defined(__AVX512F__)
-constexpr int MOST_ROWS = 12, MOST_PANELS = 2;             // 24 sums of 32 registers
-#elif defined(__AVX2__)
-constexpr int MOST_ROWS = 6, MOST_PANELS = 1;              // 12 sums of 16 registers
-#else
-constexpr int MOST_ROWS = 3, MOST_PANELS = 1;
-#endif
-
-template <int ROWS, int PANELS>
-void block_of(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, float* c, int64_t ldc) {
-  if constexpr (ROWS > 0) {
-    if (rows == ROWS) {
-      block<ROWS, PANELS>(depth, a, lda, b, c, ldc);
-    } else {
-      block_of<ROWS - 1, PANELS>(rows, depth, a, lda, b, c, ldc);
-    }
-  }
-}
-
-template <int PANELS>
-void rows_of_panels(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, float* c, int64_t ldc) {
-  int64_t blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
-  for (int64_t n = 0; n < blocks; n++) {                   // blocks of nearly equal height: no thin last one
-    int64_t begin = rows * n / blocks, end = rows * (n + 1) / blocks;
-    block_of<MOST_ROWS, PANELS>(end - begin, depth, a + begin * lda, lda, b, c + begin * ldc, ldc);
-  }
-}
-
 void gemm(int64_t rows, int64_t depth, int64_t panels, const float* a, int64_t lda, const float* b, float* c,
           int64_t ldc) {
-  int64_t p = 0;
-  for (; p + MOST_PANELS <= panels; p += MOST_PANELS) {
-    rows_of_panels<MOST_PANELS>(rows, depth, a, lda, b + p * depth * PANEL, c + p * PANEL, ldc);
-  }
-  for (; p < panels; p++) {
-    rows_of_panels<1>(rows, depth, a, lda, b + p * depth * PANEL, c + p * PANEL, ldc);
-  }
+  product<Float32, false>(rows, depth, panels, a, lda, b, depth * PANEL, c, ldc);
 }
 
 }  // namespace
@@ -183,5 +124,5 @@ void gemm(int64_t rows, int64_t depth, int64_t panels, const float* a, int64_t l
 
 ldm2::Kernels ldm2::JOINED(kernels_, LDM2_SET)() {
   return {TEXT(LDM2_SET), scheme<F43, F43>(), scheme<F23, Pair>(), scheme<Plain, F43>(), scheme<F22, F44>(),
-          scheme<F23, F44>(), gemm, geglu_row};
+          scheme<F23, F44>(), gemm, linear, attention<Float32>, attention<BFloat16>, attention_scratch};
 }

@@ -24,6 +24,8 @@ MODULES: dict[str, dict[str, str | None]] = {
         "guide": "ldm2_kernels.update",
         "axpby": "ldm2_kernels.update",
         "attention": None,                                 # FlashAttention and the like
+        "linear": None,
+        "linear_geglu": None,                              # cuBLAS, and the operation above
         "layer_norm": None,
         "leaky_relu": None,
         "conv3x3": None,                                   # cuDNN
@@ -38,8 +40,10 @@ MODULES: dict[str, dict[str, str | None]] = {
         "group_norm_silu": None,
         "layer_norm": None,
         "add_layer_norm": None,
-        "geglu": "ldm2_kernels.cpu",
-        "attention": None,
+        "linear": "ldm2_kernels.cpu",
+        "linear_geglu": "ldm2_kernels.cpu",
+        "geglu": None,                                     # part of the linear layer before it
+        "attention": "ldm2_kernels.cpu",
         "leaky_relu": None,
         "add_leaky_relu": None,
         "add_up": None,

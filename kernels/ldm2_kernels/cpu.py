@@ -1,8 +1,9 @@
-"""Convolutions on the CPU by minimal filtering (arXiv:1509.09308): a half to a quarter of the multiplications.
+"""Kernels for the CPU: convolutions by minimal filtering (arXiv:1509.09308), which take a half to a quarter of the
+multiplications, linear layers and attention.
 
 The operators are C++ (`kernels/csrc`), built by `python -m ldm2.build_kernels` and found here; importing this builds
-nothing. They are for float32 and inference. Their error against float64 is larger than that of a direct convolution,
-but stays below 3e-6 of the root mean square of the result.
+nothing. They are for inference, in float32; attention takes bfloat16 as well. The error of convolutions against float64
+is larger than that of direct ones, but stays below 3e-6 of the root mean square of the result.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _WIDE, _NARROW = 0, 1                                      # forms of 3x3 kernel
 _LINES = (3, 7, 11)                                        # kernel sizes of one axis that have a form
 _FEWEST_CHANNELS = 32                                      # below, the transforms cost more than they save
 _KEPT_TILES = 16                                           # up to here packing costs as much as the product
+_FEWEST_ROWS = 24                                          # of a linear layer or attention; below, PyTorch is as fast
 _FEWEST_POSITIONS = 256                                    # of a sequence; below, packing costs more than it saves
 
 _packs: WeakIdKeyDictionary = WeakIdKeyDictionary()        # weight -> (version, address, packed weight)
@@ -80,7 +82,7 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """One matrix product where the channels are last in memory, as `conv3x3` leaves them; PyTorch would copy them."""
     if x.dtype != torch.float32:
         return NotImplemented
-    return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+    return linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 
 
 def residual_block(
@@ -99,9 +101,44 @@ def residual_block(
     return x if count == 1 else x.div_(count)
 
 
-def geglu(x: Tensor, gate: Tensor) -> Tensor:
-    """In one pass."""
-    return torch.ops.ldm2_cpu.geglu(x, gate) if x.dtype == torch.float32 and x.shape == gate.shape else NotImplemented
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The weights are laid out for the product in cache, a piece at a time."""
+    if x.dtype != torch.float32:
+        return NotImplemented
+    if len(weight) % _PANEL or x.numel() < _FEWEST_ROWS * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    return torch.ops.ldm2_cpu.linear(x, weight, bias, False)
+
+
+def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What the gates multiply, and the gates, never leave the cache."""
+    if x.dtype != torch.float32:
+        return NotImplemented
+    if len(weight) % (2 * _PANEL) or x.numel() < _FEWEST_ROWS * x.shape[-1]:
+        value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
+        return F.gelu(gate).mul_(value)
+    return torch.ops.ldm2_cpu.linear(x, weight, bias, True)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Block by block with a running softmax; sums, and the softmax, in float32."""
+    batch, _, queries, width = q.shape
+    plain = bias is None or bias.shape in ((1, 1, 1, k.shape[2]), (batch, 1, 1, k.shape[2]))
+    rows = all(tensor.stride(3) == 1 and tensor.stride(2) % 2 == 0 for tensor in (q, k, v))
+    if q.dtype == torch.float16 or width % _PANEL or not plain or not rows:
+        return NotImplemented
+    if queries < _FEWEST_ROWS:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    if q.dtype == torch.float32 or _multiplies_bfloat16():
+        return torch.ops.ldm2_cpu.attention(q, k, v, bias)
+    bias = None if bias is None else bias.float()
+    return torch.ops.ldm2_cpu.attention(q.float(), k.float(), v.float(), bias).to(q.dtype)
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this machine has instructions for it, which are as fast as two for float32."""
+    return torch.ops.ldm2_cpu.instruction_sets()[0] == "avx512_bf16"
 
 
 def _leaky_conv(
@@ -124,8 +161,9 @@ def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, form: int, keep: bool, dilation: int = 1,
     slope: float = 1.0,
 ) -> Tensor:
-    packed = _kept(weight, form) if keep else torch.ops.ldm2_cpu.pack(weight, form)
-    return torch.ops.ldm2_cpu.convolution(x, packed, bias, residual, len(weight), form, dilation, slope)
+    outs = len(weight)
+    weight = _kept(weight, form) if keep else weight
+    return torch.ops.ldm2_cpu.convolution(x, weight, bias, residual, outs, form, dilation, slope)
 
 
 def _kept(weight: Tensor, form: int) -> Tensor:

@@ -1,4 +1,4 @@
-// x * GELU(gate) with the exact GELU, one row at a time.
+// The exact GELU.
 #pragma once
 
 #include "simd.h"
@@ -16,19 +16,6 @@ inline vec gelu(vec x) {
   for (int i = 4; i >= 0; i--) p = p * u + P[i], q = q * u + Q[i];
   vec erf = z > 4.0f ? splat(1.0f) : z < -4.0f ? splat(-1.0f) : z * p / q;
   return 0.5f * x * (1.0f + erf);
-}
-
-void geglu_row(int64_t width, const float* x, const float* gate, float* y) {
-  int64_t i = 0;
-  for (; i + LANES <= width; i += LANES) store(y + i, load(x + i) * gelu(load(gate + i)));
-  if (i < width) {
-    vec value{}, control{};
-    size_t bytes = (width - i) * sizeof(float);
-    std::memcpy(&value, x + i, bytes);
-    std::memcpy(&control, gate + i, bytes);
-    value *= gelu(control);
-    std::memcpy(y + i, &value, bytes);
-  }
 }
 
 }  // namespace

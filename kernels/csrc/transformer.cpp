@@ -1,0 +1,114 @@
+// What transformers are made of: linear layers and attention.
+
+#include "operators.h"
+
+namespace ldm2 {
+namespace {
+
+// The rows of a tensor (..., width): their first elements lie `stride` apart. A copy where that cannot be.
+struct Rows {
+  at::Tensor tensor;
+  int64_t width, count, stride;
+
+  explicit Rows(const at::Tensor& given) : tensor(given), width(given.size(-1)), count(given.numel() / width) {
+    bool even = tensor.dim() > 1 && tensor.stride(-1) == 1;
+    for (int64_t d = tensor.dim() - 3; even && d >= 0; d--) {
+      even = tensor.stride(d) == tensor.size(d + 1) * tensor.stride(d + 1);
+    }
+    if (!even) tensor = tensor.contiguous();
+    stride = even ? tensor.stride(-2) : width;
+  }
+};
+
+// gated: the first half of the weight's rows gives values, the GELU of the second half multiplies them.
+at::Tensor linear(const at::Tensor& x, const at::Tensor& given, const std::optional<at::Tensor>& bias, bool gated) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat && given.scalar_type() == at::kFloat, "x and weight must be float32");
+  TORCH_CHECK(given.dim() == 2 && given.size(0) % (gated ? 2 * PANEL : PANEL) == 0 && x.size(-1) == given.size(1) &&
+              x.numel() > 0, "weight ", given.sizes(), " does not take ", x.sizes());
+  int64_t width = given.size(0) / (gated ? 2 : 1);
+  at::Tensor weight = given.contiguous(), shift = bias.has_value() ? bias->contiguous() : at::Tensor();
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = width;
+  at::Tensor y = at::empty(sizes, x.options());
+  Rows rows(x);
+  Linear job{rows.count, rows.width, width, rows.stride, rows.tensor.const_data_ptr<float>(),
+             weight.const_data_ptr<float>(), bias.has_value() ? shift.const_data_ptr<float>() : nullptr,
+             y.data_ptr<float>(), gated};
+  at::parallel_for(0, width / PANEL, 1, [&](int64_t from, int64_t to) {
+    static thread_local Scratch scratch;
+    kernels().linear(job, from, to, scratch.get(LINEAR_SCRATCH));
+  });
+  return y;
+}
+
+at::Tensor linear_meta(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>&, bool gated) {
+  c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
+  sizes.back() = gated ? weight.sym_size(0) / 2 : weight.sym_size(0);
+  return at::empty_symint(sizes, x.options());
+}
+
+// q (B, H, Q, D), k and v (B, H, L, D), D last in memory; bias (B or 1, 1, 1, L). The result lies in memory as
+// (B, Q, H, D).
+at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                     const std::optional<at::Tensor>& bias) {
+  auto type = q.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, "attention takes float32 and bfloat16, not ", type);
+  int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), width = q.size(3), keys = k.size(2);
+  TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == batch && k.size(1) == heads && k.size(3) == width &&
+              width % PANEL == 0, "attention does not take ", q.sizes(), ", ", k.sizes(), " and ", v.sizes());
+  for (const at::Tensor* tensor : {&q, &k, &v}) {
+    TORCH_CHECK(tensor->scalar_type() == type && tensor->stride(3) == 1 && tensor->stride(2) % 2 == 0,
+                "q, k and v must be of one dtype, with their last axis dense and rows of an even stride");
+  }
+  TORCH_CHECK(!bias.has_value() || (bias->scalar_type() == type && bias->dim() == 4 && bias->size(1) == 1 &&
+              bias->size(2) == 1 && bias->size(3) == keys && (bias->size(0) == 1 || bias->size(0) == batch)),
+              "the bias must be (B, 1, 1, L) in q's dtype");
+  at::Tensor y = at::empty({batch, queries, heads, width}, q.options());
+  // Each item of work lays out all keys and values of its head, so heads are cut only where threads would be idle.
+  int64_t threads = at::get_num_threads(), pieces = std::min(ceil_div(2 * threads, batch * heads), ceil_div(queries, 64));
+  if (batch * heads % threads == 0) pieces = 1;
+  auto at_row = [](const at::Tensor& tensor, int64_t b, int64_t h, int64_t row) {
+    int64_t place = b * tensor.stride(0) + h * tensor.stride(1) + row * tensor.stride(2);
+    return static_cast<const char*>(tensor.const_data_ptr()) + place * tensor.element_size();
+  };
+  at::parallel_for(0, batch * heads * pieces, 1, [&](int64_t from, int64_t to) {
+    static thread_local Scratch scratch;
+    float* memory = scratch.get(kernels().attention_scratch(keys, width));
+    for (int64_t n = from; n < to; n++) {
+      int64_t b = n / pieces / heads, h = n / pieces % heads;
+      int64_t first = queries * (n % pieces) / pieces, end = queries * (n % pieces + 1) / pieces;
+      Head head{end - first, keys, width, q.stride(2), k.stride(2), v.stride(2), 0, heads * width,
+                at_row(q, b, h, first), at_row(k, b, h, 0), at_row(v, b, h, 0), nullptr,
+                static_cast<char*>(y.data_ptr()) + ((b * queries + first) * heads + h) * width * y.element_size()};
+      if (bias.has_value()) {
+        head.bias = at_row(*bias, bias->size(0) == 1 ? 0 : b, 0, 0);
+        head.bias_stride = bias->stride(3);
+      }
+      (type == at::kFloat ? kernels().attention_float : kernels().attention_bfloat16)(head, memory);
+    }
+  });
+  return y.transpose(1, 2);
+}
+
+at::Tensor attention_meta(const at::Tensor& q, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&) {
+  auto sizes = q.sym_sizes();
+  return at::empty_symint({sizes[0], sizes[2], sizes[1], sizes[3]}, q.options()).transpose(1, 2);
+}
+
+TORCH_LIBRARY_FRAGMENT(ldm2_cpu, library) {
+  library.def("linear(Tensor x, Tensor weight, Tensor? bias, bool gated) -> Tensor");
+  library.def("attention(Tensor q, Tensor k, Tensor v, Tensor? bias) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(ldm2_cpu, CPU, library) {
+  library.impl("linear", linear);
+  library.impl("attention", attention);
+}
+
+TORCH_LIBRARY_IMPL(ldm2_cpu, Meta, library) {
+  library.impl("linear", linear_meta);
+  library.impl("attention", attention_meta);
+}
+
+}  // namespace
+}  // namespace ldm2
