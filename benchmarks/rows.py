@@ -202,7 +202,7 @@ def length(bench: Bench) -> Iterator[Row]:
         prepare = functools.partial(_generations, bench, seconds, bench.sweep_steps, windows=seconds > 10.24)
         flop = bench.flop.generation(seconds, bench.sweep_steps)
         name = f"{seconds:g} s, {bench.sweep_steps} steps"
-        yield Row("length", name, prepare, flop, warm=int(bench.device.type == "cuda"))
+        yield Row("length", name, prepare, flop, warm=int(bench.device.type == "cuda" or seconds == LENGTHS[0]))
 
 
 def batch(bench: Bench) -> Iterator[Row]:
@@ -211,7 +211,7 @@ def batch(bench: Bench) -> Iterator[Row]:
         prepare = functools.partial(_generations, bench, bench.seconds, bench.sweep_steps, rows=rows)
         flop = bench.flop.generation(bench.seconds, bench.sweep_steps, rows)
         name = f"{rows} x {bench.seconds:g} s, {bench.sweep_steps} steps"
-        yield Row("batch", name, prepare, flop, warm=int(bench.device.type == "cuda"))
+        yield Row("batch", name, prepare, flop, warm=int(bench.device.type == "cuda" or rows == BATCHES[0]))
 
 
 def _generations(bench: Bench, seconds: float, steps: int, rows: int = 1, windows: bool = False,

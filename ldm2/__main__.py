@@ -41,7 +41,7 @@ def generate(args: argparse.Namespace) -> None:
     elapsed = time.perf_counter() - start
     paths = result.save(target, overwrite=args.overwrite)
     if not args.quiet:
-        options.report(result, pipe, elapsed)
+        options.report(result, pipe, elapsed, args.dtype)
     for path in paths:
         print(path)
 

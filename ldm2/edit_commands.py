@@ -240,6 +240,6 @@ def _edit(args: argparse.Namespace, sound: Sound, length: float | None = None, *
     elapsed = time.perf_counter() - start
     paths = result.save(target, overwrite=args.overwrite)
     if not args.quiet:
-        options.report(result, pipe, elapsed)
+        options.report(result, pipe, elapsed, args.dtype)
     for path in paths:
         print(path)

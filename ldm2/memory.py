@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -92,12 +94,20 @@ def peak_bytes(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):                                # Linux, where the peak below is at least that of the process
+        return process_bytes("VmHWM")                      # which started this one
     try:
         import resource
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def process_bytes(name: str) -> int:
+    """A line of Linux's account of this process, such as VmRSS, in bytes. Raises OSError on other systems."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def gigabytes(count: int | None) -> str:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm2 import ops, samplers
 from ldm2.conditioning import Conditioning
 from ldm2.graphs import accelerated
+from ldm2.memory import process_bytes
 from ldm2.noise import SeededNoise
 from ldm2.pipeline import AudioLDM2
 from ldm2.recipe import Recipe
@@ -151,18 +152,12 @@ def memory_of(run: Callable[[], object], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     try:
         Path("/proc/self/clear_refs").write_text("5")      # forget the peak: proc_pid_clear_refs(5)
-        before = _status("VmRSS")
+        before = process_bytes("VmRSS")
     except OSError:
         run()
         return None
     run()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    """A line of Linux's account of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    return process_bytes("VmHWM") - before
 
 
 def measure(work: Work, device: torch.device, repeats: int = 3) -> Measured:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 
 from ldm2 import audio, options
 from ldm2.__main__ import main
@@ -216,3 +217,12 @@ def test_models_lists_the_published_checkpoints(tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("audioldm2", "audioldm2-large", "audioldm2-music", "cvssp/audioldm2", "tiny"):
         assert name in done.stdout
+
+
+@pytest.mark.parametrize("dtype, has, told", [("auto", True, True), ("auto", False, False), ("float32", True, False)])
+def test_a_cpu_with_bfloat16_is_told_of_it(tiny_checkpoint, tmp_path, monkeypatch, capsys, dtype, has, told):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has}, raising=False)
+    monkeypatch.chdir(tmp_path)
+    short = ["--steps", "1", "--seconds", "0.1", "--device", "cpu", "--dtype", dtype]
+    assert main(["generate", PROMPT, "--model", str(tiny_checkpoint), *short]) == 0
+    assert (options.BFLOAT16 in capsys.readouterr().err) == told

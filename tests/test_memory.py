@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 import ldm2
 from ldm2.memory import Stage, gigabytes, peak_bytes
 from tests import authors, checkpoints
+from tests.test_cli import ROOT
 from tests.test_cli import ldm2 as command
 from tests.test_pipeline import PROMPT
 
@@ -140,6 +143,13 @@ def test_the_peak_counts_what_is_gone():
     size = before + 50_000_000
     torch.ones(size // 4)
     assert peak_bytes(torch.device("cpu")) > size
+
+
+def test_the_peak_is_not_that_of_the_process_that_started_this_one():
+    script = "import torch; from ldm2 import memory; print(memory.peak_bytes(torch.device('cpu')))"
+    size = 2 * int(subprocess.check_output([sys.executable, "-c", script], cwd=ROOT))
+    held = torch.ones(size // 4)
+    assert int(subprocess.check_output([sys.executable, "-c", script], cwd=ROOT)) < held.nbytes
 
 
 def test_gigabytes_are_rounded():
