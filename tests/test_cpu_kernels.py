@@ -180,10 +180,26 @@ def test_a_gradient_takes_the_reference(library):
 
 
 def test_other_dtypes_are_left_to_pytorch(library):
-    args = [arg.bfloat16() for arg in conv_inputs(1, 32, 32, 4, 4)]
+    args = [arg.half() for arg in conv_inputs(1, 32, 32, 4, 4)]
     assert torch.equal(ops.conv3x3(*args), ops.conv3x3.reference(*args))
-    with ops.backend("fused"), pytest.raises(RuntimeError, match="it leaves bfloat16"):
+    with ops.backend("fused"), pytest.raises(RuntimeError, match="it leaves float16"):
         ops.conv3x3(*args)
+
+
+@pytest.mark.parametrize("operation, args", [
+    (ops.conv3x3, conv_inputs(1, 32, 48, 9, 8)),
+    (ops.conv1x1, (draw(1, 32, 5, 3), draw(48, 32, 1, 1, seed=1), draw(48, seed=2))),
+    (ops.residual_block, block_inputs(7)),
+    (ops.linear, linear_inputs(30, 40, 48)),
+    (ops.linear_geglu, linear_inputs(30, 40, 64)),
+])
+def test_bfloat16_is_computed_in_float32_where_there_are_no_instructions_for_it(library, monkeypatch, operation, args):
+    args = [arg.bfloat16() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    monkeypatch.setattr(cpu, "_multiplies_bfloat16", lambda: False)
+    assert operation(*args).dtype == torch.bfloat16
+    assert_within_the_accuracy_rule(operation, args)
+    monkeypatch.setattr(cpu, "_multiplies_bfloat16", lambda: True)
+    assert torch.equal(operation(*args), operation.reference(*args))         # PyTorch has them
 
 
 def test_operators_have_true_schemas_and_fake_forms(library):

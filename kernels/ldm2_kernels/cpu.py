@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -65,6 +66,31 @@ def load() -> bool:
     return True
 
 
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this machine has instructions for it, which are as fast as two for float32."""
+    return torch.ops.ldm2_cpu.instruction_sets()[0] == "avx512_bf16"
+
+
+def _widened(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """bfloat16 by way of float32, where the machine has no instructions for it: as fast, and the weights take half."""
+
+    @functools.wraps(kernel)
+    def run(*args, **named):
+        if args[0].dtype != torch.bfloat16 or _multiplies_bfloat16():
+            return kernel(*args, **named)
+        named = {name: _wide(arg) for name, arg in named.items()}
+        result = kernel(*map(_wide, args), **named)
+        return result if result is NotImplemented else result.to(torch.bfloat16)
+
+    return run
+
+
+def _wide(arg: object) -> object:
+    return arg.float() if isinstance(arg, Tensor) else arg
+
+
+@_widened
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
     """Result in channels-last memory, whatever the input's."""
     if x.dtype != torch.float32:
@@ -78,6 +104,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = N
     return _convolve(x, weight, bias, residual, form, keep=tiles <= _KEPT_TILES)
 
 
+@_widened
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """One matrix product where the channels are last in memory, as `conv3x3` leaves them; PyTorch would copy them."""
     if x.dtype != torch.float32:
@@ -85,6 +112,7 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 
 
+@_widened
 def residual_block(
     x: Tensor, activated: Tensor, total: Tensor | None, count: int, slope: float, dilations: tuple[int, ...],
     *parameters: Tensor,
@@ -101,6 +129,7 @@ def residual_block(
     return x if count == 1 else x.div_(count)
 
 
+@_widened
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The weights are laid out for the product in cache, a piece at a time."""
     if x.dtype != torch.float32:
@@ -110,6 +139,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.ldm2_cpu.linear(x, weight, bias, False)
 
 
+@_widened
 def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What the gates multiply, and the gates, never leave the cache."""
     if x.dtype != torch.float32:
@@ -120,6 +150,7 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.ops.ldm2_cpu.linear(x, weight, bias, True)
 
 
+@_widened
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Block by block with a running softmax; sums, and the softmax, in float32."""
     batch, _, queries, width = q.shape
@@ -129,16 +160,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
         return NotImplemented
     if queries < _FEWEST_ROWS:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    if q.dtype == torch.float32 or _multiplies_bfloat16():
-        return torch.ops.ldm2_cpu.attention(q, k, v, bias)
-    bias = None if bias is None else bias.float()
-    return torch.ops.ldm2_cpu.attention(q.float(), k.float(), v.float(), bias).to(q.dtype)
-
-
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    """Whether this machine has instructions for it, which are as fast as two for float32."""
-    return torch.ops.ldm2_cpu.instruction_sets()[0] == "avx512_bf16"
+    return torch.ops.ldm2_cpu.attention(q, k, v, bias)
 
 
 def _leaky_conv(
