@@ -157,7 +157,7 @@ def memory_of(run: Callable[[], object], device: torch.device) -> int | None:
         run()
         return None
     run()
-    return process_bytes("VmHWM") - before
+    return max(0, process_bytes("VmHWM") - before)         # memory is given back in between as well
 
 
 def measure(work: Work, device: torch.device, repeats: int = 3) -> Measured:
