@@ -34,9 +34,23 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& given, const std::optio
   Linear job{rows.count, rows.width, width, rows.stride, rows.tensor.const_data_ptr<float>(),
              weight.const_data_ptr<float>(), bias.has_value() ? shift.const_data_ptr<float>() : nullptr,
              y.data_ptr<float>(), gated};
-  at::parallel_for(0, width / PANEL, 1, [&](int64_t from, int64_t to) {
+  // Pairs of panels are shared out, and the rows too where there are more threads than pairs.
+  int64_t panels = width / PANEL, pairs = ceil_div(panels, 2);
+  int64_t parts = std::min(ceil_div(2 * at::get_num_threads(), pairs), ceil_div(job.rows, 48));
+  if (pairs % at::get_num_threads() == 0) parts = 1;
+  at::parallel_for(0, pairs * parts, 1, [&](int64_t from, int64_t to) {
     static thread_local Scratch scratch;
-    kernels().linear(job, from, to, scratch.get(LINEAR_SCRATCH));
+    float* memory = scratch.get(LINEAR_SCRATCH);
+    while (from < to) {
+      int64_t part = from / pairs, pair = from % pairs, end = std::min(pairs, pair + to - from);
+      int64_t row = job.rows * part / parts;
+      Linear piece = job;
+      piece.rows = job.rows * (part + 1) / parts - row;
+      piece.x += row * job.x_stride;
+      piece.y += row * job.width;
+      kernels().linear(piece, 2 * pair, std::min(2 * end, panels), memory);
+      from += end - pair;
+    }
   });
   return y;
 }
