@@ -216,10 +216,23 @@ def test_operators_have_true_schemas_and_fake_forms(library):
         torch.library.opcheck(library.attention.default, args, test_utils=tests)
 
 
-def test_a_compiled_function_calls_the_kernel(library):
-    x, weight, bias, residual = conv_inputs(1, 32, 32, 8, 4)
-    compiled = torch.compile(lambda x: ops.conv3x3(x, weight, bias, residual), backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x), ops.conv3x3(x, weight, bias, residual))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_function_calls_the_kernels_and_serves_all_lengths(library, dtype):
+    _, weight, bias, _ = (arg.to(dtype) for arg in conv_inputs(1, 32, 32, 8, 4))
+
+    def run(x):
+        x = ops.conv3x3(x, weight, bias).flatten(2).mT
+        q = ops.linear(x, weight[:, :, 0, 0], bias).unflatten(-1, (2, 16)).transpose(1, 2)
+        return ops.attention(q, q, q)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.inference_mode():
+        for frames in (7, 40, 90):
+            x = draw(1, 32, frames, 4).to(dtype)
+            assert torch.equal(compiled(x), run(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_weights_that_do_not_fit_are_refused(library):

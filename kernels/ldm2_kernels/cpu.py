@@ -25,7 +25,7 @@ _PANEL = 16                                                # channels come in mu
 _WIDE, _NARROW = 0, 1                                      # forms of 3x3 kernels; of one axis: the number of taps
 _LINES = (3, 7, 11)                                        # kernel sizes of one axis that have a form
 _FEWEST_CHANNELS = 32                                      # below, the transforms cost more than they save
-_KEPT_TILES = 16                                           # up to here packing costs as much as the product
+_KEPT_TILES = 16                                           # up to here packed weights are kept
 _FEWEST_ROWS = 24                                          # of a linear layer or attention; below, PyTorch is as fast
 _FEWEST_POSITIONS = 256                                    # of a sequence; below, packing costs more than it saves
 
@@ -66,7 +66,7 @@ def load() -> bool:
     return True
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _multiplies_bfloat16() -> bool:
     """Whether this machine has instructions for it, which are as fast as two for float32."""
     return torch.ops.ldm2_cpu.instruction_sets()[0] == "avx512_bf16"
@@ -100,8 +100,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = N
         x = x.contiguous(memory_format=torch.channels_last)
         y = F.conv2d(x, weight, bias, padding=1)
         return y if residual is None else y + residual
-    tiles = len(x) * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
-    return _convolve(x, weight, bias, residual, form, keep=tiles <= _KEPT_TILES)
+    return _convolve(x, weight, bias, residual, form, keep=_is_small(x))
 
 
 @_widened
@@ -174,6 +173,13 @@ def _leaky_conv(
     return y if residual is None else y.add_(residual)
 
 
+def _is_small(x: Tensor) -> bool:
+    """Whether packing costs as much as the product. A compiled model does not ask: it is for maps of any size."""
+    if torch.compiler.is_compiling():
+        return False
+    return len(x) * -(-x.shape[2] // 4) * -(-x.shape[3] // 4) <= _KEPT_TILES
+
+
 def _pays(weight: Tensor) -> bool:
     outs, ins = weight.shape[:2]
     return outs % _PANEL == 0 and ins % _PANEL == 0 and min(outs, ins) >= _FEWEST_CHANNELS
@@ -190,7 +196,7 @@ def _convolve(
 
 def _kept(weight: Tensor, form: int) -> Tensor:
     """Packed weight, kept as long as the weight lives and is not written to."""
-    if torch.compiler.is_compiling() or weight.is_inference():               # no version to tell a write by
+    if weight.is_inference():                              # no version to tell a write by
         return torch.ops.ldm2_cpu.pack(weight, form)
     state = (form, weight._version, weight.data_ptr())
     found = _packs.get(weight)
