@@ -76,7 +76,7 @@ def markdown(about: dict, limits: Limits, rows: Sequence[dict], processes: dict[
     versions = ", ".join(f"{name} {about[name] or 'not installed'}" for name in ("torch", *PACKAGES))
     lines = [
         f"{about['machine']} ({about['cores']} cores, {about['vector_units']}), {about['device']}, "
-        f"{about['threads']} threads, {about['dtype']}, model {about['size']}", "",
+        f"{about['threads']} threads, {_dtypes(about)}, model {about['size']}", "",
         f"python {about['python']}, {versions}, ldm2 {about['ldm2']}", "",
         f"`{about['command']}`", "",
         f"Limits of the machine in the same run: matrix product {limits.flop_rate / 1e9:.0f} GFLOP/s, copy "
@@ -109,6 +109,12 @@ def line(row: dict) -> str:
 def process_line(name: str, peak: float) -> str:
     """A row of the table of processes; peak: bytes."""
     return f"| {name} | {peak / 1e9:.2f} |"
+
+
+def _dtypes(about: dict) -> str:
+    """Of both sides."""
+    same = about["their_dtype"] == about["dtype"]
+    return about["dtype"] if same else f"{about['dtype']} (diffusers: {about['their_dtype']})"
 
 
 def _cell(value: float | None, form: str, scale: float = 1.0) -> str:
