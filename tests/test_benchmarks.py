@@ -75,7 +75,8 @@ def test_the_table_tells_machine_versions_command_failures_and_wide_spreads():
     about = report.about("python -m benchmarks", CPU, {"dtype": "float16", "their_dtype": "float32", "size": "base"})
     table = report.markdown(about, Limits(2e9, 3e9), found, {"ldm2": 2.5e9}, ["a note"])
     for words in (f"torch {torch.__version__}", "`python -m benchmarks`", "float16 (diffusers: float32)",
-                  "matrix product 2 GFLOP/s, copy 3.0 GB/s", "failed: no compiler", "| UNet step | ldm2 | 750.00* |", "| ldm2 | 2.50 |", "a note"):
+                  "matrix product 2 GFLOP/s, copy 3.0 GB/s", "failed: no compiler", "| UNet step | ldm2 | 750.00* |",
+                  "| ldm2 | 2.50 |", "a note"):
         assert words in table
 
 
