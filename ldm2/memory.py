@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ldm2 import weights
 
@@ -30,7 +31,8 @@ class Stage:
 
     At its end the time and the peak of memory go to the log, as information.
     load: for a part that sleeps outside, its weights on the meta device. load(device) reads the module; it is called
-    with "meta" at once, which checks the files but reads no weights, and with `device` each time a stage begins.
+    with "meta" at once, which checks the files but reads no weights, and with `device` each time a stage begins. Who
+    calls a sleeping part gets a RuntimeError: PyTorch's convolutions would take weights of the meta device for numbers.
     """
 
     def __init__(self, name: str, device: torch.device, load: Load | None = None):
@@ -38,24 +40,40 @@ class Stage:
         self.module = None if load is None else load("meta")
         self._load = load
         self._users, self._lock, self._start = 0, threading.Lock(), 0.0
+        self._guards: list[RemovableHandle] = []
+        self._sleep()
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._users:
                 self._start = time.perf_counter()
-                if self._load is not None:
-                    _take_over(self.module, self._load(self.device))
+                self._wake()
             self._users += 1
 
     def __exit__(self, *_) -> None:
         with self._lock:
             self._users -= 1
             if not self._users:
-                if self._load is not None:
-                    self.module.to("meta")
-                    _give_back()
+                self._sleep()
                 elapsed = time.perf_counter() - self._start
                 logger.info("%s: %.2f s, peak memory %s", self.name, elapsed, gigabytes(peak_bytes(self.device)))
+
+    def _wake(self) -> None:
+        if self._load is not None:
+            _take_over(self.module, self._load(self.device))
+            while self._guards:
+                self._guards.pop().remove()
+
+    def _sleep(self) -> None:
+        if self._load is not None:
+            self.module.to("meta")
+            _give_back()
+            callables = self.module, *self.module.children()
+            self._guards = [part.register_forward_pre_hook(self._refuse) for part in callables]
+
+    def _refuse(self, *_) -> None:
+        name = self.name
+        raise RuntimeError(f"the {name} part has its weights in memory only inside `with pipe.stages[{name!r}]:`")
 
 
 def in_stage(name: str) -> Callable[[Callable], Callable]:

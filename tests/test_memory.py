@@ -71,6 +71,19 @@ def test_weights_are_freed_when_a_stage_ends(sparing, name):
     assert weights and not any(reference() is not None for reference in weights)
 
 
+@pytest.mark.parametrize("use", [
+    lambda pipe: pipe.vocoder(torch.zeros(1, 8, 32)),
+    lambda pipe: pipe.vae.decode(torch.zeros(1, *pipe.latent_shape(0.2))),
+    lambda pipe: pipe.vae.encode(torch.zeros(1, 1, 8, 32)).mean,
+])
+def test_a_part_that_sleeps_is_not_used(sparing, usual, use):
+    """PyTorch's convolutions would take weights that are not there for some memory's contents."""
+    with pytest.raises(RuntimeError, match=r"weights in memory only inside `with pipe.stages\['(vae|vocoder)'\]:`"):
+        use(sparing)
+    with sparing.stages["vae"], sparing.stages["vocoder"]:
+        assert torch.equal(use(sparing), use(usual))
+
+
 def test_weights_are_freed_after_an_error(sparing):
     with pytest.raises(ValueError, match="conditioning"):
         sparing.denoise(sparing.encode(PROMPT), latents=torch.zeros(3, *sparing.latent_shape(0.2)), steps=1)
