@@ -42,7 +42,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, tuple]:
         "leaky_relu": (new(*wave), 0.1),
         "add_leaky_relu": (new(*wave), new(*wave), 0.1),
         "add_up": (new(*wave), new(*wave), new(*wave), 3),
-        "residual_block": (new(*wave), new(*wave), None, 3, 0.1, (1, 3, 5), *block),
+        "conv_transpose1d": (new(1, 256, 5120), new(256, 128, 16), new(128), 4, 6),
+        "residual_blocks": (new(*wave), 0.1, ((1, 3, 5),), *block),
         "guide": (new(2, 8, 256, 16), 3.5),
         "axpby": (0.5, new(1, 8, 256, 16).float(), 0.5, new(2, 8, 256, 16), 3.5),
     }

@@ -206,23 +206,38 @@ def add_up(x: Tensor, added: Tensor, total: Tensor | None = None, count: int = 1
 
 
 @_fusible
-def residual_block(
-    x: Tensor, activated: Tensor, total: Tensor | None, count: int, slope: float, dilations: tuple[int, ...],
-    *parameters: Tensor,
-) -> Tensor:
-    """Pairs of a dilated and a plain convolution, each pair beside a skip connection, arXiv:2010.05646 section 2.2.
+def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolution of x (B, C_in, N) with an odd number of taps, zeros beside the sequence -> (B, C_out, N)."""
+    return F.conv1d(x, weight, bias, padding=weight.shape[2] // 2)
 
-    x (B, C, N), activated = leaky_relu(x), parameters: weight and bias of each pair's first and second convolution.
-    Blocks of one input meet in `total`: the result is (total + this block's) / count.
+
+@_fusible
+def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+    """Transposed convolution of x (B, C_in, N), weight (C_in, C_out, taps).
+
+    Result: (B, C_out, (N - 1) stride - 2 padding + taps).
     """
-    for i, dilation in enumerate(dilations):
-        weight1, bias1, weight2, bias2 = parameters[4 * i : 4 * i + 4]
-        half = weight1.shape[2] // 2
-        h = F.conv1d(activated, weight1, bias1, padding=dilation * half, dilation=dilation)
-        h = F.conv1d(leaky_relu(h, slope), weight2, bias2, padding=half)
-        if i + 1 < len(dilations):
-            x, activated = add_leaky_relu(x, h, slope)
-    return add_up(x, h, total, count)
+    return F.conv_transpose1d(x, weight, bias, stride, padding)
+
+
+@_fusible
+def residual_blocks(x: Tensor, slope: float, dilations: tuple[tuple[int, ...], ...], *parameters: Tensor) -> Tensor:
+    """Mean of residual blocks of one input x (B, C, N), the multi-receptive field fusion of arXiv:2010.05646.
+
+    A block is pairs of a dilated and a plain convolution of leaky_relu, each pair beside a skip connection. dilations:
+    those of each block; parameters: weight and bias of each pair's first and second convolution, block by block.
+    """
+    shared, given, total = leaky_relu(x, slope), iter(parameters), None
+    for done, block in enumerate(dilations, start=1):
+        y, activated = x, shared
+        for last, dilation in enumerate(block, start=1 - len(block)):
+            weight, bias = next(given), next(given)
+            h = F.conv1d(activated, weight, bias, padding=dilation * (weight.shape[2] // 2), dilation=dilation)
+            h = conv1d.reference(leaky_relu(h, slope), next(given), next(given))
+            if last:
+                y, activated = add_leaky_relu(y, h, slope)
+        total = add_up(y, h, total, len(dilations) if done == len(dilations) else 1)
+    return total
 
 
 @_fusible

@@ -16,20 +16,18 @@ _LAST_SLOPE = 0.01                                         # before conv_post; n
 
 
 class ResidualBlock(nn.Module):
-    """Pairs of a dilated and a plain convolution, each pair beside a skip connection: (B, C, N) -> (B, C, N)."""
+    """Pairs of a dilated and a plain convolution, each pair beside a skip connection; `ops.residual_blocks` runs it."""
 
-    def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...], slope: float):
+    def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...]):
         super().__init__()
-        self.slope = slope
+        self.dilations = dilations
         self.convs1 = nn.ModuleList([_same_conv(channels, kernel_size, dilation) for dilation in dilations])
         self.convs2 = nn.ModuleList([_same_conv(channels, kernel_size, 1) for _ in dilations])
 
-    def forward(self, x: Tensor, activated: Tensor, total: Tensor | None = None, count: int = 1) -> Tensor:
-        """activated: leaky_relu(x), which blocks share. Their results meet here: (total + this one's) / count."""
+    def weights(self) -> list[Tensor]:
+        """Weight and bias of each pair's first and second convolution."""
         convs = [conv for pair in zip(self.convs1, self.convs2, strict=True) for conv in pair]
-        parameters = [parameter for conv in convs for parameter in (conv.weight, conv.bias)]
-        dilations = tuple(conv.dilation[0] for conv in self.convs1)
-        return ops.residual_block(x, activated, total, count, self.slope, dilations, *parameters)
+        return [parameter for conv in convs for parameter in (conv.weight, conv.bias)]
 
 
 class Vocoder(nn.Module):
@@ -46,7 +44,7 @@ class Vocoder(nn.Module):
             padding = (kernel - rate) // 2
             self.upsampler.append(nn.ConvTranspose1d(widths[i], widths[i + 1], kernel, stride=rate, padding=padding))
             for size, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilations, strict=True):
-                self.resblocks.append(ResidualBlock(widths[i + 1], size, dilations, config.leaky_relu_slope))
+                self.resblocks.append(ResidualBlock(widths[i + 1], size, dilations))
         self.conv_post = nn.Conv1d(widths[-1], 1, 7, padding=3)
         self.register_buffer("mean", torch.zeros(config.num_mels))
         self.register_buffer("scale", torch.ones(config.num_mels))
@@ -62,20 +60,22 @@ class Vocoder(nn.Module):
             raise ValueError(f"mel must be (B, T, {self.config.num_mels}), got {tuple(mel.shape)}")
         if self.config.normalize_before:
             mel = (mel - self.mean) / self.scale
-        x = self.conv_pre(mel.transpose(1, 2))             # (B, T, F) -> (B, C, T)
-        for stage, upsampler in enumerate(self.upsampler):
-            x = upsampler(ops.leaky_relu(x, self.config.leaky_relu_slope))
-            x = self._fuse(stage, x)
-        return torch.tanh(self.conv_post(ops.leaky_relu(x, _LAST_SLOPE))).squeeze(1)
+        x = _same(self.conv_pre, mel.transpose(1, 2))      # (B, T, F) -> (B, C, T)
+        for stage in range(len(self.upsampler)):
+            x = self.upsample(stage, x)
+        return torch.tanh(_same(self.conv_post, ops.leaky_relu(x, _LAST_SLOPE))).squeeze(1)
 
-    def _fuse(self, stage: int, x: Tensor) -> Tensor:
-        """Mean of the stage's residual blocks."""
-        count = len(self.config.resblock_kernel_sizes)
-        blocks = self.resblocks[stage * count : (stage + 1) * count]
-        activated, total = ops.leaky_relu(x, self.config.leaky_relu_slope), None
-        for done, block in enumerate(blocks, start=1):
-            total = block(x, activated, total, count if done == count else 1)
-        return total
+    def upsample(self, stage: int, x: Tensor) -> Tensor:
+        """One stage: (B, C, N) -> (B, C / 2, N times its rate and a few samples more)."""
+        slope, count = self.config.leaky_relu_slope, len(self.config.resblock_kernel_sizes)
+        up, blocks = self.upsampler[stage], self.resblocks[stage * count : (stage + 1) * count]
+        x = ops.conv_transpose1d(ops.leaky_relu(x, slope), up.weight, up.bias, up.stride[0], up.padding[0])
+        weights = [weight for block in blocks for weight in block.weights()]
+        return ops.residual_blocks(x, slope, tuple(block.dilations for block in blocks), *weights)
+
+
+def _same(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    return ops.conv1d(x, conv.weight, conv.bias)
 
 
 def _same_conv(channels: int, kernel_size: int, dilation: int) -> nn.Conv1d:

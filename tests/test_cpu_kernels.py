@@ -42,13 +42,18 @@ def conv_inputs(batch, ins, outs, num_frames, num_bins):
             draw(batch, outs, num_frames, num_bins, seed=3))
 
 
-def block_inputs(size, channels=32, length=301, dilations=(1, 3, 5)):
-    """Arguments of residual_block with pairs of the given kernel size."""
-    x, total = draw(2, channels, length), draw(2, channels, length, seed=1)
+def block_inputs(*sizes, channels=32, length=301, dilations=(1, 3, 5)):
+    """Arguments of residual_blocks with a block of each kernel size."""
     parameters = []
-    for seed in range(2, 2 + 2 * len(dilations)):
+    for seed, size in enumerate(size for size in sizes for _ in range(2 * len(dilations))):
         parameters += [draw(channels, channels, size, seed=seed) / (channels * size) ** 0.5, draw(channels, seed=-seed)]
-    return x, F.leaky_relu(x, 0.1), total, 3, 0.1, dilations, *parameters
+    return draw(2, channels, length), 0.1, (dilations,) * len(sizes), *parameters
+
+
+def transposed_inputs(ins, outs, taps, length, stride):
+    """Arguments of conv_transpose1d with HiFi-GAN's padding."""
+    weight = draw(ins, outs, taps, seed=1) / (ins * taps / stride) ** 0.5
+    return draw(2, ins, length), weight, draw(outs, seed=2), stride, (taps - stride) // 2
 
 
 def linear_inputs(rows, ins, outs):
@@ -87,9 +92,22 @@ def test_conv3x3_is_as_exact_as_the_rule_asks(library, shape):
 
 
 @pytest.mark.parametrize("length", [1, 256, 301])
-@pytest.mark.parametrize("size", [3, 7, 11, 5])
-def test_residual_block_is_as_exact_as_the_rule_asks(library, size, length):
-    assert_within_the_accuracy_rule(ops.residual_block, block_inputs(size, length=length))
+@pytest.mark.parametrize("sizes", [(3,), (7,), (11,), (5,), (3, 7, 11)])
+def test_residual_blocks_are_as_exact_as_the_rule_asks(library, sizes, length):
+    assert_within_the_accuracy_rule(ops.residual_blocks, block_inputs(*sizes, length=length))
+
+
+@pytest.mark.parametrize("taps", [3, 7, 9])
+@pytest.mark.parametrize("ins, outs", [(32, 48), (32, 1), (20, 32)])
+def test_conv1d_is_as_exact_as_the_rule_asks(library, ins, outs, taps):
+    args = draw(2, ins, 301), draw(outs, ins, taps, seed=1) / (ins * taps) ** 0.5, draw(outs, seed=2)
+    assert_within_the_accuracy_rule(ops.conv1d, args)
+
+
+@pytest.mark.parametrize("taps, stride", [(16, 5), (16, 4), (8, 2), (4, 2), (7, 3), (3, 3), (12, 6)])
+@pytest.mark.parametrize("ins, outs, length", [(64, 32, 50), (24, 12, 1), (10, 5, 33)])
+def test_conv_transpose1d_is_as_exact_as_the_rule_asks(library, ins, outs, taps, length, stride):
+    assert_within_the_accuracy_rule(ops.conv_transpose1d, transposed_inputs(ins, outs, taps, length, stride))
 
 
 @pytest.mark.parametrize("ins, outs", [(8, 32), (32, 8), (16, 16), (40, 40)])
@@ -106,7 +124,7 @@ def test_every_instruction_set_of_this_machine_is_as_exact(library):
         for name in others:
             library.use_instruction_set(name)
             assert_within_the_accuracy_rule(ops.conv3x3, conv_inputs(1, 48, 80, 9, 6))
-            assert_within_the_accuracy_rule(ops.residual_block, block_inputs(11))
+            assert_within_the_accuracy_rule(ops.residual_blocks, block_inputs(11))
             assert_within_the_accuracy_rule(ops.linear, linear_inputs(50, 70, 96))
             assert_within_the_accuracy_rule(ops.attention, attention_inputs(50, 300, 48))
     finally:
@@ -130,7 +148,7 @@ def test_memory_layout_does_not_change_the_result(library):
 def test_inputs_are_left_alone(library):
     args = block_inputs(7)
     before = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
-    ops.residual_block(*args)
+    ops.residual_blocks(*args)
     assert all(torch.equal(a, b) for a, b in zip(args, before) if isinstance(a, torch.Tensor))
 
 
@@ -189,7 +207,9 @@ def test_other_dtypes_are_left_to_pytorch(library):
 @pytest.mark.parametrize("operation, args", [
     (ops.conv3x3, conv_inputs(1, 32, 48, 9, 8)),
     (ops.conv1x1, (draw(1, 32, 5, 3), draw(48, 32, 1, 1, seed=1), draw(48, seed=2))),
-    (ops.residual_block, block_inputs(7)),
+    (ops.residual_blocks, block_inputs(7, 3)),
+    (ops.conv1d, (draw(1, 32, 301), draw(48, 32, 7, seed=1), draw(48, seed=2))),
+    (ops.conv_transpose1d, transposed_inputs(32, 16, 8, 50, 2)),
     (ops.linear, linear_inputs(30, 40, 48)),
     (ops.linear_geglu, linear_inputs(30, 40, 64)),
 ])

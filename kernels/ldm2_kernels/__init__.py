@@ -30,12 +30,16 @@ MODULES: dict[str, dict[str, str | None]] = {
         "leaky_relu": None,
         "conv3x3": None,                                   # cuDNN
         "conv1x1": None,
-        "residual_block": None,                            # cuDNN, and the operations above between its convolutions
+        "conv1d": None,
+        "conv_transpose1d": None,
+        "residual_blocks": None,                           # cuDNN, and the operations above between its convolutions
     },
     "cpu": {
         "conv3x3": "ldm2_kernels.cpu",
         "conv1x1": "ldm2_kernels.cpu",
-        "residual_block": "ldm2_kernels.cpu",
+        "conv1d": "ldm2_kernels.cpu",
+        "conv_transpose1d": "ldm2_kernels.cpu",
+        "residual_blocks": "ldm2_kernels.cpu",
         "group_norm": None,                                # memory-bound, and a small part of a step
         "group_norm_silu": None,
         "layer_norm": None,

@@ -112,20 +112,42 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @_widened
-def residual_block(
-    x: Tensor, activated: Tensor, total: Tensor | None, count: int, slope: float, dilations: tuple[int, ...],
-    *parameters: Tensor,
-) -> Tensor:
-    """The activation belongs to the loads of a convolution, the sum to its stores: `activated` is not needed."""
+def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As the convolutions of the residual blocks, with nothing before it."""
+    return NotImplemented if x.dtype != torch.float32 else _leaky_conv(x, weight, bias, None, 1, 1.0)
+
+
+@_widened
+def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+    """One matrix product: a window of inputs gives the `stride` outputs that depend on no others. Channels are last."""
     if x.dtype != torch.float32:
         return NotImplemented
-    for i, dilation in enumerate(dilations):
-        weight1, bias1, weight2, bias2 = parameters[4 * i : 4 * i + 4]
-        h = _leaky_conv(x, weight1, bias1, None, dilation, slope)
-        x = _leaky_conv(h, weight2, bias2, x, 1, slope)
-    if total is not None:
-        x += total
-    return x if count == 1 else x.div_(count)
+    (batch, _, length), (ins, outs, taps) = x.shape, weight.shape
+    reach = -(-taps // stride)                             # inputs in a window; between them and the next item, zeros
+    steps = length + 2 * (reach - 1)
+    padded = x.new_zeros(batch * steps + reach - 1, ins)
+    padded[: batch * steps].view(batch, steps, ins)[:, reach - 1 : reach - 1 + length] = x.mT
+    windows = padded.flatten().unfold(0, reach * ins, ins)                   # (B * steps, reach * C_in)
+    blocks = weight.new_zeros(stride, outs, reach, ins)
+    parts = weight.flatten(1).T.contiguous().view(outs, taps, ins).split(stride, dim=1)
+    for i, part in enumerate(reversed(parts)):             # the last input of a window meets the first taps
+        blocks[: part.shape[1], :, i] = part.transpose(0, 1)
+    y = linear(windows, blocks.view(stride * outs, reach * ins), bias.repeat(stride))
+    return y.view(batch, steps * stride, outs)[:, padding : (length - 1) * stride + taps - padding].mT
+
+
+def residual_blocks(x: Tensor, slope: float, dilations: tuple[tuple[int, ...], ...], *parameters: Tensor) -> Tensor:
+    """The activation belongs to the loads of a convolution, the sum to its stores. Weights are widened one by one."""
+    if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and _multiplies_bfloat16()):
+        return NotImplemented
+    wide, given, total = x.float(), iter(parameters), None
+    for block in dilations:
+        y = wide
+        for dilation in block:
+            h = _leaky_conv(y, next(given), next(given), None, dilation, slope)
+            y = _leaky_conv(h, next(given), next(given), y, 1, slope)
+        total = y if total is None else total.add_(y)
+    return total.div_(len(dilations)).to(x.dtype)
 
 
 @_widened
@@ -165,11 +187,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 def _leaky_conv(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, dilation: int, slope: float
 ) -> Tensor:
-    """conv(leaky_relu(x)) + residual, of the length of x."""
-    size = weight.shape[2]
+    """conv(leaky_relu(x)) + residual, of the length of x, in float32."""
+    weight, bias, size = weight.float(), bias.float(), weight.shape[2]
     if size in _LINES and _pays(weight) and len(x) * x.shape[2] >= _FEWEST_POSITIONS:
         return _convolve(x, weight, bias, residual, size, False, dilation, slope)
-    y = F.conv1d(F.leaky_relu(x, slope), weight, bias, padding=dilation * (size // 2), dilation=dilation)
+    x = x if slope == 1.0 else F.leaky_relu(x, slope)
+    y = F.conv1d(x, weight, bias, padding=dilation * (size // 2), dilation=dilation)
     return y if residual is None else y.add_(residual)
 
 

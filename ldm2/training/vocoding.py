@@ -68,11 +68,10 @@ def start(vocoder: Vocoder) -> None:
 
 def strengths(vocoder: Vocoder, mel: Tensor) -> Tensor:
     """Amplitudes of the carriers that enter the last upsampler for mel (B, 1, T, F): (B, atoms, T)."""
-    slope = vocoder.config.leaky_relu_slope
     x = vocoder.conv_pre(mel[:, 0].mT)
-    for stage, upsampler in enumerate(vocoder.upsampler[:-1]):
-        x = vocoder._fuse(stage, upsampler(F.leaky_relu(x, slope)))
-    return _UNIT * F.leaky_relu(x, slope)
+    for stage in range(len(vocoder.upsampler) - 1):
+        x = vocoder.upsample(stage, x)
+    return _UNIT * F.leaky_relu(x, vocoder.config.leaky_relu_slope)
 
 
 class Teacher:
