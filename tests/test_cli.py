@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -9,12 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 
 from ldm2 import audio, options
 from ldm2.__main__ import main
+from ldm2.pipeline import AudioLDM2
 from ldm2.recipe import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +29,10 @@ def ldm2(*arguments, cwd, **keywords) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ldm2", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, **keywords)
+
+
+def _raise(error: Exception):
+    raise error
 
 
 @pytest.fixture
@@ -178,6 +185,35 @@ def test_ctrl_c_ends_with_130_and_leaves_no_file(tiny_checkpoint, tmp_path, monk
     assert "stopped" in capsys.readouterr().err
     assert len(calls) == 3
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fail", [
+    lambda: torch.empty(1 << 60),
+    lambda: np.empty(1 << 50),
+    functools.partial(_raise, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nGPU 0 has a")),
+])
+def test_no_memory_is_one_line_and_exit_code_1(tiny_checkpoint, tmp_path, monkeypatch, capsys, fail):
+    monkeypatch.setattr(AudioLDM2, "decode", lambda *_, **__: fail())
+    arguments = ["generate", PROMPT, "--model", str(tiny_checkpoint), "--steps", "1", "--seconds", "0.2"]
+    assert main([*arguments, "-o", str(tmp_path / "a.wav"), "-q"]) == 1
+    assert capsys.readouterr().err.startswith("ldm2: error: out of memory: --low-memory, ")
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_errors_of_pytorch_are_not_taken_for_it(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(AudioLDM2, "decode", lambda *_, **__: _raise(RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        main(["generate", PROMPT, "--model", str(tiny_checkpoint), "--steps", "1", "--seconds", "0.2", "-q"])
+
+
+def test_waiting_threads_sleep_unless_told_otherwise(tmp_path):
+    """Those of OpenMP, which PyTorch starts: spinning ones starve a busy machine."""
+    program = "import os, sys, ldm2.__main__ as cli; cli.main(['models']); print(os.environ['OMP_WAIT_POLICY'])"
+    for given, expected in ((None, "passive"), ("active", "active")):
+        env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        env |= {"PYTHONPATH": str(ROOT)} | ({} if given is None else {"OMP_WAIT_POLICY": given})
+        done = subprocess.run([sys.executable, "-c", program], env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == expected
 
 
 def test_help_imports_nothing_heavy(tmp_path):
