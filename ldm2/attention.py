@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ldm2 import ops
@@ -39,7 +40,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, num_heads: int, context_dim: int | None = None):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.joins, self.joined = num_heads, context_dim is None, False
         context_dim = channels if context_dim is None else context_dim
         self.to_q = Linear(channels, channels, bias=False)
         self.to_k = Linear(context_dim, channels, bias=False)
@@ -50,13 +51,40 @@ class Attention(nn.Module):
         """Keys and values of a context (B, L, context_dim)."""
         return Memory(self._split(self.to_k(context)), self._split(self.to_v(context)), bias)
 
+    def join_projections(self) -> None:
+        """Lay the weights of q, k and v one behind the other, as one matrix. They stay three parameters."""
+        if self.joins:
+            layers = self.to_q, self.to_k, self.to_v
+            joint = torch.cat([layer.weight.detach() for layer in layers])
+            for layer, weight in zip(layers, joint.chunk(3), strict=True):
+                layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+            self.joined = True
+
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
         """Attends to `memory`, to x itself if None. A memory of k * B rows tiles the B rows of x."""
-        if memory is None:
-            memory = self.remember(x)
-        q = repeat_rows(self._split(self.to_q(x)), memory.keys.shape[0])
+        joint = self._joint() if memory is None else None
+        if joint is not None:
+            q, keys, values = map(self._split, ops.linear(x, joint).chunk(3, dim=-1))
+            memory = Memory(keys, values)
+        else:
+            memory = self.remember(x) if memory is None else memory
+            q = repeat_rows(self._split(self.to_q(x)), memory.keys.shape[0])
         out = ops.attention(q, memory.keys, memory.values, memory.bias)      # (B, H, Q, D)
         return self.to_out[0](out.transpose(1, 2).flatten(2))                # (B, Q, C)
+
+    def _joint(self) -> Tensor | None:
+        """The weights of q, k and v as one, where they still lie so: whoever moves or replaces them parts them."""
+        if not self.joined or torch.compiler.is_compiling():
+            return None
+        parts = [layer.weight for layer in (self.to_q, self.to_k, self.to_v)]
+        first = parts[0]
+        together = all(
+            part.is_contiguous() and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and part.storage_offset() == first.storage_offset() + i * first.numel() for i, part in enumerate(parts)
+        )
+        if not together or (torch.is_grad_enabled() and any(part.requires_grad for part in parts)):
+            return None
+        return first.as_strided((3 * first.shape[0], first.shape[1]), (first.shape[1], 1))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)         # (B, L, C) -> (B, H, L, D)

@@ -23,7 +23,7 @@ def repeat_rows(x: Tensor, rows: int) -> Tensor:
     """
     if x.shape[0] == rows:
         return x
-    return x.repeat(rows // x.shape[0], *[1] * (x.dim() - 1))
+    return torch.cat([x] * (rows // x.shape[0]))           # which keeps channels last in memory
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:

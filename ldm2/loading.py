@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ldm2 import hub, original, weights
+from ldm2 import hub, layout, original, weights
 from ldm2.compilation import check_compiler, compile_step
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
 from ldm2.memory import Load, Stage
@@ -128,7 +128,7 @@ def _from_original(
 def _parts(loads: dict[str, Load], device: torch.device, low_memory: bool) -> dict:
     """The modules by their names, as AudioLDM2 takes them; with low_memory asleep outside of their stages."""
     if not low_memory:
-        return {name: load(device) for name, load in loads.items()}
+        return {name: layout.arrange(load(device)) for name, load in loads.items()}
     stages = [Stage(name, device, load) for name, load in loads.items()]
     return {stage.name: stage.module for stage in stages} | {"stages": stages}
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ldm2 import weights
+from ldm2 import layout, weights
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class Stage:
     def _wake(self) -> None:
         if self._load is not None:
             _take_over(self.module, self._load(self.device))
+            layout.arrange(self.module)
             while self._guards:
                 self._guards.pop().remove()
 

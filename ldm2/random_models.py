@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ldm2 import weights
+from ldm2 import layout, weights
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
 from ldm2.encoders import ClapText, T5Text
 from ldm2.gpt2 import Projection, ProjectionConfig, load_gpt2, load_projection
@@ -88,7 +88,7 @@ def pipeline(
             "vocoder": Vocoder(VocoderConfig.from_dict(config["vocoder"])),
         }
     for module in modules.values():
-        weights.load(module, random_tensors(module), source="random weights", **where)
+        layout.arrange(weights.load(module, random_tensors(module), source="random weights", **where))
     schedule = Schedule.from_json(BUNDLED / "tiny/scheduler/scheduler_config.json")
     return AudioLDM2(
         **modules, text=_text(config, reference, where), schedule=schedule, **where,

@@ -5,17 +5,18 @@ The interpreter takes more than the compiler does; this shows that the kernels a
 
 import sys
 
-from ldm2_kernels import geglu, group_norm, layer_norm, leaky_relu, update
+from ldm2_kernels import convolution, geglu, group_norm, layer_norm, leaky_relu, update
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-INTEGERS = ("shift_stride", "groups", "width", "positions", "rows", "x_stride", "gate_stride", "count", "size")
+INTEGERS = ("shift_stride", "width", "positions", "rows", "x_stride", "gate_stride", "count", "size")
 FLOATS = ("eps", "slope", "scale", "a", "b")
 ALWAYS_FLOAT32 = ("moments",)
 
-WHOLE = {"BLOCK": group_norm.WHOLE, "SILU": True}
-PART = {"BLOCK": group_norm.PART}
+GROUPS = {"groups": 32, "width": 12}
+WHOLE = {"BLOCK": group_norm.WHOLE, "SILU": True, **GROUPS}
+PART = {"BLOCK": group_norm.PART, **GROUPS}
 PLAIN = {"SHIFT": False, "shift": None, "shift_stride": 0}
 KERNELS = [
     *[(group_norm._whole, {"CHANNELS_LAST": last, **shift, **WHOLE})
@@ -24,6 +25,7 @@ KERNELS = [
       for last in (False, True) for shift in ({"SHIFT": True}, PLAIN)],
     *[(group_norm._normalise, {"CHANNELS_LAST": last, **shift, **PART, "SILU": False, "PARTS": 128})
       for last in (False, True) for shift in ({"SHIFT": True}, PLAIN)],
+    *[(convolution._add, {"BLOCK": convolution.BLOCK, "CHANNELS": 640, "LAST": last}) for last in (False, True)],
     (layer_norm._kernel, {"ROWS": 4, "BLOCK": 1024}),
     (geglu._kernel, {"BLOCK": geglu.BLOCK}),
     (leaky_relu._activate, {"BLOCK": leaky_relu.BLOCK}),

@@ -19,6 +19,12 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def full_float32():
+    """On CUDA convolutions of float32 are those of TF32 by default, which has the 10 bits of float16."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture(autouse=True)
 def same_numbers():
     """What a test draws without a generator of its own is the same in each run and order."""

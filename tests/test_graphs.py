@@ -204,7 +204,7 @@ def test_on_the_cpu_the_unet_is_its_own_acceleration(unet):
 @pytest.mark.cuda
 @on_cuda
 @torch.no_grad()
-@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-3), (torch.float16, 1e-2)])
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-3), (torch.float16, 2e-2)])
 def test_a_cuda_graph_answers_as_the_unet_does(dtype, atol):
     unet = ours_of(checkpoints.unet()).to("cuda", dtype)
     conditioning = unet.prepare(condition(unet.config, 2).to("cuda", dtype))

@@ -13,7 +13,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from ldm2_kernels import geglu, group_norm, layer_norm, leaky_relu, update  # noqa: E402
+from ldm2_kernels import convolution, geglu, group_norm, layer_norm, leaky_relu, update  # noqa: E402
 
 from ldm2 import ops  # noqa: E402
 
@@ -110,6 +110,31 @@ def test_a_shift_may_be_much_larger_than_what_it_is_added_to(small_parts):
     x, weight, bias, shift = norm_inputs(1, 2, 11, 5, dtype=torch.float32, rows=1)
     kernel, reference = group_norm.group_norm_silu, ops.group_norm_silu.reference
     assert_as_exact_as_pytorch(kernel, reference, x, 2, weight, bias, 1e-5, shift + 1e3)
+
+
+def last(x):
+    return x.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("channels, size", [(6, (5, 3)), (640, (4, 2)), (48, (9, 7)), (1, (3, 5))])
+@pytest.mark.parametrize("layouts", ["cc", "cl", "lc", "ll"])
+def test_bias_and_residual_behind_a_convolution(dtype, channels, size, layouts):
+    x, weight = draw(2, 4, *size, dtype=dtype), draw(channels, 4, 3, 3, seed=1, dtype=dtype)
+    bias, residual = draw(channels, seed=2, dtype=dtype), draw(2, channels, *size, seed=3, dtype=dtype)
+    x, residual = (last(tensor) if layout == "l" else tensor for layout, tensor in zip(layouts, (x, residual)))
+    y = assert_as_exact_as_pytorch(convolution.conv3x3, ops.conv3x3.reference, x, weight, bias, residual)
+    if layouts[0] == "l" and channels > 1:
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_as_exact_as_pytorch(convolution.conv3x3, ops.conv3x3.reference, x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_1x1_convolution_keeps_the_layout(dtype):
+    x, weight, bias = draw(2, 6, 5, 3, dtype=dtype), draw(8, 6, 1, 1, seed=1, dtype=dtype), draw(8, seed=2, dtype=dtype)
+    for given, layout in ((x, torch.contiguous_format), (last(x), torch.channels_last)):
+        y = assert_as_exact_as_pytorch(convolution.conv1x1, ops.conv1x1.reference, given, weight, bias)
+        assert y.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

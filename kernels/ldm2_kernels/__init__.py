@@ -28,9 +28,9 @@ MODULES: dict[str, dict[str, str | None]] = {
         "linear_geglu": None,                              # cuBLAS, and the operation above
         "layer_norm": None,
         "leaky_relu": None,
-        "conv3x3": None,                                   # cuDNN
-        "conv1x1": None,
-        "conv1d": None,
+        "conv3x3": "ldm2_kernels.convolution",
+        "conv1x1": "ldm2_kernels.convolution",
+        "conv1d": None,                                    # cuDNN
         "conv_transpose1d": None,
         "residual_blocks": None,                           # cuDNN, and the operations above between its convolutions
     },

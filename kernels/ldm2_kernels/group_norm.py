@@ -17,8 +17,12 @@ PART = 4096                                                # of one that several
 
 
 @triton.jit
-def _address(n, row, groups, width, positions, CHANNELS_LAST: tl.constexpr):
-    """Of the elements n of a group: channel, start of the image and place in it. row = image * groups + group."""
+def _address(n, row, groups: tl.constexpr, width: tl.constexpr, positions, CHANNELS_LAST: tl.constexpr):
+    """Of the elements n of a group: channel, start of the image and place in it. row = image * groups + group.
+
+    Groups and their width are constants of the program: only then does the compiler see that channels-last elements lie
+    together, and reads several at once.
+    """
     image, group = row // groups, row % groups
     start = image.to(tl.int64) * groups * width * positions
     if CHANNELS_LAST:
@@ -29,7 +33,8 @@ def _address(n, row, groups, width, positions, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def _read(
-    x, shift, shift_stride, n, end, row, groups, width, positions, SHIFT: tl.constexpr, CHANNELS_LAST: tl.constexpr
+    x, shift, shift_stride, n, end, row, groups: tl.constexpr, width: tl.constexpr, positions,
+    SHIFT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):
     """x + shift at the elements n < end of a group in float32, 0 behind."""
     channel, start, place = _address(n, row, groups, width, positions, CHANNELS_LAST)
@@ -41,7 +46,8 @@ def _read(
 
 @triton.jit
 def _write(
-    y, value, weight, bias, n, end, row, groups, width, positions, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr
+    y, value, weight, bias, n, end, row, groups: tl.constexpr, width: tl.constexpr, positions,
+    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):
     """Standardised values, scaled and shifted per channel, at the elements n < end of a group."""
     channel, start, place = _address(n, row, groups, width, positions, CHANNELS_LAST)
@@ -62,7 +68,7 @@ def _moments_of(value, n, start, end):
 
 @triton.jit
 def _whole(
-    x, shift, weight, bias, y, shift_stride, groups, width, positions, eps,
+    x, shift, weight, bias, y, shift_stride, groups: tl.constexpr, width: tl.constexpr, positions, eps,
     SHIFT: tl.constexpr, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):
     row, n = tl.program_id(0), tl.arange(0, BLOCK)
@@ -75,7 +81,7 @@ def _whole(
 
 @triton.jit
 def _moments(
-    x, shift, moments, shift_stride, groups, width, positions,
+    x, shift, moments, shift_stride, groups: tl.constexpr, width: tl.constexpr, positions,
     SHIFT: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):
     row, part = tl.program_id(0), tl.program_id(1)
@@ -90,7 +96,7 @@ def _moments(
 
 @triton.jit
 def _normalise(
-    x, shift, moments, weight, bias, y, shift_stride, groups, width, positions, eps,
+    x, shift, moments, weight, bias, y, shift_stride, groups: tl.constexpr, width: tl.constexpr, positions, eps,
     SHIFT: tl.constexpr, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):
     row, parts, size = tl.program_id(0), tl.num_programs(1), width * positions
@@ -120,11 +126,11 @@ def _layout(x: Tensor) -> torch.memory_format:
 def _group_norm(x, num_groups, weight, bias, eps, shift, silu):
     layout = _layout(x)
     x, y = x.contiguous(memory_format=layout), torch.empty_like(x, memory_format=layout)
-    shift = None if shift is None else shift.contiguous()
     batch, channels = x.shape[:2]
     width, positions = channels // num_groups, x[0, 0].numel()
     size, rows = width * positions, batch * num_groups
-    by_row = 0 if shift is None or len(shift) == 1 else channels
+    shift = shift if shift is None or shift.stride(1) == 1 else shift.contiguous()
+    by_row = 0 if shift is None or len(shift) == 1 else shift.stride(0)
     shape = {"shift_stride": by_row, "groups": num_groups, "width": width, "positions": positions}
     flags = {"SHIFT": shift is not None, "CHANNELS_LAST": layout == torch.channels_last}
     with torch.cuda.device_of(x):
