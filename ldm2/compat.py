@@ -24,6 +24,7 @@ from torch import Tensor
 from ldm2 import hub, loading, pipeline, samplers
 from ldm2.conditioning import Conditioning
 from ldm2.schedules import Schedule
+from ldm2.text import TextEncoder
 
 # The scheduler classes of diffusers and the samplers that compute the same.
 SAMPLERS = {
@@ -61,7 +62,9 @@ class AudioLDM2Pipeline:
     def __init__(self, folder: Path, reference: str, dtype: torch.dtype):
         self._folder, self._reference = folder, reference
         self._progress = True
-        self._load("cpu", dtype)
+        self._model = loading.load(
+            folder, reference=reference, device="cpu", dtype=str(dtype).removeprefix("torch.")
+        )
         self._sample_size = _read(folder / "unet/config.json").get("sample_size")
         self.scheduler = Scheduler(_read(folder / "scheduler/scheduler_config.json"))
 
@@ -75,11 +78,6 @@ class AudioLDM2Pipeline:
         name = str(pretrained_model_name_or_path)
         folder = hub.resolve(name, revision=revision, local_files_only=local_files_only)
         return cls(folder, reference, torch_dtype if dtype is None else dtype)
-
-    def _load(self, device: str, dtype: torch.dtype) -> None:
-        self._model = loading.load(
-            self._folder, reference=self._reference, device=device, dtype=str(dtype).removeprefix("torch.")
-        )
 
     @property
     def unet(self):
@@ -123,18 +121,24 @@ class AudioLDM2Pipeline:
         self._model.schedule = Schedule.from_dict(config | {"_class_name": name})
         self._scheduler, self._sampler = value, sampler
 
-    def to(self, *targets: str | torch.device | torch.dtype) -> AudioLDM2Pipeline:
-        """Move to a device, to a dtype, or both. Returns self."""
-        device, dtype = str(self.device), self.dtype
+    def to(
+        self, *targets: str | torch.device | torch.dtype, device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> AudioLDM2Pipeline:
+        """Move to a device, to a dtype, or both, with the weights as they are now. Returns self.
+
+        The text encoders are read again for another dtype: which of their matrices stay float32 depends on it.
+        """
+        model = self._model
         for target in targets:
-            if isinstance(target, torch.dtype):
-                dtype = target
-            else:
-                device = str(target)
-        if (torch.device(device), dtype) != (self.device, self.dtype):
-            schedule = self._model.schedule
-            self._load(device, dtype)
-            self._model.schedule = schedule
+            device, dtype = (device, target) if isinstance(target, torch.dtype) else (target, dtype)
+        device = model.device if device is None else loading.choose_device(str(device))
+        dtype = model.dtype if dtype is None else loading.choose_dtype(str(dtype).removeprefix("torch."), device)
+        if dtype != model.dtype:
+            text = TextEncoder.from_folder(self._folder, reference=self._reference, device=device, dtype=dtype)
+            model.move(device, dtype, text)
+        elif device != model.device:
+            model.move(device, dtype, model.text.to(device))
         return self
 
     def set_progress_bar_config(self, disable: bool = False) -> None:

@@ -87,12 +87,11 @@ def _from_folder(folder: Path, reference: str, settings: dict, low_memory: bool)
         name = build.__name__.lower()
         loads[name] = functools.partial(_part, build, config, folder / name, dtype=dtype)
     parts = _parts(loads, settings["device"], low_memory)
-    text = parts["text"]
     return AudioLDM2(
         **parts,
         schedule=Schedule.from_json(folder / "scheduler/scheduler_config.json"),
         defaults=_checkpoint_defaults(folder),
-        make_ranker=lambda: Ranker.from_folder(folder, text.clap, device=settings["device"]),
+        make_ranker=lambda clap, device: Ranker.from_folder(folder, clap, device=device),
         **settings,
     )
 
@@ -114,13 +113,11 @@ def _from_original(
 
     loads = {name: functools.partial(load, name) for name in ("unet", "vae", "vocoder", "text")}
     parts = _parts(loads, settings["device"], low_memory)
-    text = parts["text"]
     can_rank = "text_encoder" in found
     return AudioLDM2(
         **parts,
         schedule=original.schedule(found, str(path)),
-        make_ranker=(lambda: original.ranker(read(), text.clap, device=settings["device"], **where))
-        if can_rank else None,
+        make_ranker=(lambda clap, device: original.ranker(read(), clap, device=device, **where)) if can_rank else None,
         **settings,
     )
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm2 import __version__, chunks, edit, inputs, reconstruction, samplers
+from ldm2 import __version__, chunks, edit, inputs, layout, reconstruction, samplers
 from ldm2.conditioning import Conditioning
+from ldm2.encoders import ClapText
 from ldm2.guidance import Guidance
 from ldm2.memory import STAGES, Stage, in_stage
 from ldm2.noise import SeededNoise
@@ -34,6 +35,7 @@ from ldm2.vocoder import Vocoder
 from ldm2.windows import Window, average, plan
 
 Callback = Callable[[int, int, Tensor], object]
+MakeRanker = Callable[[ClapText, torch.device], Ranker]
 
 
 class NonFiniteError(ArithmeticError):
@@ -45,7 +47,7 @@ class AudioLDM2:
 
     unet, vae, vocoder: the modules; text: the text encoders; schedule: the noise schedule of the training.
     device, dtype: where and in which precision the UNet, VAE and vocoder run; the sampler's state stays float32.
-    make_ranker:   loads what ranks candidates (CLAP's audio branch) when it is first needed.
+    make_ranker:   make_ranker(clap, device) loads what ranks candidates (CLAP's audio branch) when it is first needed.
     stages:        those whose parts sleep outside of them, weights on the meta device (`ldm2.load(low_memory=True)`):
                    whoever uses such a part directly does so `with pipe.stages["unet"]:`.
     """
@@ -53,7 +55,7 @@ class AudioLDM2:
     def __init__(
         self, unet: UNet, vae: VAE, vocoder: Vocoder, text: TextEncoder, schedule: Schedule, *,
         device: torch.device, dtype: torch.dtype, defaults: Mapping[str, object] = DEFAULTS,
-        origin: Mapping[str, object] | None = None, make_ranker: Callable[[], Ranker] | None = None,
+        origin: Mapping[str, object] | None = None, make_ranker: MakeRanker | None = None,
         stages: Sequence[Stage] = (),
     ):
         self.unet, self.vae, self.vocoder, self.text, self.schedule = unet, vae, vocoder, text, schedule
@@ -63,6 +65,15 @@ class AudioLDM2:
         self._make_ranker, self._ranker = make_ranker, None
         self.stages = {name: Stage(name, device) for name in STAGES} | {stage.name: stage for stage in stages}
         self.low_memory = bool(stages)
+
+    def move(self, device: torch.device, dtype: torch.dtype, text: TextEncoder) -> None:
+        """Move UNet, VAE and vocoder, with the weights they have now. text: the text side, which is there already."""
+        for module in (self.unet, self.vae, self.vocoder):
+            layout.arrange(module.to(device, dtype))
+        self.device, self.dtype, self.text, self._ranker = device, dtype, text, None
+        self.origin |= {"dtype": str(dtype)[6:]}
+        for stage in self.stages.values():
+            stage.device = device
 
     @property
     def sample_rate(self) -> int:
@@ -344,7 +355,7 @@ class AudioLDM2:
         """
         if self._make_ranker is None:
             raise ValueError("this checkpoint has no CLAP audio branch to rank with: ask for one waveform a prompt")
-        ranker = self._ranker or self._make_ranker()
+        ranker = self._ranker or self._make_ranker(self.text.clap, self.device)
         if not self.low_memory:
             self._ranker = ranker
         with self.stages["text"]:                          # whose branch of CLAP the ranker uses

@@ -105,6 +105,33 @@ def test_moving_to_a_dtype_keeps_the_scheduler(tiny_checkpoint):
     assert np.isfinite(pipe("a dog", num_inference_steps=2, audio_length_in_s=0.1).audios).all()
 
 
+@pytest.mark.parametrize("how", [lambda pipe: pipe.to(torch.bfloat16), lambda pipe: pipe.to(dtype=torch.bfloat16),
+                                 lambda pipe: pipe.to(device="cpu", dtype=torch.bfloat16)])
+def test_moving_keeps_the_modules_and_what_was_written_to_them(tiny_checkpoint, how):
+    pipe = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint)
+    parts = pipe.unet, pipe.vae, pipe.vocoder
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(7)
+    how(pipe)
+    assert all(now is before for now, before in zip((pipe.unet, pipe.vae, pipe.vocoder), parts))
+    assert torch.equal(pipe.unet.conv_out.bias, torch.full_like(pipe.unet.conv_out.bias, 7, dtype=torch.bfloat16))
+
+
+def test_moving_gives_the_sound_of_the_dtype_and_ranks(tiny_checkpoint):
+    settings = {"num_inference_steps": 2, "audio_length_in_s": 0.1, "num_waveforms_per_prompt": 2}
+    moved = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint)
+    moved("a dog", **settings)
+    moved.to(torch.float16)
+    loaded = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint, torch.float16)
+    sounds = [pipe("a dog", generator=torch.Generator().manual_seed(1), **settings).audios for pipe in (moved, loaded)]
+    assert np.array_equal(*sounds)
+
+
+def test_moving_to_what_is_not_there_is_refused(ours):
+    with pytest.raises(ValueError, match="unknown device 'abacus'"):
+        ours.to("abacus")
+
+
 @pytest.mark.parametrize("arguments, message", [
     ({}, "prompt"),
     ({"prompt": "a", "prompt_embeds": torch.zeros(1, 3, 32)}, "not both"),

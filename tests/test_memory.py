@@ -103,7 +103,7 @@ def test_the_ranking_branch_is_not_kept(tiny_checkpoint, monkeypatch):
     pipe = ldm2.load(tiny_checkpoint, low_memory=True)
     made = []
     make = pipe._make_ranker
-    monkeypatch.setattr(pipe, "_make_ranker", lambda: made.append(make()) or made[-1])
+    monkeypatch.setattr(pipe, "_make_ranker", lambda *where: made.append(make(*where)) or made[-1])
     pipe.generate(PROMPT, **SETTINGS)
     assert not made
     pipe.generate(PROMPT, num_waveforms=2, **SETTINGS)
