@@ -27,3 +27,8 @@ def compile_step(unet: UNet) -> None:
     is compiled lands in torch's cache on disk, so that the next process takes it from there.
     """
     unet.with_features = torch.compile(unet.with_features, dynamic=True)     # `forward` is a call of it
+
+
+def is_compiled(unet: UNet) -> bool:
+    """Whether `compile_step` was called for it."""
+    return "with_features" in vars(unet)

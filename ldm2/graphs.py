@@ -20,16 +20,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ldm2 import ops
 from ldm2.attention import Memory
+from ldm2.compilation import is_compiled
 from ldm2.unet import PreparedConditioning, UNet
 
 BUCKET = 8                                                 # tokens
-WARM_UP = 2                                                # ordinary calls of a shape before it is recorded
+WARM_UP = 2                                                # calls after which a shape is worth a recording
 KEPT = 8                                                   # graphs of one UNet
 
 Results = tuple[Tensor, ...]
 Capture = Callable[[Callable[[], Results]], tuple[Callable[[], object], Results]]
 
-_graphs: WeakIdKeyDictionary = WeakIdKeyDictionary()       # first parameter of a UNet -> its Graphs, which die with it
+_graphs: WeakIdKeyDictionary = WeakIdKeyDictionary()       # first parameter of a UNet -> its Graphs, gone with it
 
 
 def accelerated(unet: UNet) -> UNet | GraphedUNet:
@@ -38,15 +39,22 @@ def accelerated(unet: UNet) -> UNet | GraphedUNet:
     The latter where it is not on CUDA or the current stream is not the default one. Calls for which gradients are
     recorded, or under `ops.backend("reference")`, go to the UNet as well.
     """
-    first = next(unet.parameters())
-    device = first.device
+    device = next(unet.parameters()).device
     if device.type != "cuda" or torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
         return unet
-    addresses = tuple(parameter.data_ptr() for parameter in unet.parameters())
-    graphs = _graphs.get(first)
-    if graphs is None or graphs.addresses != addresses:
-        graphs = _graphs[first] = Graphs(CudaCapture(device), addresses)
-    return GraphedUNet(unet, graphs)
+    return GraphedUNet(unet, graphs_of(unet, device))
+
+
+def graphs_of(unet: UNet, device: torch.device) -> Graphs:
+    """Those that exist, unless its weights have moved since. A compiled UNet has its own beside those of the plain one.
+    """
+    first, addresses = next(unet.parameters()), tuple(parameter.data_ptr() for parameter in unet.parameters())
+    kinds, compiled = _graphs.setdefault(first, {}), is_compiled(unet)
+    if compiled not in kinds or kinds[compiled].addresses != addresses:
+        # A recording is preceded by a call like it. A compiled UNet would be compiled anew there, as the recording's
+        # inputs are no inference tensors: so let that be its only one.
+        kinds[compiled] = Graphs(CudaCapture(device), addresses, 0 if compiled else WARM_UP)
+    return kinds[compiled]
 
 
 class Graphs:
@@ -54,10 +62,11 @@ class Graphs:
 
     capture:   capture(run) -> (replay, results): run() recorded, and the tensors that replay() fills with its results
     addresses: of the parameters, which the graphs read
+    warm_up:   ordinary calls of a shape before it is recorded
     """
 
-    def __init__(self, capture: Capture, addresses: tuple[int, ...] = ()):
-        self.capture, self.addresses = capture, addresses
+    def __init__(self, capture: Capture, addresses: tuple[int, ...] = (), warm_up: int = WARM_UP):
+        self.capture, self.addresses, self.warm_up = capture, addresses, warm_up
         self.lock = threading.Lock()
         self._calls: dict[tuple, int] = {}
         self._graphs: dict[tuple, Graph] = {}
@@ -67,7 +76,7 @@ class Graphs:
         graph = self._graphs.pop(key, None)
         if graph is None:
             self._calls[key] = self._calls.get(key, 0) + 1
-            if self._calls[key] <= WARM_UP:
+            if self._calls[key] <= self.warm_up:
                 return None
             if len(self._graphs) == KEPT:
                 del self._graphs[next(iter(self._graphs))]
@@ -142,10 +151,11 @@ class CudaCapture:
 
     def __init__(self, device: torch.device):
         self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)            # one for all: memory of the pool goes from stream to itself
 
     def __call__(self, run: Callable[[], Results]) -> tuple[Callable[[], object], Results]:
         with torch.cuda.device(self.device):
-            beside, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            beside, current = self.stream, torch.cuda.current_stream()
             beside.wait_stream(current)
             with torch.cuda.stream(beside):                # libraries set themselves up for a stream at its first call
                 run()

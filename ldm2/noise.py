@@ -24,4 +24,7 @@ class SeededNoise:
 
     def __call__(self, like: Tensor) -> Tensor:
         """Noise of the shape (rows, ...), device and dtype of `like`."""
-        return self.draw(*like.shape[1:]).to(like)
+        noise = self.draw(*like.shape[1:])
+        if like.is_cuda:                                   # only a copy from pinned memory does not wait for the GPU
+            noise = noise.pin_memory()
+        return noise.to(like, non_blocking=like.is_cuda)

@@ -40,7 +40,7 @@ def add_output_options(command: argparse.ArgumentParser, source: str) -> None:
 def add_model_options(command: argparse.ArgumentParser) -> None:
     """Which checkpoint, and where and how it runs."""
     command.add_argument("--model", default="cvssp/audioldm2", help="short name, hub name or folder; \"tiny\" is "
-                         "bundled and needs no network (default: %(default)s)")
+                         "bundled and needs no network (default: cvssp/audioldm2)")
     add_source_options(command)
     command.add_argument("--tokenizers", metavar="FOLDER", help="for authors' .pth files: a folder with tokenizer and "
                          "tokenizer_2 (default: their own hub repositories)")

@@ -176,6 +176,8 @@ class AudioLDM2:
         noise: draws what stochastic samplers add. callback(step, total, latents) may return False: raises Cancelled.
         """
         interval, reuse = check_interval(guidance_interval), check_count("reuse", reuse)
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback must be callable, got {callback!r}")
         schedule = self.schedule.with_spacing(check_spacing(spacing))
         guided = functools.partial(
             Guidance, self.unet, scale=guidance_scale, dtype=self.dtype,
@@ -214,7 +216,8 @@ class AudioLDM2:
             return guided(conditioning.select(places), other)
 
         at_once = 1 if self.device.type == "cpu" else max(1, 8 // rows)
-        return average(windows, lambda prompts: guidance(prompts).denoiser(reuse), at_once)
+        there = [window.to(self.device) for window in windows]
+        return average(there, lambda prompts: guidance(prompts).denoiser(reuse), at_once)
 
     @in_stage("vae")
     @torch.inference_mode()

@@ -36,7 +36,7 @@ def add(commands: argparse._SubParsersAction) -> None:
                          "or ui.perfetto.dev")
     command.add_argument("--overwrite", action="store_true", help="replace the trace if it exists")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    command.set_defaults(run=run, verbose=False)
+    command.set_defaults(run=run, verbose=False, model=None)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -81,10 +81,13 @@ def check_trace(path: str | Path, overwrite: bool) -> Path:
 
 def _pipeline(args: argparse.Namespace) -> AudioLDM2:
     """The checkpoint, or a random model."""
-    if args.random is None:
-        return options.load(args)
     from ldm2 import loading, random_models
 
+    if args.random is None:
+        args.model = args.model or loading.DEFAULT_MODEL
+        return options.load(args)
+    if args.model is not None:
+        raise ValueError(f"--random {args.random} stands for a model: leave --model {args.model} away")
     device = loading.choose_device(args.device)
     dtype = loading.choose_dtype(args.dtype, device)
     return random_models.pipeline(args.random, device=device, dtype=dtype, reference=args.reference)

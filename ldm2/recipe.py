@@ -144,7 +144,7 @@ def recipe(
         phonemes=check_texts("phonemes", phonemes, len(prompts)),
         window=check_window("window", window),
         overlap=check_window("overlap", overlap, smallest=0),
-        loop=bool(loop),
+        loop=check_flag("loop", loop),
         prompt_at=check_prompt_at(prompt_at, seconds),
         guidance_interval=check_interval(chosen["guidance_interval"]),
         reuse=check_count("reuse", chosen["reuse"]),
@@ -191,6 +191,13 @@ def check_count(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be a whole number from 1 up, got {value!r}")
     return int(value)
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """True or False."""
+    if value not in (False, True):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def check_number(name: str, value: float) -> float:

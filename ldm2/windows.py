@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -31,6 +31,10 @@ class Window:
     frames: Tensor
     weights: Tensor
     prompt: int = 0
+
+    def to(self, device: torch.device) -> Window:
+        """The same window on a device."""
+        return replace(self, frames=self.frames.to(device), weights=self.weights.to(device))
 
 
 def plan(
@@ -93,6 +97,7 @@ def average(
                of which window i has the conditioning of prompts[i]. Asked for once for each model call of a step: what
                a denoiser remembers is of its own windows.
     at_once:   windows in one model call. Memory grows with it and not with the length.
+    The windows must be on the device of x_t.
     """
     groups = [windows[i : i + at_once] for i in range(0, len(windows), at_once)]
     calls = [(group, denoisers(tuple(window.prompt for window in group))) for group in groups]
@@ -100,11 +105,11 @@ def average(
     def denoise(x: Tensor, t: float) -> Tensor:
         result = torch.zeros_like(x, dtype=torch.float32)
         for group, denoiser in calls:
-            parts = torch.cat([x[:, :, window.frames.to(x.device)] for window in group])
+            parts = torch.cat([x[:, :, window.frames] for window in group])
             predictions = denoiser(parts, t)
             for window, prediction in zip(group, predictions.float().chunk(len(group)), strict=True):
-                weighted = prediction * window.weights.to(x.device)[:, None]
-                result.index_add_(2, window.frames.to(x.device), weighted)
+                weighted = prediction * window.weights[:, None]
+                result.index_add_(2, window.frames, weighted)
         return result
 
     return denoise

@@ -1,12 +1,15 @@
 """Graphs of the UNet's step: recorded by a stand-in on the CPU, and by CUDA where there is one."""
 
+import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import ldm2
 from ldm2 import graphs, ops, random_models
+from ldm2.compilation import compile_step
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig, VAEConfig
 from ldm2.graphs import GraphedUNet, Graphs, accelerated, lengthened, tensors
@@ -94,6 +97,21 @@ def test_each_shape_has_its_graph_and_the_oldest_makes_room(unet, tape, monkeypa
         for _ in range(3):
             assert step(unet, graphed, draw(1, 4, frames, 8), 500, conditioning).shape == (2, 4, frames, 8)
         assert tape.recorded == recorded
+
+
+@torch.no_grad()
+def test_a_compiled_unet_is_recorded_at_its_first_call(unet, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    made, compiled = [], copy.copy(unet)
+    compile_step(compiled)
+    cuda = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(graphs, "CudaCapture", lambda device: Tape())
+    for model, calls in ((compiled, 1), (unet, graphs.WARM_UP + 1)):
+        graphed = GraphedUNet(model, graphs.graphs_of(model, cuda))
+        for call in range(1, calls + 1):
+            step(unet, graphed, draw(1, 4, 8, 8), 500, prepared(unet))
+            made.append((call, graphed.graphs.capture.recorded))
+    assert made == [(1, 1), *((call, 0) for call in range(1, calls)), (calls, 1)]
 
 
 @torch.no_grad()

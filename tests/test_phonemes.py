@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,7 @@ def test_transcription_is_read_by_espeak(tokenizer, espeak, monkeypatch):
 
 
 def test_missing_phonemizer_says_how_to_install_it(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "phonemizer", None)
     monkeypatch.setattr(tokenizer, "phonemize", True)
     message = r'pip install "ldm2\[tts\]".*apt install espeak-ng.*brew install.*winget install.*phonemes='
     with pytest.raises(ValueError, match=message):

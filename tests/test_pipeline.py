@@ -221,6 +221,11 @@ def test_given_latents_replace_those_of_the_seed(pipe):
     assert np.array_equal(given.waveforms, drawn.waveforms)
 
 
+def test_a_callback_that_cannot_be_called_is_refused(pipe):
+    with pytest.raises(ValueError, match="callback must be callable, got 3"):
+        pipe.generate(PROMPT, seconds=0.2, steps=1, callback=3)
+
+
 def test_callback_sees_every_step_and_can_stop(pipe):
     seen = []
     pipe.generate(PROMPT, seconds=0.2, steps=4, seed=0, callback=lambda step, total, x: seen.append((step, total)))

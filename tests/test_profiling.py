@@ -136,6 +136,7 @@ def test_profile_writes_a_trace_with_the_stages_in_it(quick, capsys, tmp_path):
     (("--seconds", "0"), "seconds"),
     (("--repeats", "0"), "repeats"),
     (("--low-memory",), "--low-memory"),
+    (("--model", "tiny"), "leave --model tiny away"),
 ])
 def test_profile_refuses_what_it_cannot_do(quick, capsys, tmp_path, monkeypatch, wrong, words):
     monkeypatch.chdir(tmp_path)

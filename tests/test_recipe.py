@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -91,6 +92,12 @@ def test_an_unknown_spacing_is_refused_with_those_that_exist(spacing):
 def test_a_reuse_that_is_no_whole_number_from_1_up_is_refused(reuse):
     with pytest.raises(ValueError, match="reuse must be a whole number from 1 up"):
         recipe("a dog", reuse=reuse)
+
+
+@pytest.mark.parametrize("loop", ["no", 2, None, []])
+def test_a_loop_that_is_neither_true_nor_false_is_refused(loop):
+    with pytest.raises(ValueError, match=f"loop must be True or False, got {re.escape(repr(loop))}"):
+        recipe("a dog", loop=loop)
 
 
 @pytest.mark.parametrize("seed", [-1, 1.0, True, "1", MAX_SEED + 1, [1, -1]])
