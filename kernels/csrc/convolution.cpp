@@ -199,14 +199,6 @@ void check_weight(const at::Tensor& weight, int64_t form) {
   TORCH_CHECK(kernel == (form >= TAPS3 ? form : 9), "form ", form, " does not take ", weight.sizes());
 }
 
-at::Tensor pack(const at::Tensor& weight, int64_t form) {
-  check_weight(weight, form);
-  int64_t stride = packed_stride(ceil_div(weight.size(0), PANEL), weight.size(1));
-  at::Tensor packed = at::empty({scheme(form).points, stride}, weight.options());
-  pack_into(weight, form, packed.data_ptr<float>());
-  return packed;
-}
-
 at::Tensor dense(const at::Tensor& x) {  // (B, C, T, F) or (B, C, N) with its channels last in memory
   int64_t last = x.dim() - 1;
   at::Tensor moved = x.movedim(1, last);
@@ -224,29 +216,20 @@ at::Tensor empty_output(const at::Tensor& x, c10::SymInt channels) {
   return at::empty_symint(sizes, x.options()).movedim(x.dim() - 1, 1);
 }
 
-// The weight is packed, or as PyTorch keeps it: then it is packed here, into memory that the thread keeps.
+// The weight is packed at each call, into memory that the thread keeps: that costs next to nothing, and it may change.
 at::Tensor convolution(const at::Tensor& given, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                       const std::optional<at::Tensor>& given_residual, int64_t out_channels, int64_t form,
-                       int64_t dilation, double slope) {
+                       const std::optional<at::Tensor>& given_residual, int64_t form, int64_t dilation, double slope) {
   const Scheme& s = scheme(form);
   TORCH_CHECK(given.dim() == (form >= TAPS3 ? 3 : 4), "form ", form, " does not take ", given.sizes());
   TORCH_CHECK(given.scalar_type() == at::kFloat, "x must be float32, got ", given.scalar_type());
-  int64_t channels = given.size(1);
-  TORCH_CHECK(channels % PANEL == 0 && out_channels % PANEL == 0, "channels must be multiples of ", PANEL);
-  const float* u;
-  if (weight.dim() == 2) {
-    TORCH_CHECK(weight.is_contiguous() && weight.size(0) == s.points &&
-                weight.size(1) == packed_stride(out_channels / PANEL, channels), "packed weights do not fit");
-    u = weight.const_data_ptr<float>();
-  } else {
-    static thread_local Scratch scratch;
-    check_weight(weight, form);
-    TORCH_CHECK(weight.size(0) == out_channels && weight.size(1) == channels, "weights do not fit");
-    float* packed = scratch.get(s.points * packed_stride(out_channels / PANEL, channels));
-    pack_into(weight, form, packed);
-    u = packed;
-  }
-  at::Tensor x = dense(given), y = empty_output(x, out_channels);
+  check_weight(weight, form);
+  int64_t channels = given.size(1), outs = weight.size(0);
+  TORCH_CHECK(weight.size(1) == channels, "weights ", weight.sizes(), " do not fit ", given.sizes());
+  TORCH_CHECK(channels % PANEL == 0 && outs % PANEL == 0, "channels must be multiples of ", PANEL);
+  static thread_local Scratch scratch;
+  float* u = scratch.get(s.points * packed_stride(outs / PANEL, channels));
+  pack_into(weight, form, u);
+  at::Tensor x = dense(given), y = empty_output(x, outs);
   std::optional<at::Tensor> residual, shift;
   if (bias.has_value()) shift = bias->contiguous();
   if (given_residual.has_value()) {
@@ -255,35 +238,27 @@ at::Tensor convolution(const at::Tensor& given, const at::Tensor& weight, const 
   }
   Map map(s, form, x.size(0), x.size(2), x.dim() == 4 ? x.size(3) : 1, dilation);
   std::vector<float> zeros(channels);
-  run({s, map, form, channels, out_channels, x.const_data_ptr<float>(), u, data(shift),
-       data(residual), zeros.data(), static_cast<float>(slope), y.data_ptr<float>()});
+  run({s, map, form, channels, outs, x.const_data_ptr<float>(), u, data(shift), data(residual), zeros.data(),
+       static_cast<float>(slope), y.data_ptr<float>()});
   return y;
 }
 
-at::Tensor convolution_meta(const at::Tensor& x, const at::Tensor&, const std::optional<at::Tensor>&,
-                            const std::optional<at::Tensor>&, c10::SymInt out_channels, int64_t, int64_t, double) {
-  return empty_output(x, out_channels);
-}
-
-at::Tensor pack_meta(const at::Tensor& weight, int64_t form) {
-  c10::SymInt panels = (weight.sym_size(0) + PANEL - 1) / PANEL;
-  return at::empty_symint({scheme(form).points, apart(panels * weight.sym_size(1) * PANEL)}, weight.options());
+at::Tensor convolution_meta(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>&,
+                            const std::optional<at::Tensor>&, int64_t, int64_t, double) {
+  return empty_output(x, weight.sym_size(0));
 }
 
 TORCH_LIBRARY_FRAGMENT(ldm2_cpu, library) {
-  library.def("pack(Tensor weight, int form) -> Tensor");
   library.def(
-      "convolution(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt out_channels, int form, "
-      "int dilation, float slope) -> Tensor");
+      "convolution(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int form, int dilation, float slope) "
+      "-> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ldm2_cpu, CPU, library) {
-  library.impl("pack", pack);
   library.impl("convolution", convolution);
 }
 
 TORCH_LIBRARY_IMPL(ldm2_cpu, Meta, library) {
-  library.impl("pack", pack_meta);
   library.impl("convolution", convolution_meta);
 }
 

@@ -1,6 +1,5 @@
 // PyTorch operators on the CPU, inference only:
 //
-//   ldm2_cpu::pack(weight, form)                            weights, transformed and laid out for the product
 //   ldm2_cpu::convolution(x, weight, bias, residual, ...)   convolution of stride 1, channels-last, float32
 //   ldm2_cpu::linear(x, weight, bias, gated)                x weight^T + bias, float32
 //   ldm2_cpu::attention(q, k, v, bias)                      float32 and bfloat16

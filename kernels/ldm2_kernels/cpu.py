@@ -18,18 +18,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 _HERE = Path(__file__).parent
 _PANEL = 16                                                # channels come in multiples of this (kernels.h)
 _WIDE, _NARROW = 0, 1                                      # forms of 3x3 kernels; of one axis: the number of taps
 _LINES = (3, 7, 11)                                        # kernel sizes of one axis that have a form
 _FEWEST_CHANNELS = 32                                      # below, the transforms cost more than they save
-_KEPT_TILES = 16                                           # up to here packed weights are kept
 _FEWEST_ROWS = 24                                          # of a linear layer or attention; below, PyTorch is as fast
 _FEWEST_POSITIONS = 256                                    # of a sequence; below, packing costs more than it saves
-
-_packs: WeakIdKeyDictionary = WeakIdKeyDictionary()        # weight -> (version, address, packed weight)
 
 
 def sources() -> Path:
@@ -100,7 +96,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = N
         x = x.contiguous(memory_format=torch.channels_last)
         y = F.conv2d(x, weight, bias, padding=1)
         return y if residual is None else y + residual
-    return _convolve(x, weight, bias, residual, form, keep=_is_small(x))
+    return torch.ops.ldm2_cpu.convolution(x, weight, bias, residual, form, 1, 1.0)
 
 
 @_widened
@@ -190,39 +186,12 @@ def _leaky_conv(
     """conv(leaky_relu(x)) + residual, of the length of x, in float32."""
     weight, bias, size = weight.float(), bias.float(), weight.shape[2]
     if size in _LINES and _pays(weight) and len(x) * x.shape[2] >= _FEWEST_POSITIONS:
-        return _convolve(x, weight, bias, residual, size, False, dilation, slope)
+        return torch.ops.ldm2_cpu.convolution(x, weight, bias, residual, size, dilation, slope)
     x = x if slope == 1.0 else F.leaky_relu(x, slope)
     y = F.conv1d(x, weight, bias, padding=dilation * (size // 2), dilation=dilation)
     return y if residual is None else y.add_(residual)
 
 
-def _is_small(x: Tensor) -> bool:
-    """Whether packing costs as much as the product. A compiled model does not ask: it is for maps of any size."""
-    if torch.compiler.is_compiling():
-        return False
-    return len(x) * -(-x.shape[2] // 4) * -(-x.shape[3] // 4) <= _KEPT_TILES
-
-
 def _pays(weight: Tensor) -> bool:
     outs, ins = weight.shape[:2]
     return outs % _PANEL == 0 and ins % _PANEL == 0 and min(outs, ins) >= _FEWEST_CHANNELS
-
-
-def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, form: int, keep: bool, dilation: int = 1,
-    slope: float = 1.0,
-) -> Tensor:
-    outs = len(weight)
-    weight = _kept(weight, form) if keep else weight
-    return torch.ops.ldm2_cpu.convolution(x, weight, bias, residual, outs, form, dilation, slope)
-
-
-def _kept(weight: Tensor, form: int) -> Tensor:
-    """Packed weight, kept as long as the weight lives and is not written to."""
-    if weight.is_inference():                              # no version to tell a write by
-        return torch.ops.ldm2_cpu.pack(weight, form)
-    state = (form, weight._version, weight.data_ptr())
-    found = _packs.get(weight)
-    if found is None or found[0] != state:
-        found = _packs[weight] = (state, torch.ops.ldm2_cpu.pack(weight, form))
-    return found[1]
