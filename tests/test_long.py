@@ -36,7 +36,7 @@ def largest_inputs(pipe, run) -> dict[str, int]:
     """Frames that the UNet, the VAE's decoder and the vocoder see at once while `run()` runs."""
     seen: dict[str, int] = {}
     handles = []
-    parts = {"unet": pipe.unet.conv_in, "vae": pipe.vae.decoder, "vocoder": pipe.vocoder.conv_pre}
+    parts = {"unet": pipe.unet.conv_in, "vae": pipe.vae.decoder, "vocoder": pipe.vocoder}
     for name, part in parts.items():
         def watch(module, inputs, name=name):
             seen[name] = max(seen.get(name, 0), inputs[0].shape[2])
