@@ -197,6 +197,11 @@ def test_other_dtypes_are_left_to_pytorch(library):
         ops.conv3x3(*args)
 
 
+# Operations that are PyTorch's where the machine has products of bfloat16; where it has matrices, all are.
+LEFT_TO_PRODUCTS = (ops.conv3x3, ops.conv1x1, ops.linear, ops.linear_geglu)
+
+
+@pytest.mark.parametrize("has", ["", "products", "matrices"])
 @pytest.mark.parametrize("operation, args", [
     (ops.conv3x3, conv_inputs(1, 32, 48, 9, 8)),
     (ops.conv1x1, (draw(1, 32, 5, 3), draw(48, 32, 1, 1, seed=1), draw(48, seed=2))),
@@ -206,13 +211,22 @@ def test_other_dtypes_are_left_to_pytorch(library):
     (ops.linear, linear_inputs(30, 40, 48)),
     (ops.linear_geglu, linear_inputs(30, 40, 64)),
 ])
-def test_bfloat16_is_computed_in_float32_where_there_are_no_instructions_for_it(library, monkeypatch, operation, args):
+def test_bfloat16_is_computed_in_float32_where_instructions_for_it_gain_nothing(
+    library, monkeypatch, operation, args, has
+):
     args = [arg.bfloat16() if isinstance(arg, torch.Tensor) else arg for arg in args]
-    monkeypatch.setattr(cpu, "_multiplies_bfloat16", lambda: False)
-    assert operation(*args).dtype == torch.bfloat16
-    assert_within_the_accuracy_rule(operation, args)
-    monkeypatch.setattr(cpu, "_multiplies_bfloat16", lambda: True)
-    assert torch.equal(operation(*args), operation.reference(*args))         # PyTorch has them
+    monkeypatch.setattr(cpu, "_bfloat16", lambda: has)
+    if has == "matrices" or (has == "products" and operation in LEFT_TO_PRODUCTS):
+        assert torch.equal(operation(*args), operation.reference(*args))
+    else:
+        assert operation(*args).dtype == torch.bfloat16
+        assert_within_the_accuracy_rule(operation, args)
+
+
+def test_large_maps_are_convolved_in_float32_even_where_bfloat16_has_products(library, monkeypatch):
+    monkeypatch.setattr(cpu, "_bfloat16", lambda: "products")
+    args = [arg.bfloat16() for arg in conv_inputs(2, 32, 32, 64, 16)]
+    assert_within_the_accuracy_rule(ops.conv3x3, args)
 
 
 def test_operators_have_true_schemas_and_fake_forms(library):

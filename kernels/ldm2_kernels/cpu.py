@@ -24,6 +24,7 @@ _PANEL = 16                                                # channels come in mu
 _WIDE, _NARROW = 0, 1                                      # forms of 3x3 kernels; of one axis: the number of taps
 _LINES = (3, 7, 11)                                        # kernel sizes of one axis that have a form
 _FEWEST_CHANNELS = 32                                      # below, the transforms cost more than they save
+_MANY_TILES = 128                                          # of a map, 4 x 4 each
 _FEWEST_ROWS = 24                                          # of a linear layer or attention; below, PyTorch is as fast
 _FEWEST_POSITIONS = 256                                    # of a sequence; below, packing costs more than it saves
 
@@ -63,32 +64,49 @@ def load() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _multiplies_bfloat16() -> bool:
-    """Whether this machine has instructions for it, which are as fast as two for float32."""
-    return torch.ops.ldm2_cpu.instruction_sets()[0] == "avx512_bf16"
+def _bfloat16() -> str:
+    """What this machine has for it: "matrices" (AMX, many times as fast as float32), "products" (AVX-512, twice) or "".
+    """
+    if torch.ops.ldm2_cpu.instruction_sets()[0] != "avx512_bf16":
+        return ""
+    return "matrices" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") else "products"
 
 
-def _widened(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """bfloat16 by way of float32, where the machine has no instructions for it: as fast, and the weights take half."""
+def _widened(*native: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """A kernel that takes bfloat16 by way of float32, unless the machine has one of `native` for it.
 
-    @functools.wraps(kernel)
-    def run(*args, **named):
-        if args[0].dtype != torch.bfloat16 or _multiplies_bfloat16():
-            return kernel(*args, **named)
-        named = {name: _wide(arg) for name, arg in named.items()}
-        result = kernel(*map(_wide, args), **named)
-        return result if result is NotImplemented else result.to(torch.bfloat16)
+    That is as fast as float32, and the weights take half the memory.
+    """
 
-    return run
+    def decorate(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(kernel)
+        def run(*args, **named):
+            if args[0].dtype != torch.bfloat16 or _bfloat16() in native:
+                return kernel(*args, **named)
+            named = {name: _wide(arg) for name, arg in named.items()}
+            result = kernel(*map(_wide, args), **named)
+            return result if result is NotImplemented else result.to(torch.bfloat16)
+
+        return run
+
+    return decorate
 
 
 def _wide(arg: object) -> object:
     return arg.float() if isinstance(arg, Tensor) else arg
 
 
-@_widened
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-    """Result in channels-last memory, whatever the input's."""
+    """Result in channels-last memory, whatever the input's. Large maps take fewer multiplications than bfloat16 saves.
+    """
+    has = _bfloat16() if x.dtype == torch.bfloat16 else ""
+    if has == "matrices" or (has == "products" and not (_pays(weight) and _is_large(x))):
+        return NotImplemented
+    return _conv3x3(x, weight, bias, residual)
+
+
+@_widened()
+def _conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
     if x.dtype != torch.float32:
         return NotImplemented
     form = _NARROW if x.shape[3] == 2 else _WIDE
@@ -99,7 +117,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = N
     return torch.ops.ldm2_cpu.convolution(x, weight, bias, residual, form, 1, 1.0)
 
 
-@_widened
+@_widened("products", "matrices")
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """One matrix product where the channels are last in memory, as `conv3x3` leaves them; PyTorch would copy them."""
     if x.dtype != torch.float32:
@@ -107,13 +125,13 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 
 
-@_widened
+@_widened("matrices")
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """As the convolutions of the residual blocks, with nothing before it."""
     return NotImplemented if x.dtype != torch.float32 else _leaky_conv(x, weight, bias, None, 1, 1.0)
 
 
-@_widened
+@_widened("matrices")
 def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
     """One matrix product: a window of inputs gives the `stride` outputs that depend on no others. Channels are last."""
     if x.dtype != torch.float32:
@@ -134,7 +152,7 @@ def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, paddi
 
 def residual_blocks(x: Tensor, slope: float, dilations: tuple[tuple[int, ...], ...], *parameters: Tensor) -> Tensor:
     """The activation belongs to the loads of a convolution, the sum to its stores. Weights are widened one by one."""
-    if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and _multiplies_bfloat16()):
+    if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and _bfloat16() == "matrices"):
         return NotImplemented
     wide, given, total = x.float(), iter(parameters), None
     for block in dilations:
@@ -146,7 +164,7 @@ def residual_blocks(x: Tensor, slope: float, dilations: tuple[tuple[int, ...], .
     return total.div_(len(dilations)).to(x.dtype)
 
 
-@_widened
+@_widened("products", "matrices")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The weights are laid out for the product in cache, a piece at a time."""
     if x.dtype != torch.float32:
@@ -156,7 +174,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.ldm2_cpu.linear(x, weight, bias, False)
 
 
-@_widened
+@_widened("products", "matrices")
 def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What the gates multiply, and the gates, never leave the cache."""
     if x.dtype != torch.float32:
@@ -167,7 +185,7 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.ops.ldm2_cpu.linear(x, weight, bias, True)
 
 
-@_widened
+@_widened("products", "matrices")
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Block by block with a running softmax; sums, and the softmax, in float32."""
     batch, _, queries, width = q.shape
@@ -190,6 +208,13 @@ def _leaky_conv(
     x = x if slope == 1.0 else F.leaky_relu(x, slope)
     y = F.conv1d(x, weight, bias, padding=dilation * (size // 2), dilation=dilation)
     return y if residual is None else y.add_(residual)
+
+
+def _is_large(x: Tensor) -> bool:
+    """Whether weights are few beside the map. A compiled model does not ask: it is for maps of any size."""
+    if torch.compiler.is_compiling():
+        return False
+    return len(x) * -(-x.shape[2] // 4) * -(-x.shape[3] // 4) >= _MANY_TILES
 
 
 def _pays(weight: Tensor) -> bool:
