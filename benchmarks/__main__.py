@@ -4,7 +4,8 @@
 
 Prints a Markdown table and writes it with JSON and a plot under --out. Both sides read one checkpoint, written once
 into --folder (4.5 GB base, 5.9 GB large), and compute the same function (reference="diffusers"). Where diffusers is not
-installed, ldm2 runs alone. On a machine that others use, only the speeds mean something.
+installed, ldm2 runs alone. A variant that fails is told as failed, and the others go on. On a machine that others use,
+only the speeds mean something.
 """
 
 from __future__ import annotations
@@ -14,18 +15,24 @@ import importlib.util
 import shlex
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import ldm2
 from benchmarks import report, timing
-from benchmarks.rows import PROMPT, SUBJECTS, Bench
+from benchmarks.rows import COMPILED, PROMPT, SUBJECTS, Bench
+from benchmarks.timing import Timed
 from ldm2 import loading, memory, profiling, random_models
+from ldm2.pipeline import AudioLDM2
 
 SIZES = {"base": "audioldm2", "large": "audioldm2-large", "tiny": "tiny"}
 PROCESSES = ("ldm2", "ldm2, low_memory", "diffusers")
 ROWS = (*SUBJECTS, "memory")
+ALONE_STEPS = 4                                            # the third is recorded as a CUDA graph
 
 
 def options() -> argparse.ArgumentParser:
@@ -35,12 +42,15 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", help="float32, float16, bfloat16 (default: float16 on cuda)")
     parser.add_argument("--their-dtype", help="of diffusers (default: the same)")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
-    parser.add_argument("--rows", default=",".join(ROWS), help="which of: %(default)s")
+    parser.add_argument("--rows", default=",".join(name for name in ROWS if name not in COMPILED),
+                        help=f"which of: %(default)s,{','.join(COMPILED)} (default: all but the last {len(COMPILED)})")
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--seconds", type=float, default=10.24)
     parser.add_argument("--steps", type=int, help="of the generation (default: 20, on cuda 200)")
     parser.add_argument("--sweep-steps", type=int, help="for each length and batch (default: 2, on cuda 20)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-diffusers", action="store_true", help="ldm2 alone, which needs no checkpoint")
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN try its convolutions and choose")
     parser.add_argument("--folder", type=Path, help="checkpoint, written if it is not there (default: build/random-*)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     parser.add_argument("--name", help="of the files there (default: device, dtype and size)")
@@ -56,13 +66,15 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit(f"unknown rows {', '.join(unknown)}, choose from {', '.join(ROWS)}")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True
     device = loading.choose_device(args.device)
     dtype = loading.choose_dtype(args.dtype, device)
     their_dtype = dtype if args.their_dtype is None else loading.choose_dtype(args.their_dtype, device)
     fast = device.type == "cuda"
     args.steps = args.steps or (200 if fast else 20)
     args.sweep_steps = args.sweep_steps or (20 if fast else 2)
-    folder = checkpoint(args)
+    folder = None if args.no_diffusers else checkpoint(args)
     if args.only is not None:
         print(alone(args.only, args.seconds, folder, device, their_dtype if args.only == "diffusers" else dtype))
         return 0
@@ -74,14 +86,12 @@ def run(args: argparse.Namespace, folder: Path | None, device: torch.device, dty
     """All rows in this process, then the processes of their own."""
     asked = args.rows.split(",")
     limits = profiling.limits(device, dtype)
-    subjects = [SUBJECTS[name] for name in asked if name in SUBJECTS]
+    subjects = [name for name in asked if name in SUBJECTS]
     bench = Bench(*pipelines(args, folder, device, dtype, their_dtype), folder, args.seconds, args.steps,
                   args.sweep_steps, their_dtype) if subjects else None
     rows = []
     for subject in subjects:
-        for row in subject(bench):
-            tell(f"{row.name} ...")
-            timed = timing.measure(row, device, args.repeats, at_least=0.5 if device.type == "cuda" else 0.0)
+        for timed in measured(subject, bench, args.repeats):
             found = report.rows(timed, limits)
             tell(*map(report.line, found))
             rows += found
@@ -91,11 +101,23 @@ def run(args: argparse.Namespace, folder: Path | None, device: torch.device, dty
         title = f"{name}, {str(their_dtype)[6:]}" if other else name
         processes[title] = apart(name, args)
         tell(report.process_line(title, processes[title]))
-    notes = [] if folder is not None else ["diffusers is not installed, so its rows, loading and memory are left out."]
+    why = "left out" if args.no_diffusers else "not installed, or wrote no checkpoint"
+    notes = [] if folder is not None else [f"diffusers is {why}: its rows, loading and memory are missing."]
     settings = {name: getattr(args, name) for name in ("size", "seconds", "steps", "sweep_steps", "repeats")}
     settings |= {"dtype": str(dtype)[6:], "their_dtype": str(their_dtype)[6:]}
     about = report.about(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device, settings)
     return publish(args, about, limits, rows, processes, notes)
+
+
+def measured(subject: str, bench: Bench, repeats: int) -> Iterator[list[Timed]]:
+    """The rows of a subject one by one; where it fails between them, that in place of the rest."""
+    rest = Timed(subject, subject, "all that is left")
+    with timing.attempt(rest, bench.device):
+        for row in SUBJECTS[subject](bench):
+            tell(f"{row.name} ...")
+            yield timing.measure(row, bench.device, repeats, at_least=0.5 if bench.device.type == "cuda" else 0.0)
+    if rest.error is not None:
+        yield [rest]
 
 
 def tell(*lines: str) -> None:
@@ -104,7 +126,7 @@ def tell(*lines: str) -> None:
 
 
 def publish(args: argparse.Namespace, about: dict, limits: profiling.Limits, rows: list[dict],
-            processes: dict[str, float], notes: list[str]) -> int:
+            processes: report.Processes, notes: list[str]) -> int:
     """Print the tables and write the files."""
     name = args.name or f"{about['device'].partition(':')[0]}-{about['dtype']}-{args.size}"
     try:
@@ -119,51 +141,61 @@ def publish(args: argparse.Namespace, about: dict, limits: profiling.Limits, row
 
 
 def checkpoint(args: argparse.Namespace) -> Path | None:
-    """The folder that both sides read; None where diffusers, which writes it, is not installed."""
+    """The folder that both sides read; None where diffusers, which writes it, is not installed or fails."""
     if importlib.util.find_spec("diffusers") is None:
         return None
     if args.size == "tiny":
         return Path(ldm2.__file__).parent / "tiny"
     folder = args.folder or Path("build") / f"random-{args.size}"
     if not folder.exists():
-        from benchmarks import full_size
+        try:
+            from benchmarks import full_size
 
-        full_size.save(folder, args.size)
+            full_size.save(folder, args.size)
+        except Exception:                                  # what diffusers meets in unlike libraries costs ldm2 nothing
+            traceback.print_exc()
+            return None
     return folder
 
 
 def pipelines(args: argparse.Namespace, folder: Path | None, device: torch.device, dtype: torch.dtype,
-              their_dtype: torch.dtype) -> tuple:
-    """Ours and diffusers'."""
+              their_dtype: torch.dtype) -> tuple[AudioLDM2, Callable[[], Any] | None]:
+    """Ours, and what loads diffusers'."""
     if folder is None:
         return random_models.pipeline(SIZES[args.size], device=device, dtype=dtype, reference="diffusers"), None
+    ours = ldm2.load(folder, reference="diffusers", device=str(device), dtype=str(dtype)[6:])
+    return ours, lambda: diffusers_pipeline(folder, device, their_dtype)
+
+
+def diffusers_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """diffusers' side; imported here, so that a version that does not even import costs ldm2 nothing."""
     from tests import checkpoints
 
-    ours = ldm2.load(folder, reference="diffusers", device=str(device), dtype=str(dtype)[6:])
-    return ours, checkpoints.diffusers_pipeline(folder, their_dtype).to(device)
+    return checkpoints.diffusers_pipeline(folder, dtype).to(device)
 
 
 def alone(name: str, seconds: float, folder: Path, device: torch.device, dtype: torch.dtype) -> int:
-    """Load and make one sound of two steps with one of PROCESSES; the peak of memory in bytes."""
+    """Load and make one sound of a few steps with one of PROCESSES; the peak of memory in bytes."""
     if name == "diffusers":
-        from tests import checkpoints
-
-        pipe = checkpoints.diffusers_pipeline(folder, dtype).to(device)
-        pipe(PROMPT, audio_length_in_s=seconds, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+        pipe = diffusers_pipeline(folder, device, dtype)
+        pipe(PROMPT, audio_length_in_s=seconds, num_inference_steps=ALONE_STEPS,
+             generator=torch.Generator().manual_seed(0))
     else:
         low = name == "ldm2, low_memory"
         pipe = ldm2.load(folder, reference="diffusers", device=str(device), dtype=str(dtype)[6:], low_memory=low)
-        pipe.generate(PROMPT, seconds=seconds, steps=2, seed=0)
+        pipe.generate(PROMPT, seconds=seconds, steps=ALONE_STEPS, seed=0)
     return memory.peak_bytes(device)
 
 
-def apart(name: str, args: argparse.Namespace) -> float:
-    """`alone` in a process of its own."""
+def apart(name: str, args: argparse.Namespace) -> float | str:
+    """`alone` in a process of its own, which tells on stderr what goes wrong: its result, or that it failed."""
     command = [sys.executable, "-m", "benchmarks", "--only", name]
     for option in ("size", "seconds", "device", "dtype", "their_dtype", "threads", "folder"):
         value = getattr(args, option)
         command += [] if value is None else [f"--{option.replace('_', '-')}", str(value)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    command += ["--cudnn-benchmark"] if args.cudnn_benchmark else []
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    return f"failed with exit code {done.returncode}" if done.returncode else float(done.stdout.split()[-1])
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Row, Run
+from benchmarks.timing import Make, Row, Run
 from ldm2 import ops
+from ldm2.graphs import CudaCapture
 
 if TYPE_CHECKING:
     from benchmarks.rows import Bench
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 GROUPS = 32
 EPS = 1e-5
 REPEAT = 20
+REPLAYS = 10
 
 
 def cases(device: torch.device, dtype: torch.dtype) -> dict[str, tuple]:
@@ -61,19 +63,24 @@ def kernels(bench: Bench) -> Iterator[Row]:
         if there.get(name) is not None:
             first = next(argument for argument in arguments if isinstance(argument, Tensor))
             shape = " x ".join(map(str, first.shape))
-            yield Row("kernels", f"{REPEAT} {name}, {shape}", functools.partial(_variants, name, arguments))
+            calls = REPLAYS if bench.device.type == "cuda" else 1
+            variants = _variants(name, arguments, bench.device)
+            yield Row("kernels", f"{REPEAT} {name}, {shape}", variants, calls=calls)
 
 
-def _variants(name: str, arguments: tuple) -> dict[str, Run]:
-    """The operation REPEAT times: once is too short for a clock."""
+def _variants(name: str, arguments: tuple, device: torch.device) -> dict[str, Make]:
+    repeated = functools.partial(_repeated, name, arguments, device)
+    return {"fused": functools.partial(repeated, "fused"), "plain PyTorch": functools.partial(repeated, "reference")}
 
-    def repeated(backend: str) -> Run:
-        @torch.no_grad()
-        def run() -> None:
-            with ops.backend(backend):
-                for _ in range(REPEAT):
-                    getattr(ops, name)(*arguments)
 
-        return run
+def _repeated(name: str, arguments: tuple, device: torch.device, backend: str) -> Run:
+    """The operation REPEAT times, as once is too short for a clock; on CUDA as a graph, as a GPU is done with it before
+    Python has dispatched the next one."""
 
-    return {"fused": repeated("fused"), "plain PyTorch": repeated("reference")}
+    @torch.no_grad()
+    def run() -> None:
+        with ops.backend(backend):
+            for _ in range(REPEAT):
+                getattr(ops, name)(*arguments)
+
+    return CudaCapture(device)(run)[0] if device.type == "cuda" else run

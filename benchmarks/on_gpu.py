@@ -1,11 +1,11 @@
-"""All that needs an NVIDIA GPU in one call: the tests of what runs there, then the benchmarks, what matters most first.
+"""All that needs an NVIDIA GPU in one call: tests of what runs there and benchmarks, what matters most first.
 
-    python -m benchmarks.on_gpu [--minutes 9] [--parts NAME,...] [--out benchmarks/results]
+    python -m benchmarks.on_gpu [--minutes 9] [--parts NAME,...] [--out benchmarks/results] [--pack FILE.tar.gz]
 
 Run it in the repository's folder; nothing has to be installed. Each part is a process with a limit of its own: one that
 fails or is slow costs the others nothing. After each, gpu.md among the results says what came of all so far; of a part
-there are gpu-PART.log, .md, .json and .png. Without diffusers (which may lie on PYTHONPATH) ldm2 is timed alone, and
-parts that need diffusers are left out; soundfile and soxr are not needed.
+there are gpu-PART.log, .md, .json and .png. --pack keeps all of them so far in one file. Without diffusers (which may
+lie on PYTHONPATH) ldm2 is timed alone, and parts that need diffusers are left out; soundfile and soxr are not needed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,33 +32,48 @@ DONE, ALONE = "done", "diffusers is not installed: ldm2 is timed alone, and part
 
 @dataclass(frozen=True)
 class Part:
-    """`python -m` some command, for at most so many seconds; needs: a package without which it is left out."""
+    """`python -m` some command, for at most so many seconds. needs: a package without which it is left out.
+
+    environment: what is added to that of all parts.
+    """
 
     name: str
     seconds: float
     command: list[str]
     needs: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def parts(device: str, size: str, out: Path) -> list[Part]:
-    """In order of importance."""
-    def rows(name: str, dtype: str, seconds: float, needs: str | None = None, names: str | None = None) -> Part:
-        command = f"benchmarks --device {device} --size {size} --dtype {dtype} --rows {names or name}".split()
-        return Part(f"{name}-{dtype}", seconds, [*command, "--out", str(out), "--name", f"gpu-{name}-{dtype}"], needs)
+    """In order of importance; what has to be compiled comes after the same without."""
+    def rows(subjects: str, dtype: str, seconds: float, needs: str | None = None, name: str | None = None,
+             options: str = "", **environment: str) -> Part:
+        name = name or f"{subjects}-{dtype}"
+        command = f"benchmarks --device {device} --size {size} --dtype {dtype} --rows {subjects} {options}".split()
+        return Part(name, seconds, [*command, "--out", str(out), "--name", f"gpu-{name}"], needs, environment)
 
     pytest = ["pytest", *(("-n", "8") if find_spec("xdist") else ())]
     marked = sorted(path for path in (ROOT / "tests").glob("test_*.py") if "mark.cuda" in path.read_text("utf-8"))
     folder = f"build/random-{size}"                        # where benchmarks look for it
     weights = [] if size == "tiny" or Path(folder).exists() else [
         Part("weights", 150, ["benchmarks.full_size", folder, "--size", size], "diffusers")]
-    return [
+    every = [
         Part("kernel-tests", 100, [*pytest, "tests/test_kernels.py"]),
+        *weights, rows("unet", "float16", 120),
         Part("cuda-tests", 90, [*pytest, "-m", "cuda", *(f"tests/{path.name}" for path in marked)], "diffusers"),
-        *weights, rows("unet", "float16", 210), rows("generation", "float16", 150),
-        rows("memory", "float16", 120, "diffusers"), rows("batch", "float16", 90), rows("unet", "bfloat16", 210),
-        rows("kernels", "float16", 90), rows("length", "float16", 120), rows("generation", "bfloat16", 150),
-        rows("batch", "bfloat16", 90), rows("stages", "float16", 90, names="vae,vocoder,text,load"),
+        rows("generation", "float16", 120), rows("memory", "float16", 120, "diffusers"),
+        rows("diffusers-compiled", "float16", 180, "diffusers"),
+        # Choices of PyTorch's that may be bad ones: attention by cuDNN, and convolutions by rules of thumb.
+        rows("unet", "float16", 60, None, "unet-float16-no-cudnn-attention", "--no-diffusers",
+             TORCH_CUDNN_SDPA_DEPRIORITIZED="1"),
+        rows("unet", "float16", 60, None, "unet-float16-cudnn-benchmark", "--no-diffusers --cudnn-benchmark"),
+        rows("kernels", "float16", 60), rows("batch", "float16", 90),
+        rows("generation-compiled", "float16", 180, "diffusers"), rows("ldm2-compiled", "float16", 240),
+        rows("unet", "bfloat16", 120), rows("length", "float16", 120), rows("generation", "bfloat16", 120),
+        rows("batch", "bfloat16", 90), rows("vae,vocoder,text,load", "float16", 90, name="stages-float16"),
     ]
+    # A CPU compiles even the tiny model for minutes.
+    return [part for part in every if device.startswith("cuda") or "-compiled-" not in part.name]
 
 
 def run(part: Part, left: float, log: Path) -> tuple[str, float, list[str]]:
@@ -66,9 +83,10 @@ def run(part: Part, left: float, log: Path) -> tuple[str, float, list[str]]:
         return f"left out: {f'{part.needs} is not installed' if missing else 'no time left'}", 0.0, []
     limit, start = min(part.seconds, left), time.monotonic()
     places = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": places, "HF_HUB_OFFLINE": "1"} | part.environment
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen([sys.executable, "-m", *part.command], stdout=file, stderr=subprocess.STDOUT,
-                                   env=os.environ | {"PYTHONPATH": places}, process_group=0)
+                                   env=environment, process_group=0)
         try:
             code = process.wait(limit)
             what = DONE if code == 0 else f"failed with exit code {code}"
@@ -92,14 +110,24 @@ def markdown(outcomes: dict[str, tuple[str, float, list[str]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def pack(path: Path, out: Path, names: Iterable[str]) -> None:
+    """An archive of the overview and of the files of these parts, in place of an earlier one."""
+    found = [out / "gpu.md", *(file for name in names for file in sorted(out.glob(f"gpu-{name}.*")))]
+    with files.whole(path, overwrite=True) as temporary, tarfile.open(temporary, "w:gz") as archive:
+        for file in found:
+            archive.add(file, file.name)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the parts; 1 unless all were done."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.on_gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: %(default)g)")
-    parser.add_argument("--parts", help="only these of " + ", ".join(part.name for part in parts("", "base", Path())))
+    every = ", ".join(part.name for part in parts("cuda", "base", Path()))
+    parser.add_argument("--parts", help=f"only these of {every}")
     parser.add_argument("--device", default="cuda", help="cpu with --size tiny rehearses (default: %(default)s)")
     parser.add_argument("--size", choices=("base", "large", "tiny"), default="base")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
+    parser.add_argument("--pack", type=Path, help="a .tar.gz of all results so far, written after each part")
     args = parser.parse_args(arguments)
     known = {part.name: part for part in parts(args.device, args.size, args.out)}
     asked = list(known) if args.parts is None else args.parts.split(",")
@@ -107,13 +135,16 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown parts {', '.join(sorted(set(asked) - set(known)))}, choose from {', '.join(known)}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} finds no NVIDIA GPU")
-    args.out.mkdir(parents=True, exist_ok=True)
+    for folder in [args.out, *([] if args.pack is None else [args.pack.parent])]:
+        folder.mkdir(parents=True, exist_ok=True)
     outcomes, end = {}, time.monotonic() + 60 * args.minutes
     for name in asked:
         outcomes[name] = run(known[name], end - time.monotonic(), args.out / f"gpu-{name}.log")
         print(markdown({name: outcomes[name]}), flush=True)
         with files.whole(args.out / "gpu.md", overwrite=True) as temporary:
             temporary.write_text(markdown(outcomes), encoding="utf-8")
+        if args.pack is not None:
+            pack(args.pack, args.out, outcomes)
     return 0 if all(what == DONE for what, _, _ in outcomes.values()) else 1
 
 

@@ -19,6 +19,8 @@ from ldm2.profiling import Limits
 
 PACKAGES = ("diffusers", "transformers", "triton")
 
+Processes = dict[str, float | str]                         # peak memory in bytes, or how one failed
+
 
 def about(command: str, device: torch.device, settings: dict) -> dict:
     """Machine, versions and command."""
@@ -71,7 +73,7 @@ def rows(timed: Iterable[Timed], limits: Limits) -> list[dict]:
     return found
 
 
-def markdown(about: dict, limits: Limits, rows: Sequence[dict], processes: dict[str, float], notes: list[str]) -> str:
+def markdown(about: dict, limits: Limits, rows: Sequence[dict], processes: Processes, notes: list[str]) -> str:
     """The tables. processes: peak memory in bytes of processes that load and make one sound."""
     versions = ", ".join(f"{name} {about[name] or 'not installed'}" for name in ("torch", *PACKAGES))
     lines = [
@@ -106,9 +108,9 @@ def line(row: dict) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def process_line(name: str, peak: float) -> str:
-    """A row of the table of processes; peak: bytes."""
-    return f"| {name} | {peak / 1e9:.2f} |"
+def process_line(name: str, peak: float | str) -> str:
+    """A row of the table of processes; peak: bytes, or how it failed."""
+    return f"| {name} | {peak if isinstance(peak, str) else f'{peak / 1e9:.2f}'} |"
 
 
 def _dtypes(about: dict) -> str:
@@ -159,7 +161,7 @@ def plot(path: Path, rows: Sequence[dict]) -> Path | None:
     return path
 
 
-def to_json(about: dict, limits: Limits, rows: Sequence[dict], processes: dict[str, float], notes: list[str]) -> str:
+def to_json(about: dict, limits: Limits, rows: Sequence[dict], processes: Processes, notes: list[str]) -> str:
     """Everything that was measured."""
     content = {"about": about, "limits": vars(limits), "rows": list(rows), "processes": processes, "notes": notes}
     return json.dumps(content, indent=1) + "\n"

@@ -10,32 +10,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import ldm2
 from benchmarks.flop import Flop
 from benchmarks.kernels import kernels
-from benchmarks.timing import Row, Run
-from ldm2 import ops, profiling
+from benchmarks.timing import Make, Row, Run
+from ldm2 import ops
+from ldm2.compilation import compile_step
 from ldm2.conditioning import Conditioning
+from ldm2.graphs import CudaCapture, GraphedUNet, Graphs, accelerated
 from ldm2.pipeline import AudioLDM2
-from ldm2.recipe import Recipe, recipe
+from ldm2.recipe import recipe
 from ldm2.unet import UNet
 
 PROMPT = "a dog barking in the rain"
 LENGTHS = (5.0, 10.0, 20.0, 40.0)
 BATCHES = (1, 2, 4, 8)
 SCALE = 3.5
+STEPS = 10                                                 # of the UNet for one measurement on CUDA
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all rows share. theirs: diffusers' pipeline, None where it is not installed. folder: the checkpoint of both.
+    """What all rows share. make_theirs: loads diffusers' pipeline, None to do without. folder: the checkpoint of both.
 
     steps: of the generation; sweep_steps: of those of several lengths and batches.
     """
 
     ours: AudioLDM2
-    theirs: Any | None
+    make_theirs: Callable[[], Any] | None
     folder: Path | None
     seconds: float
     steps: int
@@ -51,76 +55,89 @@ class Bench:
         return Flop(self.ours)
 
     @functools.cached_property
+    def theirs(self) -> Any:
+        """diffusers' pipeline, loaded when a variant first needs it: if that fails, it is a failure of that variant."""
+        return self.make_theirs()
+
+    @functools.cached_property
     def theirs_compiled(self) -> Any:
         """diffusers' pipeline with a compiled UNet, and all else shared."""
         pipe = copy.copy(self.theirs)
         pipe.unet = torch.compile(self.theirs.unet)
         return pipe
 
+    def beside(self, ours: dict[str, Make], theirs: Make) -> dict[str, Make]:
+        """Our variants and, where it is there, diffusers, which they are compared with."""
+        return ours if self.make_theirs is None else ours | {"diffusers": theirs}
+
 
 def unet(bench: Bench) -> Iterator[Row]:
-    """One step with guidance, everything before the loop done; on CUDA also of the largest batch."""
-    gpu = bench.device.type == "cuda"
-    for rows in (1, max(BATCHES)) if gpu else (1,):
-        name = f"UNet step, {f'{rows} x ' if rows > 1 else ''}{bench.seconds:g} s"
-        warm = 4 if gpu else 1                             # the third call is recorded as a graph
-        flop = bench.flop.step(bench.seconds, rows)
-        yield Row("unet", name, functools.partial(_steps, bench, rows), flop, warm)
+    """One step with guidance, everything before the loop done; on CUDA also of the largest batch, and each without what
+    makes ldm2 fast there."""
+    plain = bench.ours.unet
+    for rows in (1, max(BATCHES)) if bench.device.type == "cuda" else (1,):
+        step = functools.partial(_our_step, bench, rows)
+        ours = {"ldm2": functools.partial(step, accelerated(plain))}
+        if bench.device.type == "cuda":
+            ours["ldm2, no CUDA graph"] = functools.partial(step, plain)
+            ours["ldm2, plain PyTorch"] = functools.partial(step, plain, backend="reference")
+        yield _step_row(bench, "unet", bench.beside(ours, functools.partial(_their_step, bench, rows)), rows)
 
 
-def _steps(bench: Bench, rows: int) -> dict[str, Run]:
-    settings = {"seconds": bench.seconds, "steps": bench.steps, "guidance_scale": SCALE, "seed": 0}
-    asked = recipe(PROMPT, num_waveforms=rows, **settings)
-    step = next(work.run for work in profiling.works(bench.ours, asked) if work.name == "UNet step")
-    runs = {"ldm2": lambda: ops.guide(step(), SCALE)}
-    compiling = bench.device.type == "cuda" and rows == 1
-    if compiling:
-        from ldm2.compilation import compile_step
-
-        compiled = copy.copy(bench.ours.unet)              # shares the weights
-        compile_step(compiled)
-        runs["ldm2, no CUDA graph"] = _eager_step(bench, asked, bench.ours.unet)
-        runs["ldm2, compiled, no CUDA graph"] = _eager_step(bench, asked, compiled)
-        runs["ldm2, plain PyTorch"] = _plain(runs["ldm2"])
-    if bench.theirs is not None:
-        if compiling:
-            runs["diffusers, torch.compile"] = _their_step(bench, rows, bench.theirs_compiled.unet)
-        runs["diffusers"] = _their_step(bench, rows, bench.theirs.unet)
-    return runs
+def diffusers_compiled(bench: Bench) -> Iterator[Row]:
+    """The step beside diffusers with a compiled UNet."""
+    if bench.make_theirs is not None:
+        yield _step_row(bench, "diffusers-compiled", {
+            "ldm2": functools.partial(_our_step, bench, 1, accelerated(bench.ours.unet)),
+            "diffusers, torch.compile": functools.partial(_their_step, bench, 1, compiled=True),
+        })
 
 
-def _plain(run: Run) -> Run:
-    def plain() -> object:
-        with ops.backend("reference"):
-            return run()
+def ldm2_compiled(bench: Bench) -> Iterator[Row]:
+    """The step of a compiled UNet of ours, on CUDA also as a graph, beside the one that is not compiled."""
+    unet = copy.copy(bench.ours.unet)                      # shares the weights
+    compile_step(unet)
+    step = functools.partial(_our_step, bench, 1)
+    variants = {"ldm2, compiled, no CUDA graph": functools.partial(step, unet)}
+    if bench.device.type == "cuda":                        # graphs of its own: `accelerated` finds them by the weights
+        graphed = GraphedUNet(unet, Graphs(CudaCapture(bench.device)))
+        variants = {"ldm2, compiled": functools.partial(step, graphed)} | variants
+    yield _step_row(bench, "ldm2-compiled", variants | {"ldm2": functools.partial(step, accelerated(bench.ours.unet))})
 
-    return plain
+
+def _step_row(bench: Bench, subject: str, variants: dict[str, Make], rows: int = 1) -> Row:
+    name = f"UNet step, {f'{rows} x ' if rows > 1 else ''}{bench.seconds:g} s"
+    calls = STEPS if bench.device.type == "cuda" else 1
+    return Row(subject, name, variants, bench.flop.step(bench.seconds, rows), calls=calls)
 
 
-def _eager_step(bench: Bench, asked: Recipe, unet: UNet) -> Run:
-    """ldm2's step as calls of `unet`, never as a graph."""
+def _our_step(bench: Bench, rows: int, unet: UNet | GraphedUNet, backend: str = "auto") -> Run:
+    """ldm2's step, called as in its pipeline: both branches, then guidance."""
     pipe = bench.ours
-    with torch.no_grad():
+    asked = recipe(PROMPT, num_waveforms=rows, seconds=bench.seconds, guidance_scale=SCALE, seed=0)
+    with torch.inference_mode():
         both = Conditioning.join(pipe.conditionings(asked)[::-1])
-        prepared = unet.prepare(both.to(pipe.device, pipe.dtype))
-        time = unet.embed_time(1.0)
-    x = torch.randn(1, *pipe.latent_shape(asked.seconds)).to(pipe.device, pipe.dtype)
+        prepared = pipe.unet.prepare(both.to(pipe.device, pipe.dtype))
+        time = pipe.unet.embed_time(1.0)
+        x = torch.randn(rows, *pipe.latent_shape(bench.seconds)).to(pipe.device, pipe.dtype)
 
-    @torch.no_grad()
-    def step() -> object:
-        return ops.guide(unet(x, 1.0, prepared, time=time), SCALE)
+    @torch.inference_mode()
+    def step() -> Tensor:
+        with ops.backend(backend):
+            return ops.guide(unet(x, 1.0, prepared, time=time), SCALE)
 
     return step
 
 
-def _their_step(bench: Bench, rows: int, unet: Callable) -> Run:
+def _their_step(bench: Bench, rows: int, compiled: bool = False) -> Run:
     """diffusers' step, called as in its pipeline: both branches, then guidance."""
+    unet = (bench.theirs_compiled if compiled else bench.theirs).unet
     words, mask, generated = bench.theirs.encode_prompt(PROMPT, bench.device, rows, True)
     x = torch.randn(rows, *bench.ours.latent_shape(bench.seconds), device=bench.device, dtype=bench.their_dtype)
     words, generated, t = words.to(x), generated.to(x), torch.tensor(1, device=bench.device)
 
     @torch.no_grad()
-    def step() -> object:
+    def step() -> Tensor:
         noise = unet(torch.cat([x] * 2), t, encoder_hidden_states=generated, encoder_hidden_states_1=words,
                      encoder_attention_mask_1=mask, return_dict=False)[0]
         negative, positive = noise.chunk(2)
@@ -133,110 +150,121 @@ def vae(bench: Bench) -> Iterator[Row]:
     """Latents -> log-mel."""
     latents = torch.randn(1, *bench.ours.latent_shape(bench.seconds), device=bench.device)
 
-    def prepare() -> dict[str, Run]:
-        runs = {"ldm2": lambda: bench.ours.decode(latents)}
-        if bench.theirs is not None:
-            part = bench.theirs.vae
-            x = latents.to(bench.their_dtype)
-            runs["diffusers"] = torch.no_grad()(lambda: part.decode(x / part.config.scaling_factor).sample)
-        return runs
+    def ours() -> Run:
+        return lambda: bench.ours.decode(latents)
 
-    yield Row("vae", f"VAE decode, {bench.seconds:g} s", prepare, bench.flop.decode(bench.seconds))
+    def theirs() -> Run:
+        part, x = bench.theirs.vae, latents.to(bench.their_dtype)
+        return torch.no_grad()(lambda: part.decode(x / part.config.scaling_factor).sample)
+
+    variants = bench.beside({"ldm2": ours}, theirs)
+    yield Row("vae", f"VAE decode, {bench.seconds:g} s", variants, bench.flop.decode(bench.seconds))
 
 
 def vocoder(bench: Bench) -> Iterator[Row]:
     """Log-mel -> waveform."""
     mel = bench.ours.decode(torch.randn(1, *bench.ours.latent_shape(bench.seconds)))
 
-    def prepare() -> dict[str, Run]:
-        runs = {"ldm2": lambda: bench.ours.vocode(mel)}
-        if bench.theirs is not None:
-            theirs = mel.to(bench.their_dtype)
-            runs["diffusers"] = torch.no_grad()(lambda: bench.theirs.mel_spectrogram_to_waveform(theirs))
-        return runs
+    def ours() -> Run:
+        return lambda: bench.ours.vocode(mel)
 
-    yield Row("vocoder", f"vocoder, {bench.seconds:g} s", prepare, bench.flop.vocode(bench.seconds))
+    def theirs() -> Run:
+        pipe, other = bench.theirs, mel.to(bench.their_dtype)
+        return torch.no_grad()(lambda: pipe.mel_spectrogram_to_waveform(other))
+
+    variants = bench.beside({"ldm2": ours}, theirs)
+    yield Row("vocoder", f"vocoder, {bench.seconds:g} s", variants, bench.flop.vocode(bench.seconds))
 
 
 def text(bench: Bench) -> Iterator[Row]:
     """Prompt -> both sides of guidance."""
     asked = recipe(PROMPT, guidance_scale=SCALE, seed=0)
 
-    def prepare() -> dict[str, Run]:
-        runs = {"ldm2": lambda: bench.ours.conditionings(asked)}
-        if bench.theirs is not None:
-            runs["diffusers"] = torch.no_grad()(lambda: bench.theirs.encode_prompt(PROMPT, bench.device, 1, True))
-        return runs
+    def ours() -> Run:
+        return lambda: bench.ours.conditionings(asked)
 
-    yield Row("text", "text", prepare)
+    def theirs() -> Run:
+        pipe = bench.theirs
+        return torch.no_grad()(lambda: pipe.encode_prompt(PROMPT, bench.device, 1, True))
+
+    yield Row("text", "text", bench.beside({"ldm2": ours}, theirs))
 
 
 def load(bench: Bench) -> Iterator[Row]:
     """Files -> a pipeline that is ready."""
     if bench.folder is None:
         return
-    from tests import checkpoints
-
     settings = {"reference": "diffusers", "device": str(bench.device), "dtype": str(bench.ours.dtype)[6:]}
-
-    def prepare() -> dict[str, Run]:
-        return {
-            "ldm2": lambda: ldm2.load(bench.folder, **settings),
-            "diffusers": lambda: checkpoints.diffusers_pipeline(bench.folder, bench.their_dtype).to(bench.device),
-        }
-
-    yield Row("load", "load", prepare)
+    ours = functools.partial(ldm2.load, bench.folder, **settings)
+    yield Row("load", "load", bench.beside({"ldm2": lambda: ours}, lambda: bench.make_theirs))
 
 
 def generation(bench: Bench) -> Iterator[Row]:
     """Prompt -> waveform."""
-    gpu = bench.device.type == "cuda"
-    prepare = functools.partial(_generations, bench, bench.seconds, bench.steps, compiled=gpu)
+    yield _generation_row(bench, "generation", _generations(bench, bench.seconds, bench.steps))
+
+
+def generation_compiled(bench: Bench) -> Iterator[Row]:
+    """The same beside diffusers with a compiled UNet."""
+    if bench.make_theirs is not None:
+        yield _generation_row(bench, "generation-compiled", {
+            "ldm2": functools.partial(_our_sound, bench, 1, bench.seconds, bench.steps),
+            "diffusers, torch.compile": functools.partial(_their_sound, bench, 1, bench.seconds, bench.steps, True),
+        })
+
+
+def _generation_row(bench: Bench, subject: str, variants: dict[str, Make]) -> Row:
     flop = bench.flop.generation(bench.seconds, bench.steps)
-    yield Row("generation", f"{bench.seconds:g} s, {bench.steps} steps", prepare, flop)
+    return Row(subject, f"{bench.seconds:g} s, {bench.steps} steps", variants, flop)
 
 
 def length(bench: Bench) -> Iterator[Row]:
     """The same for several lengths; longer ones also in windows, which is how reference="authors" makes them."""
     for seconds in LENGTHS:
-        prepare = functools.partial(_generations, bench, seconds, bench.sweep_steps, windows=seconds > 10.24)
+        variants = _generations(bench, seconds, bench.sweep_steps, windows=seconds > 10.24)
         flop = bench.flop.generation(seconds, bench.sweep_steps)
         name = f"{seconds:g} s, {bench.sweep_steps} steps"
-        yield Row("length", name, prepare, flop, warm=int(bench.device.type == "cuda" or seconds == LENGTHS[0]))
+        yield Row("length", name, variants, flop, warm=int(bench.device.type == "cuda" or seconds == LENGTHS[0]))
 
 
 def batch(bench: Bench) -> Iterator[Row]:
     """The same for several sounds at once."""
     for rows in BATCHES:
-        prepare = functools.partial(_generations, bench, bench.seconds, bench.sweep_steps, rows=rows)
+        variants = _generations(bench, bench.seconds, bench.sweep_steps, rows)
         flop = bench.flop.generation(bench.seconds, bench.sweep_steps, rows)
         name = f"{rows} x {bench.seconds:g} s, {bench.sweep_steps} steps"
-        yield Row("batch", name, prepare, flop, warm=int(bench.device.type == "cuda" or rows == BATCHES[0]))
+        yield Row("batch", name, variants, flop, warm=int(bench.device.type == "cuda" or rows == BATCHES[0]))
 
 
-def _generations(bench: Bench, seconds: float, steps: int, rows: int = 1, windows: bool = False,
-                 compiled: bool = False) -> dict[str, Run]:
-    """windows: ldm2 also in windows. compiled: diffusers also with a compiled UNet."""
-    prompts = [PROMPT] * rows
-    settings = {"seconds": seconds, "steps": steps, "guidance_scale": SCALE, "seed": 0}
-
-    def theirs(pipe: Any) -> Run:
-        return lambda: pipe(
-            prompts, audio_length_in_s=seconds, num_inference_steps=steps, guidance_scale=SCALE,
-            generator=torch.Generator().manual_seed(0),
-        )
-
-    runs = {"ldm2": lambda: bench.ours.generate(prompts, **settings)}
+def _generations(bench: Bench, seconds: float, steps: int, rows: int = 1, windows: bool = False) -> dict[str, Make]:
+    """windows: ldm2 also in windows."""
+    size = (bench, rows, seconds, steps)
+    ours = {"ldm2": functools.partial(_our_sound, *size)}
     if windows:
-        runs["ldm2, windows of 10.24 s"] = lambda: bench.ours.generate(prompts, window=10.24, **settings)
-    if bench.theirs is not None:
-        if compiled:
-            runs["diffusers, torch.compile"] = theirs(bench.theirs_compiled)
-        runs["diffusers"] = theirs(bench.theirs)
-    return runs
+        ours["ldm2, windows of 10.24 s"] = functools.partial(_our_sound, *size, window=10.24)
+    return bench.beside(ours, functools.partial(_their_sound, *size))
 
 
+def _our_sound(bench: Bench, rows: int, seconds: float, steps: int, **settings: float) -> Run:
+    return lambda: bench.ours.generate(
+        [PROMPT] * rows, seconds=seconds, steps=steps, guidance_scale=SCALE, seed=0, **settings
+    )
+
+
+def _their_sound(bench: Bench, rows: int, seconds: float, steps: int, compiled: bool = False) -> Run:
+    pipe = bench.theirs_compiled if compiled else bench.theirs
+    return lambda: pipe(
+        [PROMPT] * rows, audio_length_in_s=seconds, num_inference_steps=steps, guidance_scale=SCALE,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+# Minutes go by until these are compiled, so that they are measured where they are asked for by name.
+COMPILED: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "diffusers-compiled": diffusers_compiled, "generation-compiled": generation_compiled,
+    "ldm2-compiled": ldm2_compiled,
+}
 SUBJECTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "unet": unet, "vae": vae, "vocoder": vocoder, "text": text, "load": load, "generation": generation,
     "length": length, "batch": batch, "kernels": kernels,
-}
+} | COMPILED

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -11,26 +13,30 @@ import torch
 from ldm2 import profiling
 
 Run = Callable[[], object]
+Make = Callable[[], Run]
 
 
 @dataclass(frozen=True)
 class Row:
     """Something to measure: the same work by several variants, the one that the others are compared with last.
 
-    flop: of one run on the plain path, 0 where it is not counted. warm: how many first rounds are thrown away.
-    prepare: makes the variants when the row's turn comes, and what they hold goes with them.
+    variants: each is made when the row's turn comes, and what it holds goes with the row.
+    flop: of one call on the plain path, 0 where it is not counted. warm: how many first rounds are thrown away.
+    calls: how many make one measurement, where one is so short that waiting for the device would show.
     """
 
     subject: str
     name: str
-    prepare: Callable[[], Mapping[str, Run]]
+    variants: Mapping[str, Make]
     flop: int = 0
     warm: int = 1
+    calls: int = 1
 
 
 @dataclass
 class Timed:
-    """One variant of a row: seconds and bytes (added at most to what was there) of each repetition, and what failed."""
+    """One variant of a row: for each repetition the seconds of a call and the bytes that were added at most to what was
+    there; and what failed."""
 
     subject: str
     name: str
@@ -50,35 +56,54 @@ class Timed:
         return max(self.seconds) > profiling.WIDE * min(self.seconds)
 
 
+@contextmanager
+def attempt(timed: Timed, device: torch.device) -> Iterator[None]:
+    """What fails inside is told by `timed`, in full on stderr, and ends nothing else."""
+    # A capture of a CUDA graph that fails leaves its own stream as the current one.
+    stream = torch.cuda.stream(torch.cuda.current_stream(device)) if device.type == "cuda" else nullcontext()
+    try:
+        with stream:
+            yield
+    except Exception as error:                             # compilers, drivers, other libraries: each has its own kinds
+        traceback.print_exc()
+        timed.error = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def measure(row: Row, device: torch.device, repeats: int, at_least: float = 0.0) -> list[Timed]:
     """Run the variants of a row one after the other, `repeats` times and until all took `at_least` seconds together.
 
-    One that fails is left out and says why.
+    One that fails, be it while it is made, is left out and says why.
     """
-    runs = dict(row.prepare())
-    timed = {name: Timed(row.subject, row.name, name, row.flop) for name in runs}
+    timed = {name: Timed(row.subject, row.name, name, row.flop) for name in row.variants}
+    runs: dict[str, Run] = {}
+    for name, make in row.variants.items():
+        with attempt(timed[name], device):
+            runs[name] = make()
     rounds, spent = -row.warm, 0.0
     while rounds < repeats or (runs and spent < at_least):
         for name, run in list(runs.items()):
-            try:
-                seconds, memory = _once(run, device)
-            except RuntimeError as error:                  # no memory, no kernel, or no way to compile
-                timed[name].error = " ".join(str(error).split())[:200]
+            with attempt(timed[name], device):
+                seconds, memory = _once(run, device, row.calls)
+            if timed[name].error is not None:
                 del runs[name]
-                continue
-            if rounds >= 0:
-                spent += seconds
+            elif rounds >= 0:
+                spent += row.calls * seconds
                 timed[name].seconds.append(seconds)
                 timed[name].memory += [] if memory is None else [memory]
         rounds += 1
     return list(timed.values())
 
 
-def _once(run: Run, device: torch.device) -> tuple[float, int | None]:
-    """Seconds and bytes of one call."""
+def _once(run: Run, device: torch.device, calls: int) -> tuple[float, int | None]:
+    """Seconds of each of `calls` calls, one after the other, and bytes of all."""
     spent: list[float] = []
-    memory = profiling.memory_of(lambda: spent.append(profiling.seconds_of(run, device)), device)
-    return spent[0], memory
+
+    def work() -> None:
+        for _ in range(calls):
+            run()
+
+    memory = profiling.memory_of(lambda: spent.append(profiling.seconds_of(work, device)), device)
+    return spent[0] / calls, memory
 
 
 def ratio(ours: Timed, theirs: Timed) -> float:

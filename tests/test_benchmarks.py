@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +14,18 @@ import torch
 
 import ldm2
 from benchmarks import __main__ as benchmarks
+from benchmarks import kernels as kernel_rows
 from benchmarks import report, rows, timing
 from benchmarks.flop import Flop
 from benchmarks.kernels import cases, kernels
 from benchmarks.rows import Bench
 from benchmarks.timing import Row, Timed
-from ldm2 import ops, profiling
+from ldm2 import graphs, ops, profiling, random_models
+from ldm2.graphs import GraphedUNet, Graphs
+from ldm2.pipeline import NonFiniteError
 from ldm2.profiling import Limits
 from ldm2.recipe import recipe
+from tests.test_graphs import Tape
 
 CPU = torch.device("cpu")
 
@@ -37,7 +42,7 @@ def timed(variant: str, *seconds: float, flop: int = 0) -> Timed:
 
 def test_variants_alternate_and_the_first_round_does_not_count():
     calls = []
-    row = Row("x", "x", lambda: {name: lambda name=name: calls.append(name) for name in "ab"})
+    row = Row("x", "x", {name: lambda name=name: lambda: calls.append(name) for name in "ab"})
     found = timing.measure(row, CPU, repeats=2)
     assert calls == list("ababab")
     assert [(one.variant, len(one.seconds), len(one.memory)) for one in found] == [("a", 2, 2), ("b", 2, 2)]
@@ -45,17 +50,60 @@ def test_variants_alternate_and_the_first_round_does_not_count():
 
 def test_short_runs_are_repeated_until_they_can_be_told(monkeypatch):
     monkeypatch.setattr(profiling, "seconds_of", lambda run, device: 0.125)
-    [found] = timing.measure(Row("x", "x", lambda: {"a": lambda: None}), CPU, repeats=2, at_least=1.0)
+    row = Row("x", "x", {"a": lambda: lambda: None})
+    [found] = timing.measure(row, CPU, repeats=2, at_least=1.0)
     assert len(found.seconds) == 8
 
 
-def test_a_variant_that_fails_is_left_out_and_says_why():
-    def fail():
-        raise RuntimeError("no kernel\nfor this")
+def test_several_calls_make_one_measurement_and_the_seconds_are_those_of_one(monkeypatch):
+    def seconds_of(run, device):
+        run()
+        return 0.5
 
-    found = timing.measure(Row("x", "x", lambda: {"a": fail, "b": lambda: None}), CPU, repeats=2)
-    assert found[0].error == "no kernel for this" and not found[0].seconds
+    calls = []
+    monkeypatch.setattr(profiling, "seconds_of", seconds_of)
+    row = Row("x", "x", {"a": lambda: lambda: calls.append(1)}, calls=5)
+    [found] = timing.measure(row, CPU, repeats=2, at_least=1.5)
+    assert found.seconds == [0.1] * 3 and len(calls) == 4 * 5
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, NonFiniteError, ImportError])
+@pytest.mark.parametrize("when", ["made", "run"])
+def test_a_variant_that_fails_is_left_out_and_says_why(error, when, capsys):
+    def fail():
+        raise error("no kernel\nfor this")
+
+    row = Row("x", "x", {"a": fail if when == "made" else lambda: fail, "b": lambda: lambda: None})
+    found = timing.measure(row, CPU, repeats=2)
+    assert found[0].error == f"{error.__name__}: no kernel for this" and not found[0].seconds
     assert found[1].error is None and len(found[1].seconds) == 2
+    assert "in fail" in capsys.readouterr().err
+
+
+def test_stopping_is_no_failure_of_a_variant():
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        timing.measure(Row("x", "x", {"a": lambda: stop}), CPU, repeats=2)
+
+
+def test_a_variant_that_fails_on_cuda_leaves_the_stream_as_it_was(monkeypatch):
+    @contextlib.contextmanager
+    def stream(wanted):
+        before, current[0] = current[0], wanted
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    current, failed = ["default"], timed("ldm2")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    with timing.attempt(failed, torch.device("cuda")):
+        current[0] = "of a capture"
+        raise RuntimeError("operation not permitted when stream is capturing")
+    assert current == ["default"] and failed.error.startswith("RuntimeError: operation not permitted")
 
 
 def test_the_speed_is_the_median_over_pairs_of_neighbours():
@@ -114,14 +162,95 @@ def test_there_is_a_row_for_each_kernel_of_a_gpu(monkeypatch):
     bench = SimpleNamespace(device=SimpleNamespace(type="cuda"), ours=SimpleNamespace(dtype=torch.float16))
     names = [row.name for row in kernels(bench)]
     assert names[-2:] == ["20 guide, 2 x 8 x 256 x 16", "20 axpby, 1 x 8 x 256 x 16"]
+    assert {row.calls for row in kernels(bench)} == {10}
+
+
+@pytest.mark.parametrize("device, calls", [("cpu", kernel_rows.REPEAT), ("cuda", 0)])
+def test_on_cuda_a_row_of_kernels_times_the_replay_of_a_graph(device, calls, monkeypatch):
+    ran, replayed = [], []
+
+    def capture(device):
+        return lambda run: (lambda: replayed.append(run()), None)
+
+    monkeypatch.setattr(kernel_rows, "CudaCapture", capture)
+    monkeypatch.setattr(ops, "guide", lambda *arguments: ran.append(ops.asked()))
+    variants = kernel_rows._variants("guide", (), SimpleNamespace(type=device))
+    assert list(variants) == ["fused", "plain PyTorch"]
+    for make, backend in zip(variants.values(), ("fused", "reference")):
+        run = make()
+        run()
+        assert ran == [backend] * kernel_rows.REPEAT and len(replayed) == (device == "cuda")
+        ran.clear()
+        replayed.clear()
+
+
+@pytest.fixture
+def on_cuda(pipe, oracle, monkeypatch):
+    """A Bench that takes itself for one on CUDA, with graphs that are recorded by stand-ins; and these."""
+    tapes, shared = [], {}
+
+    def accelerated(unet):                                 # finds graphs by the weights, as the real one
+        first = id(next(unet.parameters()))
+        if first not in shared:
+            shared[first] = Graphs(capture(None))
+        return GraphedUNet(unet, shared[first])
+
+    def capture(device):
+        tapes.append(Tape())
+        return tapes[-1]
+
+    monkeypatch.setattr(Bench, "device", torch.device("cuda"))
+    monkeypatch.setattr(rows, "CudaCapture", capture)
+    monkeypatch.setattr(rows, "accelerated", accelerated)
+    return Bench(pipe, lambda: oracle, None, 0.16, 1, 1, torch.float32), tapes
+
+
+def test_on_cuda_the_step_is_measured_without_anything_compiled_several_times_over(on_cuda):
+    bench, tapes = on_cuda
+    found = list(rows.unet(bench))
+    assert [(row.name, row.calls) for row in found] == [("UNet step, 0.16 s", 10), ("UNet step, 8 x 0.16 s", 10)]
+    for row, count in zip(found, (1, 8)):
+        assert list(row.variants) == ["ldm2", "ldm2, no CUDA graph", "ldm2, plain PyTorch", "diffusers"]
+        for make in list(row.variants.values())[:3]:
+            step = make()
+            assert [step().shape for _ in range(4)][-1] == (count, *bench.ours.latent_shape(0.16))
+    assert [tape.recorded for tape in tapes] == [2]        # ldm2 in both rows, and nothing else
+
+
+def test_on_cuda_a_compiled_step_has_a_graph_of_its_own(on_cuda):
+    bench, tapes = on_cuda
+    [row] = rows.ldm2_compiled(bench)
+    assert list(row.variants) == ["ldm2, compiled", "ldm2, compiled, no CUDA graph", "ldm2"]
+    with torch.compiler.set_stance("force_eager"):         # compiling takes long
+        for make in row.variants.values():
+            step = make()
+            for _ in range(4):
+                step()
+    assert [tape.recorded for tape in tapes] == [1, 1]
+    assert "with_features" not in vars(bench.ours.unet)
+
+
+@pytest.mark.parametrize("subject", [rows.diffusers_compiled, rows.generation_compiled])
+def test_a_compiled_diffusers_is_what_ldm2_is_compared_with_and_not_there_without_it(subject, pipe, oracle):
+    bench = Bench(pipe, lambda: oracle, None, 0.16, 1, 1, torch.float32)
+    [row] = subject(bench)
+    assert list(row.variants) == ["ldm2", "diffusers, torch.compile"]
+    with torch.compiler.set_stance("force_eager"):
+        found = timing.measure(row, CPU, repeats=1)
+    assert [one.error for one in found] == [None, None]
+    assert list(subject(Bench(pipe, None, None, 0.16, 1, 1, torch.float32))) == []
+
+
+def test_what_is_compiled_is_measured_where_it_is_asked_for_by_name():
+    asked = benchmarks.options().parse_args([]).rows.split(",")
+    assert set(benchmarks.ROWS) - set(asked) == {"diffusers-compiled", "generation-compiled", "ldm2-compiled"}
 
 
 def test_a_compiled_diffusers_shares_all_but_its_unet_and_makes_the_same_sound(pipe, oracle):
-    bench = Bench(pipe, oracle, None, 0.16, 1, 1, torch.float32)
+    bench = Bench(pipe, lambda: oracle, None, 0.16, 1, 1, torch.float32)
     plain = oracle.unet
-    runs = rows._generations(bench, 0.16, 1, compiled=True)
-    with torch.compiler.set_stance("force_eager"):         # compiling takes long
-        compiled, theirs = (runs[name]().audios for name in ("diffusers, torch.compile", "diffusers"))
+    with torch.compiler.set_stance("force_eager"):
+        compiled, theirs = (rows._their_sound(bench, 1, 0.16, 1, how)().audios for how in (True, False))
     assert (compiled == theirs).all() and theirs.any()
     assert oracle.unet is plain and bench.theirs_compiled.unet._orig_mod is plain
     assert bench.theirs_compiled.vae is oracle.vae
@@ -129,9 +258,9 @@ def test_a_compiled_diffusers_shares_all_but_its_unet_and_makes_the_same_sound(p
 
 def test_a_step_of_several_sounds_is_measured_on_both_sides(tiny_checkpoint, oracle):
     pipe = ldm2.load(tiny_checkpoint, device="cpu", reference="diffusers")
-    bench = Bench(pipe, oracle, None, 0.16, 1, 1, torch.float32)
-    shapes = {name: run().shape for name, run in rows._steps(bench, 3).items()}
-    assert shapes == dict.fromkeys(("ldm2", "diffusers"), (3, *pipe.latent_shape(0.16)))
+    bench = Bench(pipe, lambda: oracle, None, 0.16, 1, 1, torch.float32)
+    shapes = {run().shape for run in (rows._our_step(bench, 3, pipe.unet), rows._their_step(bench, 3))}
+    assert shapes == {(3, *pipe.latent_shape(0.16))}
 
 
 def test_the_plot_shows_length_and_batch(tmp_path):
@@ -172,7 +301,7 @@ def test_everything_runs_beside_diffusers(tmp_path, monkeypatch, capsys, tiny_ch
 
 def test_a_run_that_is_stopped_has_told_what_it_measured(tmp_path, monkeypatch, capsys):
     def two_rows(bench):
-        yield Row("unet", "first", lambda: {"ldm2": lambda: None})
+        yield Row("unet", "first", {"ldm2": lambda: lambda: None})
         raise KeyboardInterrupt
 
     monkeypatch.setitem(benchmarks.SUBJECTS, "unet", two_rows)
@@ -199,6 +328,93 @@ def test_the_processes_of_their_own_get_their_dtypes_and_the_threads(tmp_path, m
         assert command[command.index("--threads") + 1] == "1"
         benchmarks.main(command)
     assert ran == [("ldm2", torch.float32), ("ldm2, low_memory", torch.float32), ("diffusers", torch.bfloat16)]
+
+
+def test_a_process_of_its_own_that_fails_costs_the_others_nothing(tmp_path, monkeypatch, capfd):
+    def run(command, **options):
+        code = "raise SystemExit(3)" if "diffusers" in command else "print(2500000000)"
+        return real([sys.executable, "-c", f"import sys; print('why', file=sys.stderr); {code}"], **options)
+
+    real = subprocess.run
+    monkeypatch.setattr(benchmarks, "PROCESSES", ("diffusers", "ldm2"))
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(profiling, "limits", lambda device, dtype: Limits(1e9, 1e9))
+    assert benchmarks.main(["--rows", "memory", "--size", "tiny", "--out", str(tmp_path), "--name", "x"]) == 0
+    told = capfd.readouterr()
+    assert "| diffusers | failed with exit code 3 |\n| ldm2 | 2.50 |" in told.out and "why" in told.err
+    assert json.loads((tmp_path / "x.json").read_text())["processes"] == {
+        "diffusers": "failed with exit code 3", "ldm2": 2.5e9}
+
+
+@pytest.mark.parametrize("name", benchmarks.PROCESSES)
+def test_a_process_of_its_own_makes_steps_enough_for_a_cuda_graph(name, tmp_path, monkeypatch):
+    steps = []
+    ours = SimpleNamespace(generate=lambda prompt, **settings: steps.append(settings["steps"]))
+    monkeypatch.setattr(ldm2, "load", lambda folder, **settings: ours)
+    monkeypatch.setattr(benchmarks, "diffusers_pipeline", lambda *arguments: theirs)
+
+    def theirs(prompt, **settings):
+        steps.append(settings["num_inference_steps"])
+
+    assert benchmarks.alone(name, 0.2, tmp_path, CPU, torch.float32) > 0
+    assert steps == [4] and graphs.WARM_UP < 4
+
+
+def test_a_subject_that_fails_between_its_rows_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
+    def failing(bench):
+        yield Row("unet", "first", {"ldm2": lambda: lambda: None})
+        raise TypeError("not this version")
+
+    monkeypatch.setitem(benchmarks.SUBJECTS, "unet", failing)
+    monkeypatch.setitem(benchmarks.SUBJECTS, "vae", lambda bench: [Row("vae", "next", {"ldm2": lambda: lambda: None})])
+    monkeypatch.setattr(profiling, "limits", lambda device, dtype: Limits(1e9, 1e9))
+    assert benchmarks.main(["--rows", "unet,vae", "--size", "tiny", "--out", str(tmp_path)]) == 0
+    rest = "| unet | all that is left | failed: TypeError: not this version | | | | |"
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| first", "| unet", "| next"))]
+    assert lines[0].startswith("| first | ldm2 | ") and lines[1] == rest and lines[2].startswith("| next | ldm2 | ")
+
+
+def test_diffusers_that_cannot_be_loaded_fails_by_itself(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise ImportError("another version of transformers is needed")
+
+    monkeypatch.setattr(benchmarks, "diffusers_pipeline", fail)
+    monkeypatch.setattr(profiling, "limits", lambda device, dtype: Limits(1e9, 1e9))
+    assert benchmarks.main(["--rows", "unet,text,load", "--size", "tiny", "--seconds", "0.2", "--repeats", "1",
+                            "--out", str(tmp_path), "--name", "x"]) == 0
+    found = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert [(row["subject"], row["variant"], row.get("error")) for row in found] == [
+        (subject, variant, None if variant == "ldm2" else "ImportError: another version of transformers is needed")
+        for subject in ("unet", "text", "load") for variant in ("ldm2", "diffusers")]
+
+
+def test_diffusers_that_cannot_write_the_checkpoint_leaves_ldm2_alone(tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise TypeError("unexpected keyword")
+
+    full_size = pytest.importorskip("benchmarks.full_size")
+    monkeypatch.setattr(full_size, "save", fail)
+    args = benchmarks.options().parse_args(["--folder", str(tmp_path / "none")])
+    assert benchmarks.checkpoint(args) is None
+    assert "TypeError: unexpected keyword" in capsys.readouterr().err
+
+
+def test_diffusers_can_be_left_out_and_cudnn_may_choose(tmp_path, monkeypatch, capsys):
+    def pipeline(*arguments, **settings):
+        chosen.append(torch.backends.cudnn.benchmark)
+        return real(*arguments, **settings)
+
+    chosen, real = [], random_models.pipeline
+    monkeypatch.setattr(random_models, "pipeline", pipeline)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(profiling, "limits", lambda device, dtype: Limits(1e9, 1e9))
+    for options in ([], ["--cudnn-benchmark"]):
+        assert benchmarks.main(["--rows", "text,memory", "--size", "tiny", "--repeats", "1", "--no-diffusers", *options,
+                                "--out", str(tmp_path), "--name", "x"]) == 0
+        assert "diffusers is left out" in capsys.readouterr().out
+        found = json.loads((tmp_path / "x.json").read_text())
+        assert [row["variant"] for row in found["rows"]] == ["ldm2"] and not found["processes"]
+    assert chosen == [False, True]
 
 
 def test_without_diffusers_ldm2_runs_alone(tmp_path, monkeypatch, capsys):

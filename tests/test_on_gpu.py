@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import tarfile
 import time
 
 import pytest
@@ -21,9 +23,9 @@ SLOW = Part("slow", 4, ["timeit", "-n1", "-r1", "-s", "import time",
 def run(tmp_path, monkeypatch):
     """on_gpu with some parts; returns its exit code and the overview that it wrote."""
 
-    def run(*parts, minutes=1.0):
+    def run(*parts, minutes=1.0, options=()):
         monkeypatch.setattr(on_gpu, "parts", lambda device, size, out: list(parts))
-        code = on_gpu.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", str(minutes)])
+        code = on_gpu.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", str(minutes), *options])
         return code, (tmp_path / "gpu.md").read_text()
 
     return run
@@ -33,8 +35,33 @@ def test_the_tests_come_first_and_then_what_matters_most(tmp_path):
     names = [part.name for part in on_gpu.parts("cuda", "base", tmp_path)]
     assert len(names) == len(set(names))
     assert [name for name in names if name != "weights"][:5] == [
-        "kernel-tests", "cuda-tests", "unet-float16", "generation-float16", "memory-float16"]
+        "kernel-tests", "unet-float16", "cuda-tests", "generation-float16", "memory-float16"]
     assert names.index("unet-bfloat16") < names.index("length-float16")
+
+
+def test_what_is_compiled_has_parts_of_its_own_on_cuda_after_the_same_without(tmp_path):
+    names, on_cpu = ([part.name for part in on_gpu.parts(device, "base", tmp_path)] for device in ("cuda", "cpu"))
+    compiled = ["diffusers-compiled-float16", "generation-compiled-float16", "ldm2-compiled-float16"]
+    assert [name for name in names if "compiled" in name] == compiled
+    assert names.index("unet-float16") < names.index("generation-float16") < names.index(compiled[0])
+    assert on_cpu == [name for name in names if name not in compiled]
+
+
+def test_choices_of_pytorch_are_tried_on_ldm2_alone(tmp_path):
+    named = {part.name: part for part in on_gpu.parts("cuda", "base", tmp_path)}
+    attention, convolutions = named["unet-float16-no-cudnn-attention"], named["unet-float16-cudnn-benchmark"]
+    parsed = [benchmarks.options().parse_args(part.command[1:]) for part in (attention, convolutions)]
+    assert [(args.rows, args.no_diffusers, args.cudnn_benchmark) for args in parsed] == [
+        ("unet", True, False), ("unet", True, True)]
+    assert attention.environment == {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"} and not convolutions.environment
+
+
+def test_parts_get_their_environment_and_ask_no_server(run):
+    code = "import os; print('|', os.environ['HF_HUB_OFFLINE'], os.environ.get('EXTRA'))"
+    _, overview = run(Part("with", 60, ["timeit", "-n1", "-r1", code], environment={"EXTRA": "2"}),
+                      Part("without", 60, ["timeit", "-n1", "-r1", code]))
+    assert re.search(r"^with:\n```\n\| 1 2\n", overview, re.MULTILINE)
+    assert re.search(r"^without:\n```\n\| 1 None\n", overview, re.MULTILINE)
 
 
 def test_every_row_is_measured_by_commands_that_benchmarks_know(tmp_path):
@@ -92,6 +119,23 @@ def test_results_are_written_after_each_part(run, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(QUICK, SLOW)
     assert "| quick | done |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_after_each_part_one_archive_has_all_results_so_far(run, tmp_path, monkeypatch):
+    def packed(*arguments):
+        pack(*arguments)
+        with tarfile.open(path) as archive:
+            found.append((sorted(archive.getnames()), archive.extractfile("gpu.md").read().decode()))
+
+    found, pack, path = [], on_gpu.pack, tmp_path / "away" / "all.tar.gz"
+    monkeypatch.setattr(on_gpu, "pack", packed)
+    (tmp_path / "gpu-failing.json").write_text("{}")
+    (tmp_path / "other.md").write_text("")
+    run(QUICK, FAILING, options=["--pack", str(path)])
+    assert [names for names, _ in found] == [
+        ["gpu-quick.log", "gpu.md"], ["gpu-failing.json", "gpu-failing.log", "gpu-quick.log", "gpu.md"]]
+    assert "failing" not in found[0][1] and "| failing | failed with exit code " in found[1][1]
+    assert [file.name for file in path.parent.iterdir()] == ["all.tar.gz"]
 
 
 def test_no_part_is_begun_when_time_is_up(run):
