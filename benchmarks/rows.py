@@ -19,7 +19,7 @@ from benchmarks.timing import Make, Row, Run
 from ldm2 import ops
 from ldm2.compilation import compile_step
 from ldm2.conditioning import Conditioning
-from ldm2.graphs import CudaCapture, GraphedUNet, Graphs, accelerated
+from ldm2.graphs import GraphedUNet, accelerated
 from ldm2.pipeline import AudioLDM2
 from ldm2.recipe import recipe
 from ldm2.unet import UNet
@@ -99,9 +99,8 @@ def ldm2_compiled(bench: Bench) -> Iterator[Row]:
     compile_step(unet)
     step = functools.partial(_our_step, bench, 1)
     variants = {"ldm2, compiled, no CUDA graph": functools.partial(step, unet)}
-    if bench.device.type == "cuda":                        # graphs of its own: `accelerated` finds them by the weights
-        graphed = GraphedUNet(unet, Graphs(CudaCapture(bench.device)))
-        variants = {"ldm2, compiled": functools.partial(step, graphed)} | variants
+    if bench.device.type == "cuda":
+        variants = {"ldm2, compiled": functools.partial(step, accelerated(unet))} | variants
     yield _step_row(bench, "ldm2-compiled", variants | {"ldm2": functools.partial(step, accelerated(bench.ours.unet))})
 
 

@@ -21,7 +21,7 @@ from benchmarks.kernels import cases, kernels
 from benchmarks.rows import Bench
 from benchmarks.timing import Row, Timed
 from ldm2 import graphs, ops, profiling, random_models
-from ldm2.graphs import GraphedUNet, Graphs
+from ldm2.graphs import GraphedUNet
 from ldm2.pipeline import NonFiniteError
 from ldm2.profiling import Limits
 from ldm2.recipe import recipe
@@ -187,21 +187,16 @@ def test_on_cuda_a_row_of_kernels_times_the_replay_of_a_graph(device, calls, mon
 @pytest.fixture
 def on_cuda(pipe, oracle, monkeypatch):
     """A Bench that takes itself for one on CUDA, with graphs that are recorded by stand-ins; and these."""
-    tapes, shared = [], {}
-
-    def accelerated(unet):                                 # finds graphs by the weights, as the real one
-        first = id(next(unet.parameters()))
-        if first not in shared:
-            shared[first] = Graphs(capture(None))
-        return GraphedUNet(unet, shared[first])
+    tapes = []
 
     def capture(device):
         tapes.append(Tape())
         return tapes[-1]
 
+    monkeypatch.setattr(graphs, "CudaCapture", capture)
+    monkeypatch.setattr(graphs, "_graphs", type(graphs._graphs)())           # without those of other tests
+    monkeypatch.setattr(rows, "accelerated", lambda unet: GraphedUNet(unet, graphs.graphs_of(unet, CPU)))
     monkeypatch.setattr(Bench, "device", torch.device("cuda"))
-    monkeypatch.setattr(rows, "CudaCapture", capture)
-    monkeypatch.setattr(rows, "accelerated", accelerated)
     return Bench(pipe, lambda: oracle, None, 0.16, 1, 1, torch.float32), tapes
 
 
