@@ -112,7 +112,7 @@ def run(args: argparse.Namespace, folder: Path | None, device: torch.device, dty
 def measured(subject: str, bench: Bench, repeats: int) -> Iterator[list[Timed]]:
     """The rows of a subject one by one; where it fails between them, that in place of the rest."""
     rest = Timed(subject, subject, "all that is left")
-    with timing.attempt(rest, bench.device):
+    with timing.attempt(rest):
         for row in SUBJECTS[subject](bench):
             tell(f"{row.name} ...")
             yield timing.measure(row, bench.device, repeats, at_least=0.5 if bench.device.type == "cuda" else 0.0)

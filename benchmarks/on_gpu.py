@@ -139,6 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     outcomes, end = {}, time.monotonic() + 60 * args.minutes
     for name in asked:
+        for suffix in ("json", "md", "png"):               # of an earlier run, which would pass for this one's
+            (args.out / f"gpu-{name}.{suffix}").unlink(missing_ok=True)
         outcomes[name] = run(known[name], end - time.monotonic(), args.out / f"gpu-{name}.log")
         print(markdown({name: outcomes[name]}), flush=True)
         with files.whole(args.out / "gpu.md", overwrite=True) as temporary:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -57,13 +57,10 @@ class Timed:
 
 
 @contextmanager
-def attempt(timed: Timed, device: torch.device) -> Iterator[None]:
+def attempt(timed: Timed) -> Iterator[None]:
     """What fails inside is told by `timed`, in full on stderr, and ends nothing else."""
-    # A capture of a CUDA graph that fails leaves its own stream as the current one.
-    stream = torch.cuda.stream(torch.cuda.current_stream(device)) if device.type == "cuda" else nullcontext()
     try:
-        with stream:
-            yield
+        yield
     except Exception as error:                             # compilers, drivers, other libraries: each has its own kinds
         traceback.print_exc()
         timed.error = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -77,12 +74,12 @@ def measure(row: Row, device: torch.device, repeats: int, at_least: float = 0.0)
     timed = {name: Timed(row.subject, row.name, name, row.flop) for name in row.variants}
     runs: dict[str, Run] = {}
     for name, make in row.variants.items():
-        with attempt(timed[name], device):
+        with attempt(timed[name]):
             runs[name] = make()
     rounds, spent = -row.warm, 0.0
     while rounds < repeats or (runs and spent < at_least):
         for name, run in list(runs.items()):
-            with attempt(timed[name], device):
+            with attempt(timed[name]):
                 seconds, memory = _once(run, device, row.calls)
             if timed[name].error is not None:
                 del runs[name]

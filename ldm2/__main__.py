@@ -13,7 +13,9 @@ from pathlib import Path
 from ldm2 import __version__, audio, edit_commands, options, profile_command
 from ldm2.recipe import DEFAULTS
 
-_MEMORY_HINT = "--low-memory, --dtype float16 or bfloat16, fewer --num-waveforms and shorter --seconds take less"
+_LESS_MEMORY = {"low_memory": "--low-memory", "dtype": "--dtype float16 or bfloat16", "batch": "a smaller --batch",
+                "num_waveforms": "fewer --num-waveforms", "seconds": "shorter --seconds"}
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "bad_alloc")
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,9 +134,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether an error says so: Python's, CUDA's, or that of PyTorch's CPU allocator, a plain RuntimeError."""
-    told = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
-    return told or isinstance(error, MemoryError)
+    """Whether an error says so: Python's, or PyTorch's, of which only some have a type of their own."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def _take_less(args: argparse.Namespace) -> str:
+    """What a command can do about it."""
+    known = {name: words for name, words in _LESS_MEMORY.items() if hasattr(args, name)}
+    if args.command == "profile":
+        del known["low_memory"]
+    return f": {', '.join(known.values())} may help" if known else ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -158,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        print(f"ldm2: error: out of memory: {_MEMORY_HINT}", file=sys.stderr)
+        print(f"ldm2: error: out of memory{_take_less(args)}", file=sys.stderr)
         return 1
     return 0
 

@@ -57,7 +57,7 @@ class Attention(nn.Module):
             layers = self.to_q, self.to_k, self.to_v
             joint = torch.cat([layer.weight.detach() for layer in layers])
             for layer, weight in zip(layers, joint.chunk(3), strict=True):
-                layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+                layer.weight.data = weight                 # the same parameter, which an optimiser may hold
             self.joined = True
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:

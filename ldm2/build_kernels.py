@@ -1,4 +1,4 @@
-"""Builds the C++ kernels of `ldm2_kernels` for the CPU: `python -m ldm2.build_kernels`, half a minute, needs g++.
+"""Builds the C++ kernels of `ldm2_kernels` for the CPU: `python -m ldm2.build_kernels`, a minute, needs g++.
 
 One shared library holds the code for all instruction sets of the machine's architecture and chooses among them when it
 is loaded. Its name carries the version of PyTorch and a digest of the sources, so an old one is never taken.

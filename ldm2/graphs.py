@@ -50,11 +50,18 @@ def graphs_of(unet: UNet, device: torch.device) -> Graphs:
     """
     first, addresses = next(unet.parameters()), tuple(parameter.data_ptr() for parameter in unet.parameters())
     kinds, compiled = _graphs.setdefault(first, {}), is_compiled(unet)
-    if compiled not in kinds or kinds[compiled].addresses != addresses:
+    if any(graphs.addresses != addresses for graphs in kinds.values()):
+        kinds.clear()
+    if compiled not in kinds:
         # A recording is preceded by a call like it. A compiled UNet would be compiled anew there, as the recording's
         # inputs are no inference tensors: so let that be its only one.
         kinds[compiled] = Graphs(CudaCapture(device), addresses, 0 if compiled else WARM_UP)
     return kinds[compiled]
+
+
+def forget(unet: UNet) -> None:
+    """Let go of a UNet's graphs, and of their memory; for one whose weights are about to move."""
+    _graphs.pop(next(unet.parameters()), None)
 
 
 class Graphs:
@@ -161,7 +168,10 @@ class CudaCapture:
                 run()
             current.wait_stream(beside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=beside, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.stream(current),                # a recording that fails leaves its stream as the current one
+                torch.cuda.graph(graph, pool=self.pool, stream=beside, capture_error_mode="thread_local"),
+            ):
                 results = run()
         return graph.replay, results
 

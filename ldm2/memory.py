@@ -32,7 +32,7 @@ class Stage:
     At its end the time and the peak of memory go to the log, as information.
     load: for a part that sleeps outside, its weights on the meta device. load(device) reads the module; it is called
     with "meta" at once, which checks the files but reads no weights, and with `device` each time a stage begins. Who
-    calls a sleeping part gets a RuntimeError: PyTorch's convolutions would take weights of the meta device for numbers.
+    calls a sleeping part gets a RuntimeError: PyTorch would take weights of the meta device for some memory's contents.
     """
 
     def __init__(self, name: str, device: torch.device, load: Load | None = None):
@@ -69,8 +69,7 @@ class Stage:
         if self._load is not None:
             self.module.to("meta")
             _give_back()
-            callables = self.module, *self.module.children()
-            self._guards = [part.register_forward_pre_hook(self._refuse) for part in callables]
+            self._guards = [part.register_forward_pre_hook(self._refuse) for part in self.module.modules()]
 
     def _refuse(self, *_) -> None:
         name = self.name

@@ -82,6 +82,12 @@ def _obstacle(tensors: list[Tensor], mixed: bool) -> str | None:
     return None
 
 
+def _check_weights(tensors: list[Tensor]) -> None:
+    """Raises RuntimeError for numbers beside weights of the meta device, which PyTorch would read from anywhere."""
+    if any(tensor.is_meta for tensor in tensors) and not all(tensor.is_meta for tensor in tensors):
+        raise RuntimeError("some of the tensors are on the meta device: the weights are not in memory (low_memory?)")
+
+
 def _fusible(reference: Callable, mixed: bool = False) -> Callable:
     """The operation that `reference` defines, by its kernel where there is one; `mixed` ones take unlike dtypes."""
     name = reference.__name__
@@ -89,6 +95,7 @@ def _fusible(reference: Callable, mixed: bool = False) -> Callable:
     @functools.wraps(reference)
     def operation(*args, **named):
         tensors = [arg for arg in (*args, *named.values()) if isinstance(arg, Tensor)]
+        _check_weights(tensors)
         device_type = tensors[0].device.type
         there, strict = _choice(name, device_type)
         obstacle = _obstacle(tensors, mixed) if there else None
@@ -230,11 +237,11 @@ def residual_blocks(x: Tensor, slope: float, dilations: tuple[tuple[int, ...], .
     shared, given, total = leaky_relu(x, slope), iter(parameters), None
     for done, block in enumerate(dilations, start=1):
         y, activated = x, shared
-        for last, dilation in enumerate(block, start=1 - len(block)):
+        for pair, dilation in enumerate(block, start=1):
             weight, bias = next(given), next(given)
             h = F.conv1d(activated, weight, bias, padding=dilation * (weight.shape[2] // 2), dilation=dilation)
             h = conv1d.reference(leaky_relu(h, slope), next(given), next(given))
-            if last:
+            if pair < len(block):
                 y, activated = add_leaky_relu(y, h, slope)
         total = add_up(y, h, total, len(dilations) if done == len(dilations) else 1)
     return total

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm2 import __version__, chunks, edit, inputs, layout, reconstruction, samplers
+from ldm2 import __version__, chunks, edit, graphs, inputs, layout, reconstruction, samplers
 from ldm2.conditioning import Conditioning
 from ldm2.encoders import ClapText
 from ldm2.guidance import Guidance
@@ -67,7 +67,13 @@ class AudioLDM2:
         self.low_memory = bool(stages)
 
     def move(self, device: torch.device, dtype: torch.dtype, text: TextEncoder) -> None:
-        """Move UNet, VAE and vocoder, with the weights they have now. text: the text side, which is there already."""
+        """Move UNet, VAE and vocoder, with the weights they have now. text: the text side, which is there already.
+
+        Raises ValueError for a pipeline whose parts come and go (low_memory).
+        """
+        if self.low_memory:
+            raise ValueError(f"a pipeline with low_memory reads its parts for {self.device}: load it anew for {device}")
+        graphs.forget(self.unet)
         for module in (self.unet, self.vae, self.vocoder):
             layout.arrange(module.to(device, dtype))
         self.device, self.dtype, self.text, self._ranker = device, dtype, text, None

@@ -82,15 +82,22 @@ def check_trace(path: str | Path, overwrite: bool) -> Path:
 def _pipeline(args: argparse.Namespace) -> AudioLDM2:
     """The checkpoint, or a random model."""
     from ldm2 import loading, random_models
+    from ldm2.compilation import check_compiler, compile_step
 
     if args.random is None:
         args.model = args.model or loading.DEFAULT_MODEL
         return options.load(args)
-    if args.model is not None:
-        raise ValueError(f"--random {args.random} stands for a model: leave --model {args.model} away")
+    for name in ("model", "revision", "tokenizers"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--random {args.random} stands for a model: leave --{name} {getattr(args, name)} away")
     device = loading.choose_device(args.device)
     dtype = loading.choose_dtype(args.dtype, device)
-    return random_models.pipeline(args.random, device=device, dtype=dtype, reference=args.reference)
+    if args.compile:
+        check_compiler(device)
+    pipe = random_models.pipeline(args.random, device=device, dtype=dtype, reference=args.reference)
+    if args.compile:
+        compile_step(pipe.unet)
+    return pipe
 
 
 def _about(pipe: AudioLDM2, seconds: float, steps: int, batch: int) -> dict:

@@ -31,7 +31,10 @@ WIDE = 1.15                                                # slowest over median
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do: matrix products of one dtype (FLOP/s) and copies (bytes read and written per second)."""
+    """What the machine can do for one dtype: matrix products (FLOP/s) and copies (bytes read and written per second).
+
+    A CPU without instructions for the dtype multiplies in float32: that is then its limit.
+    """
 
     flop_rate: float
     copy_rate: float
@@ -106,14 +109,19 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 
 def limits(device: torch.device, dtype: torch.dtype, at_least: float = 0.5) -> Limits:
     """The machine's limits, each the best of repetitions that last `at_least` seconds together."""
-    size = 8192 if device.type == "cuda" else 1536
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source = torch.ones(COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
+    kinds = {dtype, torch.float32} if device.type == "cpu" else {dtype}
     return Limits(
-        flop_rate=2 * size**3 / _best(lambda: a @ b, device, at_least),
+        flop_rate=max(_product_rate(device, kind, at_least) for kind in kinds),
         copy_rate=2 * COPY_BYTES / _best(lambda: target.copy_(source), device, at_least),
     )
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype, at_least: float) -> float:
+    size = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _best(lambda: a @ b, device, at_least)
 
 
 def _best(run: Callable[[], object], device: torch.device, at_least: float) -> float:

@@ -191,6 +191,9 @@ def test_ctrl_c_ends_with_130_and_leaves_no_file(tiny_checkpoint, tmp_path, monk
     lambda: torch.empty(1 << 60),
     lambda: np.empty(1 << 50),
     functools.partial(_raise, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nGPU 0 has a")),
+    functools.partial(_raise, RuntimeError("CUDA error: out of memory")),
+    functools.partial(_raise, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")),
+    functools.partial(_raise, RuntimeError("std::bad_alloc")),
 ])
 def test_no_memory_is_one_line_and_exit_code_1(tiny_checkpoint, tmp_path, monkeypatch, capsys, fail):
     monkeypatch.setattr(AudioLDM2, "decode", lambda *_, **__: fail())
@@ -198,6 +201,17 @@ def test_no_memory_is_one_line_and_exit_code_1(tiny_checkpoint, tmp_path, monkey
     assert main([*arguments, "-o", str(tmp_path / "a.wav"), "-q"]) == 1
     assert capsys.readouterr().err.startswith("ldm2: error: out of memory: --low-memory, ")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (["profile", "--random", "tiny"], ": --dtype float16 or bfloat16, a smaller --batch, shorter --seconds may help"),
+    (["models"], ""),
+])
+def test_without_memory_each_command_names_options_of_its_own(arguments, told, monkeypatch, capsys):
+    monkeypatch.setattr("ldm2.random_models.pipeline", lambda *_, **__: _raise(MemoryError()))
+    monkeypatch.setattr("ldm2.models.table", lambda: _raise(MemoryError()))
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == f"ldm2: error: out of memory{told}\n"
 
 
 def test_other_errors_of_pytorch_are_not_taken_for_it(tiny_checkpoint, monkeypatch):

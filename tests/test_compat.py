@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import diffusers
 import numpy as np
 import pytest
 import torch
 
+import ldm2
 from ldm2.compat import AudioLDM2Pipeline
+from ldm2.pipeline import AudioLDM2
 from tests.test_pipeline import relative
 
 
@@ -117,7 +121,14 @@ def test_moving_keeps_the_modules_and_what_was_written_to_them(tiny_checkpoint, 
     assert torch.equal(pipe.unet.conv_out.bias, torch.full_like(pipe.unet.conv_out.bias, 7, dtype=torch.bfloat16))
 
 
-def test_moving_gives_the_sound_of_the_dtype_and_ranks(tiny_checkpoint):
+def test_moving_gives_the_sound_of_the_dtype_and_ranks(tiny_checkpoint, monkeypatch):
+    def rank(pipe, *arguments):
+        ranked.append(pipe.dtype)
+        return ranking(pipe, *arguments)
+
+    ranked, ranking, find = [], AudioLDM2.rank, importlib.util.find_spec
+    monkeypatch.setattr(AudioLDM2, "rank", rank)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "librosa" or find(name, *rest))
     settings = {"num_inference_steps": 2, "audio_length_in_s": 0.1, "num_waveforms_per_prompt": 2}
     moved = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint)
     moved("a dog", **settings)
@@ -125,6 +136,13 @@ def test_moving_gives_the_sound_of_the_dtype_and_ranks(tiny_checkpoint):
     loaded = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint, torch.float16)
     sounds = [pipe("a dog", generator=torch.Generator().manual_seed(1), **settings).audios for pipe in (moved, loaded)]
     assert np.array_equal(*sounds)
+    assert ranked == [torch.float32, torch.float16, torch.float16]
+
+
+def test_what_is_read_anew_for_each_stage_is_not_moved(tiny_checkpoint):
+    pipe = ldm2.load(tiny_checkpoint, low_memory=True)
+    with pytest.raises(ValueError, match="low_memory reads its parts for cpu: load it anew for meta"):
+        pipe.move(torch.device("meta"), torch.float32, pipe.text)
 
 
 def test_moving_to_what_is_not_there_is_refused(ours):

@@ -223,6 +223,16 @@ def test_bfloat16_is_computed_in_float32_where_instructions_for_it_gain_nothing(
         assert_within_the_accuracy_rule(operation, args)
 
 
+@pytest.mark.parametrize("instructions, capabilities, has", [
+    ("avx512_bf16", {"amx_bf16": True}, "matrices"), ("avx512_bf16", {"amx_bf16": False}, "products"),
+    ("avx512", {"amx_bf16": True}, ""), ("avx2", {}, ""),
+])
+def test_what_a_machine_has_for_bfloat16(library, monkeypatch, instructions, capabilities, has):
+    monkeypatch.setattr(library, "instruction_sets", lambda: [instructions, "generic"])
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert cpu._bfloat16() == has
+
+
 def test_large_maps_are_convolved_in_float32_even_where_bfloat16_has_products(library, monkeypatch):
     monkeypatch.setattr(cpu, "_bfloat16", lambda: "products")
     args = [arg.bfloat16() for arg in conv_inputs(2, 32, 32, 64, 16)]

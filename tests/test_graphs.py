@@ -1,6 +1,8 @@
 """Graphs of the UNet's step: recorded by a stand-in on the CPU, and by CUDA where there is one."""
 
 import copy
+import weakref
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -233,6 +235,55 @@ def test_a_cuda_graph_answers_as_the_unet_does(dtype, atol):
             expected = step(unet, unet, x_t, t, conditioning)
             torch.testing.assert_close(step(unet, graphed, x_t, t, conditioning), expected, atol=atol, rtol=0)
     assert len(graphed.graphs._graphs) == 2
+
+
+def test_a_unet_that_moves_leaves_no_graphs(unet, monkeypatch):
+    monkeypatch.setattr(graphs, "CudaCapture", lambda device: Tape())
+    moved, device = copy.deepcopy(unet), torch.device("cpu")
+    kept = weakref.ref(graphs.graphs_of(moved, device))
+    assert graphs.graphs_of(moved, device) is kept()
+    moved.to(torch.bfloat16)                               # the parameters are the same objects
+    compile_step(moved)
+    assert graphs.graphs_of(moved, device).addresses != () and kept() is None
+    graphs.forget(moved)
+    graphs.forget(moved)
+    assert next(moved.parameters()) not in graphs._graphs
+
+
+def test_a_recording_that_fails_leaves_the_stream_as_it_was(monkeypatch):
+    """PyTorch's own `torch.cuda.graph` does not, where the end of the recording fails."""
+    class Graph:
+        def __init__(self, graph, stream, **_):
+            self.stream = stream
+
+        def __enter__(self):
+            current[0] = self.stream
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    class Stream(SimpleNamespace):
+        def wait_stream(self, other):
+            pass
+
+    @contextmanager
+    def stream(wanted):
+        before, current[0] = current[0], wanted
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    default = Stream()
+    current = [default]
+    fakes = {"device": lambda device: nullcontext(), "current_stream": lambda: current[0], "stream": stream,
+             "Stream": lambda device: Stream(), "CUDAGraph": SimpleNamespace, "graph": Graph,
+             "graph_pool_handle": lambda: None}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    with pytest.raises(RuntimeError, match="previous error"):
+        graphs.CudaCapture(torch.device("cuda"))(lambda: ())
+    assert current[0] is default
 
 
 @pytest.mark.cuda

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import ldm2
+from ldm2.graphs import tensors
 from ldm2.memory import Stage, gigabytes, peak_bytes
 from tests import authors, checkpoints
 from tests.test_cli import ROOT
@@ -75,13 +76,20 @@ def test_weights_are_freed_when_a_stage_ends(sparing, name):
     lambda pipe: pipe.vocoder(torch.zeros(1, 8, 32)),
     lambda pipe: pipe.vae.decode(torch.zeros(1, *pipe.latent_shape(0.2))),
     lambda pipe: pipe.vae.encode(torch.zeros(1, 1, 8, 32)).mean,
+    lambda pipe: next(tensors(pipe.unet.prepare(pipe.encode(PROMPT)))),
+    lambda pipe: pipe.unet.embed_time(3),
 ])
 def test_a_part_that_sleeps_is_not_used(sparing, usual, use):
-    """PyTorch's convolutions would take weights that are not there for some memory's contents."""
-    with pytest.raises(RuntimeError, match=r"weights in memory only inside `with pipe.stages\['(vae|vocoder)'\]:`"):
+    """PyTorch would take weights that are not there for some memory's contents."""
+    with pytest.raises(RuntimeError, match=r"weights in memory only inside `with pipe.stages\['(unet|vae|voc.*)'\]:`"):
         use(sparing)
-    with sparing.stages["vae"], sparing.stages["vocoder"]:
+    with sparing.stages["unet"], sparing.stages["vae"], sparing.stages["vocoder"]:
         assert torch.equal(use(sparing), use(usual))
+
+
+def test_an_operation_takes_no_weights_that_are_not_there(sparing):
+    with pytest.raises(RuntimeError, match="the weights are not in memory"):
+        sparing.vocoder.upsample(0, torch.zeros(1, sparing.vocoder.conv_pre.out_channels, 5))
 
 
 def test_weights_are_freed_after_an_error(sparing):

@@ -129,11 +129,13 @@ def test_after_each_part_one_archive_has_all_results_so_far(run, tmp_path, monke
 
     found, pack, path = [], on_gpu.pack, tmp_path / "away" / "all.tar.gz"
     monkeypatch.setattr(on_gpu, "pack", packed)
-    (tmp_path / "gpu-failing.json").write_text("{}")
-    (tmp_path / "other.md").write_text("")
-    run(QUICK, FAILING, options=["--pack", str(path)])
+    for name in ("gpu-failing.json", "other.md"):          # of an earlier run; of something else
+        (tmp_path / name).write_text("{}")
+    writing = Part("writing", 60, ["timeit", "-n1", "-r1", f"open({str(tmp_path / 'gpu-writing.json')!r}, 'w')"])
+    run(writing, FAILING, options=["--pack", str(path)])
     assert [names for names, _ in found] == [
-        ["gpu-quick.log", "gpu.md"], ["gpu-failing.json", "gpu-failing.log", "gpu-quick.log", "gpu.md"]]
+        ["gpu-writing.json", "gpu-writing.log", "gpu.md"],
+        ["gpu-failing.log", "gpu-writing.json", "gpu-writing.log", "gpu.md"]]
     assert "failing" not in found[0][1] and "| failing | failed with exit code " in found[1][1]
     assert [file.name for file in path.parent.iterdir()] == ["all.tar.gz"]
 

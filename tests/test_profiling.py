@@ -14,6 +14,7 @@ from ldm2 import profile_command, profiling
 from ldm2.__main__ import main
 from ldm2.profiling import Limits, Measured, Work
 from ldm2.recipe import recipe
+from ldm2.unet import UNet
 
 CPU = torch.device("cpu")
 ARGUMENTS = ("profile", "--random", "tiny", "--seconds", "0.2", "--steps", "3", "--repeats", "1", "--device", "cpu")
@@ -84,6 +85,12 @@ def test_limits_are_rates():
     assert 1e8 < found.flop_rate < 1e14 and 1e8 < found.copy_rate < 1e13
 
 
+def test_a_cpu_that_is_faster_in_float32_has_that_as_its_limit(monkeypatch):
+    rates = {torch.float32: 140e9, torch.bfloat16: 1e9}
+    monkeypatch.setattr(profiling, "_product_rate", lambda device, dtype, at_least: rates[dtype])
+    assert profiling.limits(CPU, torch.bfloat16, at_least=0).flop_rate == 140e9
+
+
 def test_the_stages_of_a_generation_can_be_run_one_by_one_and_again(works):
     assert [work.name for work in works] == [
         "text", "keys, values, times", "UNet step", "guidance, sampler", "VAE", "vocoder"
@@ -112,6 +119,14 @@ def test_profile_prints_a_line_for_each_stage(quick, capsys):
         assert words in out
 
 
+def test_profile_compiles_a_random_model_where_asked(quick, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr("ldm2.compilation.compile_step", compiled.append)
+    monkeypatch.setattr("ldm2.compilation.check_compiler", compiled.append)
+    assert main([*ARGUMENTS, "--compile"]) == 0
+    assert compiled[0] == CPU and isinstance(compiled[1], UNet)
+
+
 def test_profile_prints_json(quick, capsys):
     assert main([*ARGUMENTS, "--json", "--batch", "2", "--dtype", "bfloat16"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -137,6 +152,8 @@ def test_profile_writes_a_trace_with_the_stages_in_it(quick, capsys, tmp_path):
     (("--repeats", "0"), "repeats"),
     (("--low-memory",), "--low-memory"),
     (("--model", "tiny"), "leave --model tiny away"),
+    (("--revision", "v1"), "leave --revision v1 away"),
+    (("--tokenizers", "folder"), "leave --tokenizers folder away"),
 ])
 def test_profile_refuses_what_it_cannot_do(quick, capsys, tmp_path, monkeypatch, wrong, words):
     monkeypatch.chdir(tmp_path)

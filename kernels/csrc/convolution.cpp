@@ -23,10 +23,7 @@ const Scheme& scheme(int64_t form) {
 
 // Numbers from one point to the next of `size` numbers each. Strides of a power of two would send all points of a tile
 // to the same set of the cache, hence one cache line more.
-template <class Int>
-Int apart(Int size) {
-  return size + PANEL;
-}
+int64_t apart(int64_t size) { return size + PANEL; }
 
 // The map (T, F) that a form walks over; a sequence with dilation d is a map of d columns, each walked by itself.
 struct Map {
@@ -86,14 +83,13 @@ class Places {
 struct Job {
   const Scheme& scheme;
   const Map& map;
-  int64_t form, in_channels, out_channels;
+  int64_t form, in_channels, out_channels, u_stride;  // of the weights, from one point to the next
   const float *x, *u, *bias, *residual, *zeros;
   float slope;
   float* y;
 
   int64_t v_stride(int64_t tiles) const { return apart(tiles * in_channels); }
   int64_t m_stride(int64_t tiles) const { return apart(tiles * out_channels); }
-  int64_t u_stride() const { return apart(in_channels * out_channels); }
   int64_t scratch(int64_t tiles) const { return scheme.points * (v_stride(tiles) + m_stride(tiles)); }
 
   void input(int64_t index, float* v, int64_t stride) const {
@@ -134,7 +130,7 @@ struct Job {
     at::parallel_for(0, panels, 1, [&](int64_t from, int64_t to) {
       for (int64_t point = 0; point < scheme.points; point++) {
         kernels().gemm(tiles, in_channels, to - from, v + point * vs, in_channels,
-                       u + point * u_stride() + from * in_channels * PANEL, m + point * ms + from * PANEL,
+                       u + point * u_stride + from * in_channels * PANEL, m + point * ms + from * PANEL,
                        out_channels);
       }
       for (int64_t n = 0; n < tiles; n++) {
@@ -167,27 +163,21 @@ void run(const Job& job) {
   }
 }
 
-// What packed weights of a form take, for panels of output channels.
-int64_t packed_stride(int64_t panels, int64_t in_channels) { return apart(panels * in_channels * PANEL); }
-
-void pack_into(const at::Tensor& given, int64_t form, float* u) {
+// Output channels are multiples of PANEL. stride: from one point to the next.
+void pack_into(const at::Tensor& given, int64_t form, float* u, int64_t stride) {
   const Scheme& s = scheme(form);
   at::Tensor weight = given.contiguous();
-  int64_t outs = weight.size(0), ins = weight.size(1), panels = ceil_div(outs, PANEL);
+  int64_t outs = weight.size(0), ins = weight.size(1), panels = outs / PANEL;
   int kernel = static_cast<int>(weight.numel() / (outs * ins));
   std::vector<int> taps;
   for (int t = 0; t < s.outer_taps * s.inner_taps; t++) taps.push_back(t < kernel ? t : -1);
-  std::vector<float> zeros(ins * kernel);
   const float* w = weight.const_data_ptr<float>();
   at::parallel_for(0, panels, 1, [&](int64_t from, int64_t to) {
     for (int64_t panel = from; panel < to; panel++) {
       for (int64_t c = 0; c < ins; c++) {
         const float* rows[PANEL];
-        for (int64_t lane = 0; lane < PANEL; lane++) {
-          int64_t out = panel * PANEL + lane;
-          rows[lane] = out < outs ? w + (out * ins + c) * kernel : zeros.data();
-        }
-        s.weight(rows, taps.data(), u + (panel * ins + c) * PANEL, packed_stride(panels, ins));
+        for (int64_t lane = 0; lane < PANEL; lane++) rows[lane] = w + ((panel * PANEL + lane) * ins + c) * kernel;
+        s.weight(rows, taps.data(), u + (panel * ins + c) * PANEL, stride);
       }
     }
   });
@@ -227,8 +217,9 @@ at::Tensor convolution(const at::Tensor& given, const at::Tensor& weight, const 
   TORCH_CHECK(weight.size(1) == channels, "weights ", weight.sizes(), " do not fit ", given.sizes());
   TORCH_CHECK(channels % PANEL == 0 && outs % PANEL == 0, "channels must be multiples of ", PANEL);
   static thread_local Scratch scratch;
-  float* u = scratch.get(s.points * packed_stride(outs / PANEL, channels));
-  pack_into(weight, form, u);
+  int64_t u_stride = apart(channels * outs);
+  float* u = scratch.get(s.points * u_stride);
+  pack_into(weight, form, u, u_stride);
   at::Tensor x = dense(given), y = empty_output(x, outs);
   std::optional<at::Tensor> residual, shift;
   if (bias.has_value()) shift = bias->contiguous();
@@ -238,8 +229,8 @@ at::Tensor convolution(const at::Tensor& given, const at::Tensor& weight, const 
   }
   Map map(s, form, x.size(0), x.size(2), x.dim() == 4 ? x.size(3) : 1, dilation);
   std::vector<float> zeros(channels);
-  run({s, map, form, channels, outs, x.const_data_ptr<float>(), u, data(shift), data(residual), zeros.data(),
-       static_cast<float>(slope), y.data_ptr<float>()});
+  run({s, map, form, channels, outs, u_stride, x.const_data_ptr<float>(), u, data(shift), data(residual),
+       zeros.data(), static_cast<float>(slope), y.data_ptr<float>()});
   return y;
 }
 
