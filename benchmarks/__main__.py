@@ -24,6 +24,7 @@ import torch
 
 import ldm2
 from benchmarks import report, timing
+from benchmarks.arguments import count, positive
 from benchmarks.rows import COMPILED, PROMPT, SUBJECTS, Bench
 from benchmarks.timing import Timed
 from ldm2 import loading, memory, profiling, random_models
@@ -41,14 +42,14 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto", help="float32, float16, bfloat16 (default: float16 on cuda)")
     parser.add_argument("--their-dtype", help="of diffusers (default: the same)")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--threads", type=count, help="of torch on the CPU")
     parser.add_argument("--rows", default=",".join(name for name in ROWS if name not in COMPILED),
                         help=f"which of: %(default)s,{','.join(COMPILED)} (default: all but the last {len(COMPILED)})")
     parser.add_argument("--size", choices=SIZES, default="base")
-    parser.add_argument("--seconds", type=float, default=10.24)
-    parser.add_argument("--steps", type=int, help="of the generation (default: 20, on cuda 200)")
-    parser.add_argument("--sweep-steps", type=int, help="for each length and batch (default: 2, on cuda 20)")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=positive, default=10.24)
+    parser.add_argument("--steps", type=count, help="of the generation (default: 20, on cuda 200)")
+    parser.add_argument("--sweep-steps", type=count, help="for each length and batch (default: 2, on cuda 20)")
+    parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--no-diffusers", action="store_true", help="ldm2 alone, which needs no checkpoint")
     parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN try its convolutions and choose")
     parser.add_argument("--folder", type=Path, help="checkpoint, written if it is not there (default: build/random-*)")
@@ -59,18 +60,22 @@ def options() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, write."""
-    args = options().parse_args(arguments)
+    """Measure, print, write; 1 where nothing could be measured."""
+    parser = options()
+    args = parser.parse_args(arguments)
     unknown = sorted(set(args.rows.split(",")) - set(ROWS))
     if unknown:
-        raise SystemExit(f"unknown rows {', '.join(unknown)}, choose from {', '.join(ROWS)}")
+        parser.error(f"unknown rows {', '.join(unknown)}, choose from {', '.join(ROWS)}")
+    try:
+        device = loading.choose_device(args.device)
+        dtype = loading.choose_dtype(args.dtype, device)
+        their_dtype = dtype if args.their_dtype is None else loading.choose_dtype(args.their_dtype, device)
+    except ValueError as error:
+        parser.error(str(error))
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.cudnn_benchmark:
         torch.backends.cudnn.benchmark = True
-    device = loading.choose_device(args.device)
-    dtype = loading.choose_dtype(args.dtype, device)
-    their_dtype = dtype if args.their_dtype is None else loading.choose_dtype(args.their_dtype, device)
     fast = device.type == "cuda"
     args.steps = args.steps or (200 if fast else 20)
     args.sweep_steps = args.sweep_steps or (20 if fast else 2)
@@ -132,12 +137,12 @@ def publish(args: argparse.Namespace, about: dict, limits: profiling.Limits, row
     try:
         report.plot(args.out / f"{name}.png", rows)
     except ImportError:
-        notes = [*notes, 'No plot: it needs matplotlib (pip install "ldm2[plot]").']
+        notes = [*notes, 'No plot: it needs matplotlib (pip install matplotlib).']
     table = report.markdown(about, limits, rows, processes, notes)
     report.write(args.out / f"{name}.json", report.to_json(about, limits, rows, processes, notes))
     print(table)
     print(report.write(args.out / f"{name}.md", table + "\n"))
-    return 0
+    return int(bool(rows) and all("error" in row for row in rows))
 
 
 def checkpoint(args: argparse.Namespace) -> Path | None:

@@ -17,6 +17,8 @@ import time
 
 import numpy as np
 
+from benchmarks.arguments import count, positive
+
 PROMPT = "white noise"
 
 
@@ -134,12 +136,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--short", type=float, default=10.0)
-    parser.add_argument("--long", type=float, default=120.0)
+    parser.add_argument("--steps", type=count, default=10)
+    parser.add_argument("--short", type=positive, default=10.0)
+    parser.add_argument("--long", type=positive, default=120.0)
     parser.add_argument("--loops", type=int, default=0, metavar="N", help="also judge the joints of N loops")
     parser.add_argument("--tiles", action="store_true", help="only say what the VAE's decoder loses by tiles")
-    parser.add_argument("--measure", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=positive, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure is not None:
         print(json.dumps(measure(args.model, args.measure, args.steps, args.device)))

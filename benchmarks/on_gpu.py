@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import positive
 from ldm2 import files
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +122,7 @@ def pack(path: Path, out: Path, names: Iterable[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the parts; 1 unless all were done."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.on_gpu", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: %(default)g)")
+    parser.add_argument("--minutes", type=positive, default=9.0, help="for everything (default: %(default)g)")
     every = ", ".join(part.name for part in parts("cuda", "base", Path()))
     parser.add_argument("--parts", help=f"only these of {every}")
     parser.add_argument("--device", default="cuda", help="cpu with --size tiny rehearses (default: %(default)s)")

@@ -23,6 +23,7 @@ from torch import Tensor
 import ldm2
 from benchmarks import report
 from benchmarks.__main__ import SIZES, checkpoint
+from benchmarks.arguments import count, positive
 from benchmarks.rows import PROMPT, SCALE
 from ldm2 import loading, ops
 from ldm2.conditioning import Conditioning
@@ -105,17 +106,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--folder", type=Path, help="checkpoint, written if it is not there (default: build/random-*)")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=10.24)
+    parser.add_argument("--steps", type=count, default=20)
+    parser.add_argument("--seconds", type=positive, default=10.24)
     parser.add_argument("--dtypes", default="float32", help="with commas between them (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--threads", type=count, help="of torch on the CPU")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/parity.md"))
     args = parser.parse_args(arguments)
+    try:
+        device = loading.choose_device(args.device)
+        dtypes = [loading.choose_dtype(name, device) for name in args.dtypes.split(",")]
+    except ValueError as error:
+        parser.error(str(error))
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    device = loading.choose_device(args.device)
-    dtypes = [loading.choose_dtype(name, device) for name in args.dtypes.split(",")]
     folder = checkpoint(args)
     if folder is None:
         parser.error("it compares with diffusers: pip install diffusers")

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 import ldm2
+from benchmarks.arguments import count
 from benchmarks.judge import is_right, measure, slope
 from ldm2.mel import log_mel
 from ldm2.training.contrast import feature_extractor, features
@@ -174,7 +175,7 @@ def draw(waves: dict[str, list[np.ndarray]], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tiny_quality", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="name or folder of the model")
-    parser.add_argument("--seeds", type=int, default=4, help="generations per prompt")
+    parser.add_argument("--seeds", type=count, default=4, help="generations per prompt")
     parser.add_argument("--picture", type=Path, help="write spectrograms to this file")
     given = parser.parse_args(arguments)
     pipe = ldm2.load(given.model)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import ldm2
 from benchmarks import report
+from benchmarks.arguments import count
 from benchmarks.judge import is_right
 from benchmarks.tiny_quality import PROMPTS
 from ldm2 import files
@@ -280,8 +281,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="tiny", help="name or folder (default: %(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--prompts", type=int, default=6, help="how many kinds of sound (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=2, help="sounds of each (default: %(default)s)")
+    parser.add_argument("--prompts", type=count, default=6, help="how many kinds of sound (default: %(default)s)")
+    parser.add_argument("--seeds", type=count, default=2, help="sounds of each (default: %(default)s)")
     parser.add_argument("--no-judge", action="store_true", help="no waveforms, for models that know other sounds")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json and FILE.md, for example "
                         "benchmarks/results/tradeoff")

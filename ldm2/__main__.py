@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 def generate(args: argparse.Namespace) -> None:
     """Prompt -> sound file(s)."""
     prompt, prompt_at = options.prompts(args)
-    target = Path(args.output) if args.output else options.free_name(prompt)
+    target = Path(args.output) if args.output else options.name_for(prompt, args.overwrite)
     from ldm2.result import output_paths
 
     for path in output_paths(target, max(1, args.num_waveforms)):

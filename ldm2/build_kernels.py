@@ -57,6 +57,7 @@ def compile_library(sources: Path) -> bytes:
             [compiler, *FLAGS, *flags, "-c", str(sources / source), "-o", f"{scratch}/{name}.o"]
             for name, (source, flags) in objects.items()
         ]
+        print(f"compiling with {compiler}, which takes a minute ...", file=sys.stderr)
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(_call, commands))
         target = f"{scratch}/library.so"

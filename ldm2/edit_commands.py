@@ -216,7 +216,8 @@ def _target(args: argparse.Namespace, count: int = 1, channels: int = 1, sample_
     """The file to write, checked; never the input. sample_rate: in Hz, as far as it is known."""
     from ldm2.result import output_paths
 
-    target = Path(args.output) if args.output else options.free_name(f"{Path(args.input).stem} {args.command}")
+    stem = f"{Path(args.input).stem} {args.command}"
+    target = Path(args.output) if args.output else options.name_for(stem, args.overwrite)
     for path in output_paths(target, max(1, count)):
         audio.check_output(path, args.overwrite, sample_rate=sample_rate, channels=channels, inputs=[args.input])
     return target

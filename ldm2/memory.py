@@ -43,6 +43,13 @@ class Stage:
         self._guards: list[RemovableHandle] = []
         self._sleep()
 
+    def __getstate__(self) -> dict:
+        """A copy has a lock of its own."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
     def __enter__(self) -> None:
         with self._lock:
             if not self._users:

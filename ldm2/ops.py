@@ -15,6 +15,7 @@ from contextvars import ContextVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     import ldm2_kernels
@@ -70,6 +71,10 @@ def _obstacle(tensors: list[Tensor], mixed: bool) -> str | None:
     first = tensors[0]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "a gradient is needed"
+    if forward_ad._current_level >= 0:
+        return "a derivative in forward mode may be needed"
+    if torch.is_autocast_enabled(first.device.type):
+        return "autocast chooses the dtype"
     if any(tensor.device != first.device for tensor in tensors):
         return "the tensors are on several devices"
     if not mixed and any(tensor.dtype != first.dtype for tensor in tensors):

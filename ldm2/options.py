@@ -195,10 +195,10 @@ def report(result: Result, pipe: AudioLDM2, elapsed: float, dtype: str) -> None:
         print(BFLOAT16, file=sys.stderr)
 
 
-def free_name(text: str, suffix: str = ".wav") -> Path:
-    """A file name in the current folder made from a text, with a number if that one is taken."""
+def name_for(text: str, overwrite: bool, suffix: str = ".wav") -> Path:
+    """A file name in the current folder made from a text; with a number if that one is taken and is to be kept."""
     stem = "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:60].strip("-") or "sound"
     path, number = Path(stem + suffix), 2
-    while path.exists():
+    while path.exists() and not overwrite:
         path, number = Path(f"{stem}-{number}{suffix}"), number + 1
     return path

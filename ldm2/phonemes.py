@@ -30,7 +30,7 @@ TEXT_ENCODER_ONLY = {
 }
 
 INSTALL = (
-    'install phonemizer with `pip install "ldm2[tts]"` and espeak-ng with `apt install espeak-ng` (Debian, Ubuntu), '
+    'install phonemizer with `pip install phonemizer` and espeak-ng with `apt install espeak-ng` (Debian, Ubuntu), '
     "`dnf install espeak-ng` (Fedora), `brew install espeak-ng` (macOS) or `winget install eSpeak-NG.eSpeak-NG` "
     "(Windows), or pass ready phonemes (phonemes=) instead of a transcription"
 )

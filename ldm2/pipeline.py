@@ -66,6 +66,9 @@ class AudioLDM2:
         self.stages = {name: Stage(name, device) for name in STAGES} | {stage.name: stage for stage in stages}
         self.low_memory = bool(stages)
 
+    def __repr__(self) -> str:
+        return f"AudioLDM2({self.origin.get('model')!r}, {str(self.dtype)[6:]} on {self.device})"
+
     def move(self, device: torch.device, dtype: torch.dtype, text: TextEncoder) -> None:
         """Move UNet, VAE and vocoder, with the weights they have now. text: the text side, which is there already.
 

@@ -1,4 +1,4 @@
-"""Pictures of sounds. Needs matplotlib: the extra `ldm2[plot]`."""
+"""Pictures of sounds. Needs matplotlib: the extra `plot`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_plot(path: str | Path, overwrite: bool = False, inputs: Sequence[str |
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ImportError("plots need matplotlib: pip install \"ldm2[plot]\"") from None
+        raise ImportError("plots need matplotlib: pip install matplotlib") from None
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"a plot is a .png file, got {str(path)!r}")

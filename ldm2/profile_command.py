@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
 
     trace = None if args.trace is None else check_trace(args.trace, args.overwrite)
     check_count("repeats", args.repeats)
+    check_count("batch", args.batch)
     settings = {"seconds": args.seconds, "steps": args.steps, "num_waveforms": args.batch, "seed": 0}
     recipe(PROMPT, **settings)                             # a wrong value is told before gigabytes are loaded
     if args.low_memory:

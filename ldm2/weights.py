@@ -13,9 +13,9 @@ from __future__ import annotations
 import pickle
 import re
 import struct
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,22 +210,29 @@ class _SkipInitialisation(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+_on_meta: ContextVar[bool] = ContextVar("on_meta", default=False)
+
+
+def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if parameter is None or parameter.is_meta or not _on_meta.get():
+        return None
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
+# Once, for good: a hook that came and went would change what other threads that build modules iterate over.
+nn.modules.module.register_module_parameter_registration_hook(_to_meta)
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules built inside get parameters without memory; buffers are real, since no file fills some of them."""
-    builder = threading.get_ident()
-
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta or threading.get_ident() != builder:
-            return None
-        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-
-    hook = nn.modules.module.register_module_parameter_registration_hook(to_meta)
+    """Modules built inside, in this thread, get parameters without memory; buffers are real, since no file fills some.
+    """
+    token = _on_meta.set(True)
     try:
         with _SkipInitialisation():
             yield
     finally:
-        hook.remove()
+        _on_meta.reset(token)
 
 
 def load(
@@ -332,7 +339,8 @@ class Description:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         for reference, heads in self.heads.items():
             levels = " ".join("-" if number is None else str(number) for number in heads)
-            lines.append(f"heads per level of the UNet, reference {reference}: {levels}")
+            without = " (-: no attention)" if None in heads else ""
+            lines.append(f"heads per level of the UNet, reference {reference}: {levels}{without}")
         if self.sample_rate is not None:
             lines.append(f"sample rate: {self.sample_rate} Hz")
         return "\n".join([str(self.path), *lines])

@@ -16,7 +16,7 @@ import torch
 import ldm2
 from benchmarks import __main__ as benchmarks
 from benchmarks import kernels as kernel_rows
-from benchmarks import report, rows, timing
+from benchmarks import on_gpu, parity, report, rows, timing
 from benchmarks.flop import Flop
 from benchmarks.kernels import cases, kernels
 from benchmarks.rows import Bench
@@ -265,9 +265,33 @@ def test_there_is_no_plot_without_length_and_batch(tmp_path):
     assert report.plot(tmp_path / "plot.png", [{"subject": "unet"}]) is None
 
 
-def test_unknown_rows_are_refused():
-    with pytest.raises(SystemExit, match="unknown rows magic"):
-        benchmarks.main(["--rows", "unet,magic"])
+@pytest.mark.parametrize("main, arguments, told", [
+    (benchmarks.main, ("--seconds", "-1"), "--seconds: must be a number above 0, got '-1'"),
+    (benchmarks.main, ("--seconds", "nan"), "--seconds: must be a number above 0, got 'nan'"),
+    (benchmarks.main, ("--steps", "0"), "--steps: must be a whole number from 1 on, got '0'"),
+    (benchmarks.main, ("--threads", "-3"), "--threads: must be a whole number from 1 on, got '-3'"),
+    (benchmarks.main, ("--dtype", "nope"), "unknown dtype 'nope'"),
+    (benchmarks.main, ("--device", "abacus"), "unknown device 'abacus'"),
+    (benchmarks.main, ("--rows", "unet,magic"), "unknown rows magic, choose from unet, "),
+    (parity.main, ("--dtypes", "float32,nope"), "unknown dtype 'nope'"),
+    (parity.main, ("--steps", "1.5"), "--steps: must be a whole number from 1 on, got '1.5'"),
+    (on_gpu.main, ("--minutes", "nan"), "--minutes: must be a number above 0, got 'nan'"),
+])
+def test_bad_values_are_refused_before_anything_is_loaded(main, arguments, told, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([*arguments])
+    assert exit.value.code == 2 and told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_in_which_all_fails_has_failed(tmp_path, monkeypatch):
+    def fail():
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(profiling, "limits", lambda device, dtype: Limits(1e9, 1e9))
+    arguments = ["--rows", "unet", "--size", "tiny", "--no-diffusers", "--repeats", "1", "--out", str(tmp_path)]
+    for make, code in ((fail, 1), (lambda: fail, 1), (lambda: lambda: None, 0)):
+        monkeypatch.setitem(benchmarks.SUBJECTS, "unet", lambda bench, make=make: [Row("unet", "x", {"ldm2": make})])
+        assert benchmarks.main(arguments) == code
 
 
 def test_everything_runs_beside_diffusers(tmp_path, monkeypatch, capsys, tiny_checkpoint):

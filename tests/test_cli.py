@@ -77,6 +77,8 @@ def test_without_a_name_the_prompt_names_the_file_and_nothing_is_overwritten(gen
     names = [generate("--seed", seed).stdout.strip() for seed in (1, 2)]
     assert names == ["a-dog-barking-in-the-rain.wav", "a-dog-barking-in-the-rain-2.wav"]
     assert (tmp_path / names[0]).read_bytes() != (tmp_path / names[1]).read_bytes()
+    assert generate("--seed", 2, "--overwrite").stdout.strip() == names[0]
+    assert (tmp_path / names[0]).read_bytes() == (tmp_path / names[1]).read_bytes()
 
 
 def test_the_file_tells_what_the_fast_options_were(tiny_checkpoint, tmp_path):

@@ -239,6 +239,28 @@ def test_large_maps_are_convolved_in_float32_even_where_bfloat16_has_products(li
     assert_within_the_accuracy_rule(ops.conv3x3, args)
 
 
+def test_derivatives_in_forward_mode_are_those_of_plain_pytorch(library):
+    x, weight, bias, _ = conv_inputs(1, 32, 32, 8, 8)
+    tangents = (draw(*x.shape, seed=3),)
+    got = torch.func.jvp(lambda x: ops.conv3x3(x, weight, bias), (x,), tangents)[1]
+    expected = torch.func.jvp(lambda x: ops.conv3x3.reference(x, weight, bias), (x,), tangents)[1]
+    assert torch.equal(got, expected) and got.any()
+
+
+def test_autocast_chooses_the_dtype(library):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.linear(draw(64, 32), draw(32, 32)).dtype == torch.bfloat16
+
+
+def test_a_vocoder_is_exported_for_sounds_of_any_length(library):
+    vocoder = ldm2.load("tiny", device="cpu").vocoder
+    length = torch.export.Dim("length", min=2, max=4000)
+    exported = torch.export.export(vocoder, (draw(1, 300, 64),), dynamic_shapes=({1: length},)).module()
+    for frames in (3, 700):
+        mel = draw(1, frames, 64)
+        torch.testing.assert_close(exported(mel), vocoder(mel), atol=1e-4, rtol=0)
+
+
 def test_operators_have_true_schemas_and_fake_forms(library):
     x, weight, bias, residual = conv_inputs(1, 32, 48, 5, 4)
     tests = ("test_schema", "test_faketensor")
@@ -364,6 +386,18 @@ def test_dropped_keys_have_no_weight(library):
     torch.testing.assert_close(ops.attention(q, k, v, bias), ops.attention(q, k[:, :, :12], v[:, :, :12]))
     bias[..., 12:] = -torch.inf
     torch.testing.assert_close(ops.attention(q, k, v, bias), ops.attention(q, k[:, :, :12], v[:, :, :12]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keys", [20, 300, 600])
+def test_a_row_whose_keys_are_all_masked_attends_to_nothing(library, dtype, keys):
+    q, k, v = attention_inputs(30, keys, 16, dtype=dtype)
+    bias = torch.zeros(2, 1, 1, keys, dtype=dtype)
+    bias[1] = -torch.inf
+    bias[0, ..., :-1] = -torch.inf                         # whole blocks of keys before the one that counts
+    got = library.attention(q, k, v, bias)
+    assert not got[1].any()
+    torch.testing.assert_close(got[0], v[0, :, -1:].expand_as(got[0]))
 
 
 def test_attention_hides_no_nan(library):

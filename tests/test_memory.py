@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import subprocess
@@ -90,6 +91,15 @@ def test_a_part_that_sleeps_is_not_used(sparing, usual, use):
 def test_an_operation_takes_no_weights_that_are_not_there(sparing):
     with pytest.raises(RuntimeError, match="the weights are not in memory"):
         sparing.vocoder.upsample(0, torch.zeros(1, sparing.vocoder.conv_pre.out_channels, 5))
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_pipeline_can_be_copied(tiny_checkpoint, low_memory):
+    pipe = ldm2.load(tiny_checkpoint, low_memory=low_memory)
+    other = copy.deepcopy(pipe)
+    sounds = [made.generate(PROMPT, num_waveforms=2, **SETTINGS).waveforms for made in (pipe, other, pipe)]
+    assert all(np.allclose(sounds[0], sound, rtol=0, atol=1e-5) for sound in sounds[1:])
+    assert other.unet is not pipe.unet and (awake(other) == []) is low_memory
 
 
 def test_weights_are_freed_after_an_error(sparing):

@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -288,6 +289,17 @@ def test_modules_built_later_or_in_other_threads_are_as_ever():
     assert not any(parameter.is_meta or bool((parameter == 0).all()) for parameter in found)
 
 
+def test_modules_are_built_in_many_threads_at_once():
+    def build(_):
+        with weights.parameters_on_meta():
+            built = [Small() for _ in range(50)]
+        return all(parameter.is_meta for module in built for parameter in module.parameters())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(build, range(32)))
+    assert not Small().linear.weight.is_meta
+
+
 def test_an_error_inside_ends_the_building():
     with pytest.raises(KeyError), weights.parameters_on_meta():
         raise KeyError
@@ -392,7 +404,7 @@ def test_a_description_names_parts_sizes_and_heads(tiny_checkpoint):
 def test_a_description_prints_a_line_for_each_part_and_reference(tiny_checkpoint):
     text = str(weights.describe(tiny_checkpoint))
     assert re.search(r"^vae +AutoencoderKL +\d+\.\d+ M +float32 +\d+\.\d+ MB$", text, re.M)
-    assert "heads per level of the UNet, reference authors: - 2 3\n" in text
+    assert "heads per level of the UNet, reference authors: - 2 3 (-: no attention)\n" in text
     assert text.endswith("sample rate: 16000 Hz")
 
 

@@ -77,7 +77,8 @@ void pack_values(const ldm2::Head& head, float* packed, int64_t words) {
 }
 
 // A row of scores of `count` keys, of which `valid` are there, to its weights, in place: 2^(score * scale + bias - most).
-// most: of the keys so far. Returns by how much what came before shrinks.
+// most: of the keys so far; where all of them are masked (-inf), none has a weight. Returns by how much what came before
+// shrinks.
 template <class Kind>
 float softmax(float* row, int64_t count, int64_t valid, float scale, const float* bias, float& most, float& sum) {
   for (int64_t i = valid; i < count; i++) row[i] = -INFINITY;
@@ -94,6 +95,10 @@ float softmax(float* row, int64_t count, int64_t valid, float scale, const float
   }
   float now = std::max(most, largest(top) * scale);
   auto weights = reinterpret_cast<typename Kind::element*>(row);
+  if (now == -INFINITY && std::all_of(row, row + count, [](float score) { return score == -INFINITY; })) {
+    std::fill_n(weights, count, typename Kind::element{});
+    return 1;
+  }
   vec added{};
   for (int64_t i = 0; i < count; i += LANES) {
     vec weight = exp2(load(row + i) * scale - now);
@@ -151,7 +156,8 @@ void attention(const ldm2::Head& head, float* scratch) {
     }
     for (int64_t i = 0; i < rows; i++) {
       element* to = static_cast<element*>(head.out) + (first + i) * head.out_stride;
-      for (int64_t d = 0; d < head.width; d += LANES) narrow(load(sums + i * head.width + d) / sum[i], to + d);
+      float whole = sum[i] == 0 ? 1 : sum[i];              // a row whose keys are all masked attends to nothing
+      for (int64_t d = 0; d < head.width; d += LANES) narrow(load(sums + i * head.width + d) / whole, to + d);
     }
   }
 }

@@ -26,7 +26,7 @@ _LINES = (3, 7, 11)                                        # kernel sizes of one
 _FEWEST_CHANNELS = 32                                      # below, the transforms cost more than they save
 _MANY_TILES = 128                                          # of a map, 4 x 4 each
 _FEWEST_ROWS = 24                                          # of a linear layer or attention; below, PyTorch is as fast
-_FEWEST_POSITIONS = 256                                    # of a sequence; below, packing costs more than it saves
+_FEWEST_POSITIONS = 256                                    # of sequences; below, packing costs more than it saves
 
 
 def sources() -> Path:
@@ -169,7 +169,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The weights are laid out for the product in cache, a piece at a time."""
     if x.dtype != torch.float32:
         return NotImplemented
-    if len(weight) % _PANEL or x.numel() < _FEWEST_ROWS * x.shape[-1]:
+    if len(weight) % _PANEL or not _enough(x.numel(), _FEWEST_ROWS * x.shape[-1]):
         return F.linear(x, weight, bias)
     return torch.ops.ldm2_cpu.linear(x, weight, bias, False)
 
@@ -179,7 +179,7 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What the gates multiply, and the gates, never leave the cache."""
     if x.dtype != torch.float32:
         return NotImplemented
-    if len(weight) % (2 * _PANEL) or x.numel() < _FEWEST_ROWS * x.shape[-1]:
+    if len(weight) % (2 * _PANEL) or not _enough(x.numel(), _FEWEST_ROWS * x.shape[-1]):
         value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
         return F.gelu(gate).mul_(value)
     return torch.ops.ldm2_cpu.linear(x, weight, bias, True)
@@ -193,7 +193,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     rows = all(tensor.stride(3) == 1 and tensor.stride(2) % 2 == 0 for tensor in (q, k, v))
     if q.dtype == torch.float16 or width % _PANEL or not plain or not rows:
         return NotImplemented
-    if queries < _FEWEST_ROWS:
+    if not _enough(queries, _FEWEST_ROWS):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return torch.ops.ldm2_cpu.attention(q, k, v, bias)
 
@@ -203,15 +203,20 @@ def _leaky_conv(
 ) -> Tensor:
     """conv(leaky_relu(x)) + residual, of the length of x, in float32."""
     weight, bias, size = weight.float(), bias.float(), weight.shape[2]
-    if size in _LINES and _pays(weight) and len(x) * x.shape[2] >= _FEWEST_POSITIONS:
+    if size in _LINES and _pays(weight) and _enough(len(x) * x.shape[2], _FEWEST_POSITIONS):
         return torch.ops.ldm2_cpu.convolution(x, weight, bias, residual, size, dilation, slope)
     x = x if slope == 1.0 else F.leaky_relu(x, slope)
     y = F.conv1d(x, weight, bias, padding=dilation * (size // 2), dilation=dilation)
     return y if residual is None else y.add_(residual)
 
 
+def _enough(count: int, fewest: int) -> bool:
+    """Whether a kernel pays. A compiled model does not ask: it is for inputs of any size."""
+    return torch.compiler.is_compiling() or count >= fewest
+
+
 def _is_large(x: Tensor) -> bool:
-    """Whether weights are few beside the map. A compiled model does not ask: it is for maps of any size."""
+    """Whether weights are few beside the map. A compiled model does not ask either."""
     if torch.compiler.is_compiling():
         return False
     return len(x) * -(-x.shape[2] // 4) * -(-x.shape[3] // 4) >= _MANY_TILES
