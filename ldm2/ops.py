@@ -89,7 +89,7 @@ def _obstacle(tensors: list[Tensor], mixed: bool) -> str | None:
 
 def _check_weights(tensors: list[Tensor]) -> None:
     """Raises RuntimeError for numbers beside weights of the meta device, which PyTorch would read from anywhere."""
-    if any(tensor.is_meta for tensor in tensors) and not all(tensor.is_meta for tensor in tensors):
+    if len({tensor.is_meta for tensor in tensors}) > 1:
         raise RuntimeError("some of the tensors are on the meta device: the weights are not in memory (low_memory?)")
 
 
@@ -100,7 +100,6 @@ def _fusible(reference: Callable, mixed: bool = False) -> Callable:
     @functools.wraps(reference)
     def operation(*args, **named):
         tensors = [arg for arg in (*args, *named.values()) if isinstance(arg, Tensor)]
-        _check_weights(tensors)
         device_type = tensors[0].device.type
         there, strict = _choice(name, device_type)
         obstacle = _obstacle(tensors, mixed) if there else None
@@ -110,6 +109,7 @@ def _fusible(reference: Callable, mixed: bool = False) -> Callable:
                 return result
         if strict:
             raise RuntimeError(_refusal(name, tensors[0], there, obstacle))
+        _check_weights(tensors)                            # a kernel takes none of several devices
         return reference(*args, **named)
 
     operation.reference = reference

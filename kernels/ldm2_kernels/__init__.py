@@ -2,9 +2,9 @@
 
 Each operation of `ldm2.ops` that has a kernel for a type of device has a line in the table below: a module, imported
 when an operation first runs on such a device, with a function of the operation's name and signature. That function
-returns NotImplemented for arguments which it leaves to plain PyTorch. It need not look at gradients, nor at tensors
-that are empty, of unlike devices, of unlike dtypes where the operation does not name them, or not float32, float16 or
-bfloat16: those never reach it.
+returns NotImplemented for arguments which it leaves to plain PyTorch. It need not look at gradients, forward mode or
+autocast, nor at tensors that are empty, of unlike devices, of unlike dtypes where the operation does not name them, or
+not float32, float16 or bfloat16: those never reach it.
 """
 
 from __future__ import annotations

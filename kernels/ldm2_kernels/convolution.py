@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldm2_kernels.layout import layout_of
+
 BLOCK = 2048
 
 
@@ -27,16 +29,11 @@ def _add(y, bias, residual, total, positions, size, CHANNELS: tl.constexpr, LAST
     tl.store(total + n, value, mask=n < size)
 
 
-def _layout(y: Tensor) -> torch.memory_format:
-    last = not y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
-
-
 @torch.library.custom_op(
     "ldm2::add_bias_residual", mutates_args=(), schema="(Tensor y, Tensor bias, Tensor residual) -> Tensor"
 )
 def _add_bias_residual(y, bias, residual):
-    layout = _layout(y)
+    layout = layout_of(y)
     y, residual = y.contiguous(memory_format=layout), residual.contiguous(memory_format=layout)
     total, size = torch.empty_like(y, memory_format=layout), y.numel()
     with torch.cuda.device_of(y):
@@ -49,7 +46,7 @@ def _add_bias_residual(y, bias, residual):
 
 @_add_bias_residual.register_fake
 def _(y, bias, residual):
-    return torch.empty_like(y, memory_format=_layout(y))
+    return torch.empty_like(y, memory_format=layout_of(y))
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -61,6 +58,6 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = N
 
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`ops.conv1x1`, in the layout of x."""
-    if _layout(x) != torch.channels_last:
+    if layout_of(x) != torch.channels_last:
         return F.conv2d(x, weight, bias)
     return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldm2_kernels.layout import layout_of
+
 WHOLE = 8192                                               # elements of a group that one program takes
 PART = 4096                                                # of one that several share
 
@@ -113,18 +115,12 @@ def _normalise(
     _write(y, value, weight, bias, n, size, row, groups, width, positions, SILU, CHANNELS_LAST)
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    """The layout of the result: channels-last where x is, else contiguous."""
-    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
-
-
 @torch.library.custom_op(
     "ldm2::group_norm", mutates_args=(),
     schema="(Tensor x, int num_groups, Tensor weight, Tensor bias, float eps, Tensor? shift, bool silu) -> Tensor",
 )
 def _group_norm(x, num_groups, weight, bias, eps, shift, silu):
-    layout = _layout(x)
+    layout = layout_of(x)
     x, y = x.contiguous(memory_format=layout), torch.empty_like(x, memory_format=layout)
     batch, channels = x.shape[:2]
     width, positions = channels // num_groups, x[0, 0].numel()
@@ -149,7 +145,7 @@ def _group_norm(x, num_groups, weight, bias, eps, shift, silu):
 
 @_group_norm.register_fake
 def _(x, num_groups, weight, bias, eps, shift, silu):
-    return torch.empty_like(x, memory_format=_layout(x))
+    return torch.empty_like(x, memory_format=layout_of(x))
 
 
 def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
