@@ -32,6 +32,14 @@ def same_numbers():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=[False, True], ids=["no-bfloat16", "bfloat16"])
+def bfloat16_instructions(request, monkeypatch):
+    """A CPU without and one with instructions for bfloat16, whichever runs the test."""
+    told = {"avx2": True, "avx512_bf16": request.param, "amx_bf16": request.param}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """Folder of a tiny random checkpoint with the structure of cvssp/audioldm2."""

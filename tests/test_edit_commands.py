@@ -70,10 +70,12 @@ def test_inpaint_as_a_process_keeps_what_it_was_not_to_change(tiny_checkpoint, t
     (("super-resolution", "in.wav", "--above", 4000), "in-super-resolution.wav", 0.5),
     (("variations", "in.wav", "--num-waveforms", 1), "in-variations.wav", 0.5),
 ])
+@pytest.mark.usefixtures("bfloat16_instructions")
 def test_each_edit_names_its_file_after_the_input(run, tmp_path, arguments, name, seconds):
     code, out, err = run(*arguments, *ONE)
     assert (code, out) == (0, [name]), err
-    assert f"{seconds:.2f} s at 16000 Hz" in err[-1] and "seed 1" in err[-1]
+    wrote, = (line for line in err if line.startswith("wrote "))
+    assert f"{seconds:.2f} s at 16000 Hz" in wrote and "seed 1" in wrote
     assert read(tmp_path / name).shape == (round(seconds * RATE), 1)
     task = json.loads(audio.read_metadata(tmp_path / name)["comment"])["edit"]["task"]
     assert task in ("transfer", arguments[0].replace("-", "_"))
