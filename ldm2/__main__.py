@@ -62,14 +62,15 @@ def download(args: argparse.Namespace) -> None:
     """Fetch a checkpoint into the hub's cache."""
     from ldm2 import hub
 
-    print(hub.resolve(args.model, revision=args.revision))
+    print(hub.resolve(args.model, revision=args.revision, variant=args.variant))
 
 
 def info(args: argparse.Namespace) -> None:
     """Parts, parameters, dtypes and heads of a checkpoint, read from its configs and headers."""
     from ldm2 import hub, weights
 
-    print(weights.describe(hub.resolve(args.model, revision=args.revision, local_files_only=args.local_files_only)))
+    path = hub.resolve(args.model, args.revision, args.local_files_only, variant=args.variant)
+    print(weights.describe(path, args.variant))
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -79,6 +80,7 @@ def convert(args: argparse.Namespace) -> None:
     done = convert(
         args.source, args.folder, args.dtype, args.overwrite, config=args.config, tokenizers=args.tokenizers,
         reference=args.reference, revision=args.revision, local_files_only=args.local_files_only,
+        variant=args.variant,
     )
     print(done.notice, file=sys.stderr)
     print(args.folder)
@@ -107,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("download", help="fetch a checkpoint, to work offline later")
     command.add_argument("model", help="short name or hub name")
-    command.add_argument("--revision", help="branch, tag or commit on the hub")
+    options.add_revision_options(command)
     command.set_defaults(run=download)
 
     command = commands.add_parser("info", help="describe a checkpoint: parts, parameters, dtype, heads")

@@ -31,6 +31,8 @@ SAMPLE_RATE = 16_000                       # Hz
 HOP_LENGTH = 160                           # samples per mel frame: 100 frames a second
 VAE_FACTOR = 4                             # mel frames per latent frame: 25 latent frames a second
 
+MOST_CHANNELS = 24                         # of a loudspeaker layout: 22.2, ITU-R BS.2051
+
 _BLOCK = 16_384                            # samples per call: the Vorbis writer overruns the stack on long blocks
 
 
@@ -70,11 +72,23 @@ def latent_frames_to_samples(num_frames: int, hop_length: int = HOP_LENGTH, vae_
 
 # --- waveforms -------------------------------------------------------------------------------------------------------
 
+def check_rows(waveform: np.ndarray) -> None:
+    """Raises ValueError if a two-dimensional array looks like (N, channels), as `soundfile.read` returns it.
+
+    It does with more rows than samples in each, and more rows than any loudspeaker layout has channels (24).
+    """
+    if waveform.ndim == 2 and len(waveform) > max(waveform.shape[1], MOST_CHANNELS):
+        rows, samples = waveform.shape
+        raise ValueError(f"sounds stand in rows, (channels, N), got {rows} rows of {samples} samples: hand over the "
+                         f"transpose, sound.T, of (N, channels)")
+
+
 def mix(waveform: np.ndarray, channel: int | None = None) -> np.ndarray:
     """One channel (N,) of a waveform (channels, N): the mean of all, or the one with the index `channel` from 0 up.
 
-    Raises ValueError if there is no such channel.
+    Raises ValueError if there is no such channel, and for (N, channels).
     """
+    check_rows(waveform)
     if channel is not None:
         if not 0 <= channel < len(waveform):
             many = f"{len(waveform)} channel{'s' * (len(waveform) > 1)}"
@@ -86,10 +100,11 @@ def mix(waveform: np.ndarray, channel: int | None = None) -> np.ndarray:
 def resample(waveform: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     """Change the sample rate (Hz) of a waveform (..., N): band-limited, no delay, level kept, float32.
 
-    The result has round(N * to_rate / from_rate) samples, but at least one.
+    The result has round(N * to_rate / from_rate) samples, but at least one. Raises ValueError for (N, channels).
     """
     import soxr
 
+    check_rows(waveform)
     if from_rate == to_rate:
         return waveform
     length = max(1, round(waveform.shape[-1] * to_rate / from_rate))
@@ -302,6 +317,7 @@ def _checked_waveform(waveform: np.ndarray, dtype: type[np.floating]) -> np.ndar
     if waveform.ndim not in (1, 2) or waveform.size == 0:
         raise ValueError(f"waveform must have the shape (N,) or (channels, N) with at least one sample, "
                          f"got {waveform.shape}")
+    check_rows(waveform)
     if not np.issubdtype(waveform.dtype, np.floating):
         raise ValueError(f"waveform must hold floating-point samples with full scale at -1..1, got {waveform.dtype}")
     with np.errstate(over="ignore"):

@@ -27,7 +27,7 @@ _UNET_FIXED = {
     "attention_type": ("default",), "resnet_time_scale_shift": ("default",), "resnet_skip_time_act": (False,),
     "resnet_out_scale_factor": (1,), "time_embedding_type": ("positional",), "time_embedding_dim": (None,),
     "time_embedding_act_fn": (None,), "timestep_post_act": (None,), "time_cond_proj_dim": (None,),
-    "num_attention_heads": (None,), "num_class_embeds": (None,), "encoder_hid_dim": (None,),
+    "num_class_embeds": (None,), "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,), "addition_embed_type": (None,), "cross_attention_norm": (None,),
     "reverse_transformer_layers_per_block": (None,), "mid_block_only_cross_attention": (None, False),
 }
@@ -75,7 +75,8 @@ class UNetConfig:
 
         A single number of heads means, with reference="diffusers", that number at each level. With "authors" it means
         heads of 32 channels, as trained; levels whose channels 32 does not divide keep the number. A list of heads is
-        taken as it stands. Raises ValueError naming `source` and the field.
+        taken as it stands, and so is `num_attention_heads`, which goes before. Raises ValueError naming `source` and
+        the field.
         """
         if reference not in REFERENCES:
             raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
@@ -103,7 +104,7 @@ class UNetConfig:
             num_heads=_num_heads(read, channels, used, reference),
             norm_groups=groups,
             film_dim=_film_dim(read),
-            sample_size=read.optional_integer("sample_size"),
+            sample_size=read.first_integer("sample_size"),
         )
 
 
@@ -252,10 +253,11 @@ def _context_dims(
 def _num_heads(
     read: _Fields, channels: tuple[int, ...], used: tuple[bool, ...], reference: str
 ) -> tuple[int | None, ...]:
-    name = "attention_head_dim"
+    named = read.get("num_attention_heads", None) is not None                # a name that says what it holds
+    name = "num_attention_heads" if named else "attention_head_dim"
     value = read.get(name)
     heads = read.per_level(name, len(channels), _optional_integer)
-    if isinstance(value, int) and reference == "authors":
+    if isinstance(value, int) and reference == "authors" and not named:
         heads = tuple(h if width % 32 else width // 32 for width, h in zip(channels, heads, strict=True))
     for width, number, attends in zip(channels, heads, used, strict=True):
         if attends and (number is None or width % number):
@@ -333,8 +335,11 @@ class _Fields:
     def integer(self, name: str) -> int:
         return self._parse(name, _positive_integer, self.get(name))
 
-    def optional_integer(self, name: str) -> int | None:
-        return self._parse(name, _optional_integer, self.get(name, None))
+    def first_integer(self, name: str) -> int | None:
+        """An integer, or the first of a list of them; None where there is none."""
+        value = self.get(name, None)
+        first = self.integers(name)[0] if isinstance(value, (list, tuple)) else value
+        return self._parse(name, _optional_integer, first)
 
     def boolean(self, name: str) -> bool:
         return self._parse(name, _boolean, self.get(name))

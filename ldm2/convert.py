@@ -75,6 +75,7 @@ def convert(
     reference: str = "authors",
     revision: str | None = None,
     local_files_only: bool = False,
+    variant: str | None = None,
 ) -> Converted:
     """Write the checkpoint `source` as a folder in the published layout.
 
@@ -86,19 +87,20 @@ def convert(
                 "diffusers" that number at each level
     revision:   branch, tag or commit on the hub
     local_files_only: use the hub's cache and never the network
+    variant:    word in the names of the weight files to read, such as "fp16"
 
     Raises ValueError or OSError, one line; what is complete by then is kept in FOLDER.partial for the next call.
     """
     dtype = _dtype(dtype)
-    path = hub.resolve(source, revision, local_files_only)
+    path = hub.resolve(source, revision, local_files_only, variant=variant)
     folder = Path(folder).expanduser().absolute()
     _check_target(folder, path, overwrite)
     if path.is_dir() and (config is not None or tokenizers is not None):
         raise ValueError(f"config and tokenizers belong to authors' files, {path} is a folder that has its own")
     partial = folder.with_name(f"{folder.name}.partial")
-    _begin(partial, _job(path, dtype, config, reference))
+    _begin(partial, _job(path, dtype, config, reference, variant))
     if path.is_dir():
-        index = _write_hub_folder(path, partial, dtype, reference)
+        index = _write_hub_folder(path, partial, dtype, reference, variant)
         lacking = []
     else:
         index, lacking = _write_original(original.read(path, config), partial, dtype, tokenizers, local_files_only)
@@ -176,14 +178,16 @@ def _encoders(parts: Mapping[str, original.Part]) -> Iterator[str]:
 # Folders in the hub's layout
 
 
-def _write_hub_folder(path: Path, partial: Path, dtype: torch.dtype | None, reference: str) -> dict[str, Any]:
+def _write_hub_folder(
+    path: Path, partial: Path, dtype: torch.dtype | None, reference: str, variant: str | None
+) -> dict[str, Any]:
     """Write all parts of a folder. Returns the model_index.json."""
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     for name, kind in hub.parts(path).items():
         if hub.WITHOUT_WEIGHTS.fullmatch(kind):
             shutil.copytree(path / name, partial / name, dirs_exist_ok=True)
         else:
-            _write_part(partial, _hub_part(path / name, reference), dtype)
+            _write_part(partial, _hub_part(path / name, reference, variant), dtype)
     if index.get("language_model") == ["transformers", "GPT2Model"]:
         index["language_model"] = list(CLASSES["language_model"])
     for file in path.iterdir():
@@ -192,15 +196,16 @@ def _write_hub_folder(path: Path, partial: Path, dtype: torch.dtype | None, refe
     return index
 
 
-def _hub_part(folder: Path, reference: str) -> _Part:
+def _hub_part(folder: Path, reference: str, variant: str | None) -> _Part:
     """One part of a folder, its weights still in the files."""
     config = folder / "config.json"
     fields = _read_json(config)
     if folder.name == "unet":
-        fields["attention_head_dim"] = _heads(UNetConfig.from_dict(fields, str(config), reference))
+        heads = _heads(UNetConfig.from_dict(fields, str(config), reference))
+        fields |= {"attention_head_dim": heads, "num_attention_heads": None}     # the second is refused by diffusers
     if folder.name == "language_model" and fields.get("max_new_tokens") == 8 and _speaks(folder.parent):
         fields["max_new_tokens"] = 512                     # as the authors generate; see TextEncoder
-    tensors = dict(weights.read_tensors(folder))
+    tensors = dict(weights.read_tensors(folder, variant))
     if "shared.weight" in tensors:
         tensors.pop("encoder.embed_tokens.weight", None)   # T5's table under its second name
     small = [file for file in folder.iterdir() if file.suffix in hub.SMALL and ".index." not in file.name]
@@ -258,13 +263,15 @@ def _check_target(folder: Path, source: Path, overwrite: bool) -> None:
             raise ValueError(f"{folder} is not a checkpoint, it is not overwritten")
 
 
-def _job(path: Path, dtype: torch.dtype | None, config: object, reference: str) -> dict[str, Any]:
+def _job(
+    path: Path, dtype: torch.dtype | None, config: object, reference: str, variant: str | None
+) -> dict[str, Any]:
     """What the parts are made from: only a conversion of the same may take them up."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     stamps = [[str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return {
         "source": str(path.resolve()), "files": stamps, "dtype": str(dtype), "reference": reference,
-        "config": repr(original_configs.read(config)),
+        "config": repr(original_configs.read(config)), "variant": variant,
     }
 
 

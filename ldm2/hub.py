@@ -36,8 +36,8 @@ BUNDLED = Path(__file__).parent                            # folders of the chec
 def weight_files(folder: str | Path, variant: str | None = None) -> list[Path]:
     """Weight files of one part of a checkpoint, safetensors before pickles, shards in the order of their index.
 
-    `variant` is the word in names such as model.fp16.safetensors. Raises ValueError if there is no such file, if a
-    shard is missing, or if the index cannot be read.
+    `variant` is the word in names such as model.fp16.safetensors; a part without such a file gives its plain one.
+    Raises ValueError if there is none of both, if a shard is missing, or if the index cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -47,14 +47,19 @@ def weight_files(folder: str | Path, variant: str | None = None) -> list[Path]:
     if not chosen:
         wanted = " or ".join(f"{stem}{_infix(variant)}.safetensors" for stem in STEMS[:2])
         found = ", ".join(sorted(names)) or "nothing"
-        raise ValueError(f"{folder} holds no weights: expected {wanted} (or .bin), found {found}")
+        others = variants(names)
+        hint = f"; load its variant {others[0]!r}" if others else ""
+        raise ValueError(f"{folder} holds no weights: expected {wanted} (or .bin), found {found}{hint}")
     if chosen[0].endswith(".json"):
         return _shards(folder / chosen[0])
     return [folder / chosen[0]]
 
 
 def choose_weights(names: Iterable[str], variant: str | None = None) -> list[str]:
-    """Of the file names in one folder those of its weights, each tensor once: one file, or an index and its shards."""
+    """Of the file names in one folder those of its weights, each tensor once: one file, or an index and its shards.
+
+    Those of the variant, or the plain ones where it has none.
+    """
     names, infix = sorted(names), _infix(variant)
     for suffix in SUFFIXES:
         for stem in STEMS:
@@ -65,7 +70,15 @@ def choose_weights(names: Iterable[str], variant: str | None = None) -> list[str
                 # The variant stands before or after the number, depending on the version that wrote the shards.
                 shard = re.compile(rf"{stem}({re.escape(infix)})?-\d+-of-\d+({re.escape(infix)})?{re.escape(suffix)}")
                 return [index, *filter(shard.fullmatch, names)]
-    return []
+    return choose_weights(names) if variant else []
+
+
+def variants(names: Iterable[str]) -> list[str]:
+    """The variants of which there are weights under these file names, in their order: "fp16" of model.fp16.bin."""
+    stems, suffixes = "|".join(STEMS), "|".join(map(re.escape, SUFFIXES))
+    pattern = re.compile(rf"(?:{stems})(?:\.([\w-]+)(?:{suffixes})|(?:{suffixes})\.index\.([\w-]+)\.json)")
+    found = (match.group(1) or match.group(2) for match in map(pattern.fullmatch, sorted(names)) if match)
+    return list(dict.fromkeys(found))
 
 
 def _infix(variant: str | None) -> str:
@@ -105,7 +118,10 @@ def parts(folder: str | Path) -> dict[str, str]:
 def missing(folder: str | Path, variant: str | None = None) -> str | None:
     """The first thing that a checkpoint lacks, in words; None if it is complete."""
     try:
-        for name, kind in parts(folder).items():
+        kinds = parts(folder)
+        if variant and not _has(Path(folder), variant):
+            return f"weights of the variant {variant!r}"
+        for name, kind in kinds.items():
             part = Path(folder) / name
             if not any(part.glob("*.json")):
                 return f"{name}/"
@@ -118,18 +134,25 @@ def missing(folder: str | Path, variant: str | None = None) -> str | None:
     return None
 
 
+def _has(folder: Path, variant: str) -> bool:
+    """Whether any part of a checkpoint has weights of this variant."""
+    return any(variant in variants(path.name for path in (folder / name).glob("*")) for name in parts(folder))
+
+
 # Names
 
 
 def resolve(
     name: str | Path, revision: str | None = None, local_files_only: bool = False, *,
-    cache_dir: str | Path | None = None, token: str | None = None, variant: str | None = None,
+    cache_dir: str | Path | None = None, token: str | bool | None = None, variant: str | None = None,
 ) -> Path:
     """The checkpoint called `name`: its folder in the hub's layout, or its file if the authors' .pth layout is meant.
 
     name:     a short name (see `ldm2 models`), a hub name OWNER/MODEL, a folder or a file. Short names go before
               folders of the same name; write ./NAME for those.
     revision: branch, tag or commit; without it the commit in the table of models, or else the main branch.
+    variant:  word in the names of the weight files to take, such as "fp16"; parts without it give their plain ones.
+    cache_dir, token: of the hub's client; by default HF_HUB_CACHE (or HF_HOME) and HF_TOKEN, or the stored one
 
     Raises ValueError or OSError, one line, that says what is missing and what to do.
     """
@@ -138,7 +161,7 @@ def resolve(
         raise ValueError("the name of the model is empty")
     path = Path(name).expanduser()
     if _looks_local(name) or (path.exists() and ("/" in name or models.find(name) is None)):
-        return _local(path, revision)
+        return _local(path, revision, variant)
     model = models.find(name)
     if model is None:
         if "/" not in name:
@@ -159,13 +182,17 @@ def _looks_local(name: str) -> bool:
     return name.startswith(starts) or name.endswith(ends) or name.count("/") > 1 or "\\" in name
 
 
-def _local(path: Path, revision: str | None) -> Path:
+def _local(path: Path, revision: str | None, variant: str | None) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     if revision is not None:
         raise ValueError(f"a revision ({revision!r}) can be chosen on the hub only, {path} is on this machine")
     if path.is_dir():
         parts(path)
+        if variant is not None and not _has(path, variant):
+            raise ValueError(f"{path} holds no weights of the variant {variant!r}")
+    elif variant is not None:
+        raise ValueError(f"a variant ({variant!r}) can be chosen of folders only, {path} is a file")
     return path
 
 
@@ -202,8 +229,8 @@ def _cached_file(model: Model, revision: str, cache_dir: str | Path | None) -> P
 
 
 def _fetch(
-    model: Model, revision: str | None, local_files_only: bool, cache_dir: str | Path | None, token: str | None,
-    variant: str | None,
+    model: Model, revision: str | None, local_files_only: bool, cache_dir: str | Path | None,
+    token: str | bool | None, variant: str | None,
 ) -> Path:
     """Download what the cache lacks of `model`. Raises OSError, one line."""
     from huggingface_hub import constants, errors
@@ -226,7 +253,7 @@ def _fetch(
 
 
 def _download(
-    model: Model, revisions: list[str], cache_dir: str | Path | None, token: str | None, variant: str | None
+    model: Model, revisions: list[str], cache_dir: str | Path | None, token: str | bool | None, variant: str | None
 ) -> Path:
     """Fetch the files of `model` that are needed. Small ones come first: where the weights are, all is there."""
     from huggingface_hub import HfApi, snapshot_download

@@ -19,6 +19,7 @@ from ldm2 import audio
 from ldm2.mel import MelConfig, config_for, log_mel
 from ldm2.memory import in_stage
 from ldm2.noise import SeededNoise
+from ldm2.recipe import check_seeds
 from ldm2.vae import VAE, Posterior
 from ldm2.windows import Window, plan
 
@@ -58,8 +59,9 @@ def open_sound(
     sample_rate: Hz of the samples; a file knows its own
     channel:     index from 0 of the channel that a model hears, None for the mean of all
 
-    Raises ValueError, one line, for what is not a sound (no samples, NaN or infinite ones, another shape, integers, no
-    rate, a file that cannot be read, a channel that is not there), and OSError for a file that is not there.
+    Raises ValueError, one line, for what is not a sound (no samples, NaN or infinite ones, another shape or order,
+    integers, no rate, a file that cannot be read, a channel that is not there), and OSError for a file that is not
+    there.
     """
     if isinstance(source, (str, Path)):
         if sample_rate is not None:
@@ -83,6 +85,7 @@ def _samples(source: np.ndarray | Tensor) -> np.ndarray:
         raise ValueError(f"a sound must be a path or floating-point samples with full scale at -1..1, got {found}")
     if samples.ndim not in (1, 2) or samples.size == 0:
         raise ValueError(f"a sound must be (N,) or (channels, N) with at least one sample, got {samples.shape}")
+    audio.check_rows(samples)
     bad = np.count_nonzero(~np.isfinite(samples))
     if bad:
         raise ValueError(f"the sound holds {bad} NaN or infinite samples")
@@ -134,9 +137,7 @@ def encode_audio(
     posteriors = [encode(pipe.vae, row, tiles) for row in mel.split(1)]
     latents = torch.cat([posterior.mean for posterior in posteriors])
     if seed is not None:
-        seeds = [seed + row for row in range(len(rows))] if isinstance(seed, Integral) else seed
-        if len(seeds) != len(rows):
-            raise ValueError(f"{len(seeds)} seeds for {len(rows)} sounds: give one number, or one for each")
+        seeds = check_seeds(seed, len(rows))
         latents = latents + torch.cat([posterior.std for posterior in posteriors]) * SeededNoise(seeds)(latents)
     return pipe.finite(latents * pipe.vae.config.scaling_factor, "the VAE's latents")
 

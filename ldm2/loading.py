@@ -32,7 +32,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def load(
     model: str | Path = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto", reference: str = "authors",
     revision: str | None = None, local_files_only: bool = False, tokenizers: str | Path | None = None,
-    low_memory: bool = False, compile: bool = False,
+    low_memory: bool = False, compile: bool = False, variant: str | None = None,
+    cache_dir: str | Path | None = None, token: str | bool | None = None,
 ) -> AudioLDM2:
     """A checkpoint, ready to generate.
 
@@ -48,6 +49,9 @@ def load(
     low_memory:       read each part from its files when its stage begins, and let go of it when the stage ends; the
                       sound is the same
     compile:          compile the UNet's step with torch.compile, at its first call, which takes minutes
+    variant:          word in the names of the weight files to read, such as "fp16" for model.fp16.safetensors
+    cache_dir:        the hub's cache, default HF_HUB_CACHE or what HF_HOME says
+    token:            for private and gated repositories; default HF_TOKEN, or the one that `hf auth login` stored
 
     Raises ValueError or OSError, one line each, naming what is missing or does not fit.
     """
@@ -57,7 +61,9 @@ def load(
     precision = choose_dtype(dtype, place)
     if compile:
         check_compiler(place)
-    path = hub.resolve(str(model), revision=revision, local_files_only=local_files_only)
+    path = hub.resolve(
+        str(model), revision, local_files_only, cache_dir=cache_dir, token=token, variant=variant
+    )
     settings = {
         "device": place,
         "dtype": precision,
@@ -66,7 +72,7 @@ def load(
     if path.is_dir():
         if tokenizers is not None:
             raise ValueError(f"{path} brings its own tokenizers: leave out tokenizers={str(tokenizers)!r}")
-        pipe = _from_folder(path, reference, settings, low_memory)
+        pipe = _from_folder(path, reference, settings, low_memory, variant)
     else:
         pipe = _from_original(path, reference, tokenizers, local_files_only, settings, low_memory)
     if compile:
@@ -74,7 +80,9 @@ def load(
     return pipe
 
 
-def _from_folder(folder: Path, reference: str, settings: dict, low_memory: bool) -> AudioLDM2:
+def _from_folder(
+    folder: Path, reference: str, settings: dict, low_memory: bool, variant: str | None
+) -> AudioLDM2:
     """A checkpoint in the hub's layout."""
     dtype = settings["dtype"]
     configs = {
@@ -82,16 +90,17 @@ def _from_folder(folder: Path, reference: str, settings: dict, low_memory: bool)
         VAE: VAEConfig.from_json(folder / "vae/config.json"),
         Vocoder: VocoderConfig.from_json(folder / "vocoder/config.json"),
     }
-    loads = {"text": lambda device: TextEncoder.from_folder(folder, reference=reference, device=device, dtype=dtype)}
+    read_text = functools.partial(TextEncoder.from_folder, folder, reference=reference, dtype=dtype, variant=variant)
+    loads = {"text": lambda device: read_text(device=device)}
     for build, config in configs.items():
         name = build.__name__.lower()
-        loads[name] = functools.partial(_part, build, config, folder / name, dtype=dtype)
+        loads[name] = functools.partial(_part, build, config, folder / name, dtype=dtype, variant=variant)
     parts = _parts(loads, settings["device"], low_memory)
     return AudioLDM2(
         **parts,
         schedule=Schedule.from_json(folder / "scheduler/scheduler_config.json"),
         defaults=_checkpoint_defaults(folder),
-        make_ranker=lambda clap, device: Ranker.from_folder(folder, clap, device=device),
+        make_ranker=lambda clap, device: Ranker.from_folder(folder, clap, device=device, variant=variant),
         **settings,
     )
 
@@ -176,12 +185,13 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def _part(
-    build: type[nn.Module], config, folder: Path, device: torch.device | str, *, dtype: torch.dtype
+    build: type[nn.Module], config, folder: Path, device: torch.device | str, *, dtype: torch.dtype,
+    variant: str | None,
 ) -> nn.Module:
     """A module with the weights of its folder."""
     with weights.parameters_on_meta():
         module = build(config)
-    tensors = weights.read_tensors(folder, to_copy=dtype != torch.float32)
+    tensors = weights.read_tensors(folder, variant, to_copy=dtype != torch.float32)
     return weights.load(module, tensors, device=device, dtype=dtype, source=folder)
 
 

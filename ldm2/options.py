@@ -56,8 +56,15 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
 
 def add_source_options(command: argparse.ArgumentParser) -> None:
     """Which version of a checkpoint on the hub."""
-    command.add_argument("--revision", help="branch, tag or commit on the hub")
+    add_revision_options(command)
     command.add_argument("--local-files-only", action="store_true", help="use the cache, never the network")
+
+
+def add_revision_options(command: argparse.ArgumentParser) -> None:
+    """Which of the files that a repository holds."""
+    command.add_argument("--revision", help="branch, tag or commit on the hub")
+    command.add_argument("--variant", metavar="WORD", help="in the names of the weight files to take, for example fp16 "
+                         "for model.fp16.safetensors")
 
 
 def add_speech_options(command: argparse.ArgumentParser) -> None:
@@ -87,7 +94,8 @@ def add_sampling_options(command: argparse.ArgumentParser, candidates: int | Non
                          "(starts at the last one of the training, which leading misses the more the fewer the steps) "
                          "or linspace (default: the model's own)")
     command.add_argument("--eta", type=float, default=0.0, help="share of fresh noise in ddim, 0 to 1 (default: 0)")
-    command.add_argument("--seed", type=int, help="number that fixes the noise (default: drawn, and printed)")
+    command.add_argument("--seed", type=int, help="number that fixes the noise, 0 to 2**64 - 1; -1 is "
+                         "2**64 - 1, as in torch (default: drawn, and printed)")
     if candidates is not None:
         command.add_argument("--num-waveforms", type=int, default=candidates, metavar="N", help="candidates, written "
                              "best first by CLAP similarity with the prompt (default: %(default)s)")
@@ -162,7 +170,7 @@ def load(args: argparse.Namespace) -> AudioLDM2:
     return ldm2.load(
         args.model, device=args.device, dtype=args.dtype, reference=args.reference, revision=args.revision,
         local_files_only=args.local_files_only, tokenizers=args.tokenizers, low_memory=args.low_memory,
-        compile=args.compile,
+        compile=args.compile, variant=args.variant,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ldm2.audio import seconds_to_samples
+from ldm2.audio import check_rows, seconds_to_samples
 from ldm2.masks import Range, check_not_negative, merge_ranges, share_of, without_outer_borders
 
 CROSSFADE_SECONDS = 0.02
@@ -26,6 +26,7 @@ def paste(original: np.ndarray, edited: np.ndarray, times: Sequence[Range], samp
 
     Raises ValueError for impossible ranges, one shorter than a sample, a negative crossfade and other lengths.
     """
+    check_rows(original)
     num_samples = original.shape[-1]
     if edited.shape[-1] != num_samples:
         raise ValueError(f"edited must have the {num_samples} samples of original, got {edited.shape[-1]}")
@@ -59,6 +60,7 @@ def blend_bands(original: np.ndarray, edited: np.ndarray, bands: Sequence[Range]
     Equal outside to float accuracy, without a change of phase. soft_hz: width of the ramp inside each border of a band,
     at most a quarter of the band; the narrower, the longer the filter rings. Raises ValueError for impossible bands.
     """
+    check_rows(original)
     half_rate = sample_rate / 2
     ranges = without_outer_borders(merge_ranges(bands, half_rate, "Hz"), 0.0, half_rate)
     padded = original.shape[-1] + sample_rate // 4                           # room for the ringing: no wrap around
@@ -69,6 +71,7 @@ def blend_bands(original: np.ndarray, edited: np.ndarray, bands: Sequence[Range]
 
 def fit_length(waveform: np.ndarray, num_samples: int) -> np.ndarray:
     """Cut a waveform (..., N), or continue it with zeros, to (..., num_samples)."""
+    check_rows(waveform)
     missing = max(0, num_samples - waveform.shape[-1])
     return np.pad(waveform[..., :num_samples], [(0, 0)] * (waveform.ndim - 1) + [(0, missing)])
 
@@ -80,6 +83,7 @@ def extend_canvas(waveform: np.ndarray, sample_rate: int, before: float = 0.0, a
     The ranges reach a crossfade into the waveform, so that `paste` fades from real sound and not from silence.
     Raises ValueError if neither is above zero, or one is negative.
     """
+    check_rows(waveform)
     first, last = seconds_to_samples(before, sample_rate), seconds_to_samples(after, sample_rate)
     if first + last == 0:
         raise ValueError(f"an extension needs seconds before or after, got {before:g} and {after:g}")

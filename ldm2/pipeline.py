@@ -283,7 +283,8 @@ class AudioLDM2:
         guidance_scale:  classifier-free guidance, arXiv:2207.12598; default 3.5; one or less turns it off
         sampler:         one of ldm2.samplers.SAMPLERS, default "ddim"
         eta:             share of fresh noise in DDIM, 0 to 1
-        seed:            row i uses seed + i, or seed[i]; None draws one, which the result records
+        seed:            0 to 2**64 - 1: row i uses seed + i, or seed[i]; -1 is 2**64 - 1, as in torch; None draws one,
+                         which the result records
         num_waveforms:   candidates of each prompt, returned best first by CLAP similarity with their prompt
         transcription:   what speech models say, English text: one for all prompts, or one for each
         phonemes:        the same as ready phonemes in IPA

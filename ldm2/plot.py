@@ -38,8 +38,8 @@ def compare(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    if original.shape != other.shape:
-        raise ValueError(f"two waveforms of one length are needed, got {original.shape} and {other.shape}")
+    if original.ndim != 1 or original.shape != other.shape:
+        raise ValueError(f"two waveforms (N,) of one length are needed, got {original.shape} and {other.shape}")
     pictures = [_decibels(waveform, sample_rate) for waveform in (original, other)]
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     FigureCanvasAgg(figure)

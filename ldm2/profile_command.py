@@ -88,7 +88,7 @@ def _pipeline(args: argparse.Namespace) -> AudioLDM2:
     if args.random is None:
         args.model = args.model or loading.DEFAULT_MODEL
         return options.load(args)
-    for name in ("model", "revision", "tokenizers"):
+    for name in ("model", "revision", "variant", "tokenizers"):
         if getattr(args, name) is not None:
             raise ValueError(f"--random {args.random} stands for a model: leave --{name} {getattr(args, name)} away")
     device = loading.choose_device(args.device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.models.clap import modeling_clap
 
 from ldm2 import weights
-from ldm2.audio import resample
+from ldm2.audio import check_rows, resample
 from ldm2.encoders import ClapText, clap_config
 from ldm2.text import Parts
 
@@ -85,10 +85,14 @@ class Ranker:
 
     @classmethod
     def from_folder(
-        cls, folder: str | Path, text: ClapText | None = None, *, device: torch.device | str | None = None
+        cls, folder: str | Path, text: ClapText | None = None, *, device: torch.device | str | None = None,
+        variant: str | None = None,
     ) -> Ranker:
-        """CLAP's audio branch of a checkpoint in the published layout, and the text branch unless it is given."""
-        parts = Parts(Path(folder), device, torch.float32)
+        """CLAP's audio branch of a checkpoint in the published layout, and the text branch unless it is given.
+
+        variant: see `hub.weight_files`.
+        """
+        parts = Parts(Path(folder), device, torch.float32, variant)
         source = str(parts.folder / "text_encoder")
         if not parts.can_rank():
             raise ValueError(f"{source} has no audio branch with a feature_extractor: this checkpoint cannot rank")
@@ -109,6 +113,7 @@ class Ranker:
         if waveforms.ndim != 2 or not waveforms.shape[1] or not prompts or len(waveforms) % len(prompts):
             asked = f"{len(prompts)} prompts need waveforms of shape (prompts * candidates, samples)"
             raise ValueError(f"{asked}, got {waveforms.shape}")
+        check_rows(waveforms)
         text = self.text(prompts).float()                                        # (P, D)
         audio = self.audio(waveforms, sample_rate).to(text.device)               # (P * n, D)
         return torch.einsum("pd,pnd->pn", text, audio.unflatten(0, (len(prompts), -1))).cpu()

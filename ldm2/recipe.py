@@ -22,7 +22,7 @@ PRESETS = {
 }
 PER_PROMPT = ("prompt", "negative_prompt", "transcription", "phonemes")
 MAX_SECONDS = 600.0
-MAX_SEED = 2**63 - 1
+NUM_SEEDS = 2**64                                          # of a torch.Generator
 
 
 @dataclass(frozen=True)
@@ -262,21 +262,24 @@ def check_prompt_at(changes: Sequence[tuple[float, str]], seconds: float) -> tup
 
 
 def check_seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """The seed of each of `count` rows."""
+    """The seed of each of `count` rows, from 0 to 2**64 - 1.
+
+    One number counts on from row to row, and from 2**64 - 1 on to 0. A negative one means what torch makes of it: -1 is
+    2**64 - 1.
+    """
     if seed is None:
         seed = secrets.randbelow(2**31)
     seeds = seed if isinstance(seed, Sequence) and not isinstance(seed, str) else None
     if seeds is None:
-        check_seed(seed)
-        return tuple(int(seed) + i for i in range(count))
+        first = check_seed(seed)
+        return tuple((first + i) % NUM_SEEDS for i in range(count))
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} waveforms: give one number, or one for each")
-    for value in seeds:
-        check_seed(value)
-    return tuple(int(value) for value in seeds)
+    return tuple(check_seed(value) for value in seeds)
 
 
-def check_seed(seed: int) -> None:
-    """A whole number that a torch.Generator takes."""
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
+def check_seed(seed: int) -> int:
+    """A whole number that a torch.Generator takes, -2**63 to 2**64 - 1, as the one from 0 up that means the same."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not -NUM_SEEDS // 2 <= int(seed) < NUM_SEEDS:
+        raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1 (or negative, from -2**63), got {seed!r}")
+    return int(seed) % NUM_SEEDS

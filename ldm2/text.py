@@ -78,13 +78,13 @@ class TextEncoder(nn.Module):
     @classmethod
     def from_folder(
         cls, folder: str | Path, *, reference: str = "authors", device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None, variant: str | None = None,
     ) -> TextEncoder:
         """The text side of a checkpoint in the published layout; CLAP's audio branch is not loaded.
 
-        Raises ValueError naming the file if something is missing or does not fit.
+        variant: see `hub.weight_files`. Raises ValueError naming the file if something is missing or does not fit.
         """
-        parts = Parts(Path(folder), device, dtype)
+        parts = Parts(Path(folder), device, dtype, variant)
         clap = t5 = phonemes = projection = gpt2 = num_vectors = None
         if parts.has("language_model"):
             projection = parts.load("projection_model", load_projection)
@@ -274,8 +274,10 @@ def _once(lines: list, encode: Callable[[list], Conditioning]) -> Conditioning:
 class Parts:
     """The text parts of a folder in the published layout, read when asked for. Raises ValueError naming the file."""
 
-    def __init__(self, folder: Path, device: torch.device | str | None, dtype: torch.dtype | None):
-        self.folder, self.device, self.dtype = folder, device, dtype
+    def __init__(
+        self, folder: Path, device: torch.device | str | None, dtype: torch.dtype | None, variant: str | None = None
+    ):
+        self.folder, self.device, self.dtype, self.variant = folder, device, dtype, variant
         self.index = _read_json(folder / "model_index.json")
 
     def has(self, name: str) -> bool:
@@ -288,7 +290,8 @@ class Parts:
 
     def tensors(self, name: str) -> Mapping[str, Tensor]:
         """The tensors of a part, memory-mapped."""
-        return weights.read_tensors(self.folder / name, to_copy=self.dtype not in (None, torch.float32))
+        to_copy = self.dtype not in (None, torch.float32)
+        return weights.read_tensors(self.folder / name, self.variant, to_copy=to_copy)
 
     def preprocessor(self, name: str, kind: type[Preprocessor]) -> Preprocessor:
         """The tokenizer or feature extractor in a folder."""

@@ -346,18 +346,20 @@ class Description:
         return "\n".join([str(self.path), *lines])
 
 
-def describe(path: str | Path) -> Description:
+def describe(path: str | Path, variant: str | None = None) -> Description:
     """Parts, sizes, dtypes and heads of a checkpoint (folder or authors' file), from headers and configs alone.
+
+    variant: word in the names of a folder's weight files, such as "fp16".
 
     Raises ValueError for files that cannot be read and configs that make no sense.
     """
     path = Path(path)
-    return _describe_file(path) if path.is_file() else _describe_folder(path)
+    return _describe_file(path) if path.is_file() else _describe_folder(path, variant)
 
 
-def _describe_folder(path: Path) -> Description:
+def _describe_folder(path: Path, variant: str | None) -> Description:
     found = tuple(
-        _part(name, kind, read_tensors(path / name))
+        _part(name, kind, read_tensors(path / name, variant))
         for name, kind in parts(path).items() if not WITHOUT_WEIGHTS.fullmatch(kind)
     )
     heads = {name: _heads(UNetConfig.from_json(path / "unet/config.json", name)) for name in REFERENCES}

@@ -15,7 +15,7 @@ import pytest
 import scipy.io.wavfile
 import soundfile
 
-from ldm2 import audio
+from ldm2 import audio, paste
 
 FORMATS = [".wav", ".flac", ".ogg", ".opus", ".mp3"]
 LOSSLESS = [(".wav", "pcm16", 16), (".wav", "pcm24", 24), (".flac", "pcm16", 16), (".flac", "pcm24", 24)]
@@ -84,6 +84,27 @@ def test_a_channel_is_taken_by_its_index():
 def test_a_missing_channel_is_named(channel):
     with pytest.raises(ValueError, match=f"from 0 to 1 in a sound with 2 channels, got {channel}"):
         audio.mix(noise(2, 10), channel=channel)
+
+
+@pytest.mark.parametrize("call", [
+    lambda sound: audio.mix(sound),
+    lambda sound: audio.mix(sound, channel=0),
+    lambda sound: audio.resample(sound, 16_000, 16_000),
+    lambda sound: audio.write("never.wav", sound, 16_000),
+    lambda sound: paste.paste(sound, sound, [(0.0, 0.01)], 16_000),
+    lambda sound: paste.blend_bands(sound, sound, [(100.0, 200.0)], 16_000),
+    lambda sound: paste.fit_length(sound, 10),
+    lambda sound: paste.extend_canvas(sound, 16_000, after=1.0),
+])
+@pytest.mark.parametrize("shape", [(16_000, 1), (16_000, 2), (25, 24)])
+def test_channels_in_columns_are_refused(call, shape):
+    with pytest.raises(ValueError, match=rf"got {shape[0]} rows of {shape[1]} samples.*sound\.T"):
+        call(np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (24, 1), (25, 25), (1024, 1024), (1, 2)])
+def test_few_samples_or_many_channels_are_no_reason_to_refuse_a_sound(shape):
+    assert audio.mix(np.ones(shape, np.float32)).shape == shape[1:]
 
 
 @pytest.mark.parametrize("rate", [8000, 11_025, 44_100, 48_000, 96_000, 192_000])
@@ -453,7 +474,8 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, suffix):
     (np.zeros((2, 3, 4), np.float32), r"shape \(N,\) or \(channels, N\) .* got \(2, 3, 4\)"),
     (np.zeros(0, np.float32), r"at least one sample, got \(0,\)"),
     (np.float32(1), r"got \(\)"),
-    (np.zeros((16_000, 2), np.float32), r"\.wav takes 1 to 1024 channels, got 16000"),
+    (np.zeros((1025, 1025), np.float32), r"\.wav takes 1 to 1024 channels, got 1025"),
+    (np.zeros((16_000, 2), np.float32), r"got 16000 rows of 2 samples.*sound\.T"),
     (np.zeros(10, np.int16), "floating-point samples .* got int16"),
     (np.float32([0, math.nan]), "1 NaN or infinite samples"),
     (np.float64([0, 1e300]), "1 NaN or infinite samples"),

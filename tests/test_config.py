@@ -180,12 +180,26 @@ def test_a_missing_unet_field_is_named(name):
     ("norm_eps", 1e-6, "must be 1e-05"),
     ("class_embed_type", "timestep", "simple_projection"),
     ("sample_size", "256", "positive integer"),
+    ("sample_size", [], "non-empty list"),
+    ("num_attention_heads", 7, "number of heads that divides"),
 ])
 def test_an_impossible_unet_field_is_named_with_the_rule(name, value, rule):
     with pytest.raises(ValueError, match=f"^unet/config.json: field '{name}' .*") as error:
         UNetConfig.from_dict(UNET | {name: value}, source="unet/config.json")
     assert rule in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("listed", [[256, 16], [256]])
+def test_the_first_of_listed_sample_sizes_is_that_of_time(listed):
+    assert UNetConfig.from_dict(UNET | {"sample_size": listed}).sample_size == 256
+
+
+@pytest.mark.parametrize("reference", ["authors", "diffusers"])
+@pytest.mark.parametrize("given, heads", [(8, (8, 8, 8, 8)), ([4, 8, 6, 10], (4, 8, 6, 10))])
+def test_num_attention_heads_says_what_it_means(given, heads, reference):
+    fields = UNET | {"num_attention_heads": given, "attention_head_dim": 3}
+    assert UNetConfig.from_dict(fields, reference=reference).num_heads == heads
 
 
 def test_film_without_concatenation_is_refused():

@@ -240,6 +240,19 @@ def test_a_variant_is_fetched_instead_of_the_plain_file(hub, resolve, source):
     ]
 
 
+def test_a_variant_that_is_nowhere_is_named(resolve):
+    assert resolve(variant="int8")[1].endswith("is not complete, it lacks: weights of the variant 'int8'")
+
+
+def test_a_part_without_the_variant_is_fetched_plain(hub, resolve, source):
+    assert resolve(variant="fp16")[0] is not None
+    assert [name for name in hub.files() if name.endswith((".safetensors", ".bin"))] == [
+        "unet/diffusion_pytorch_model.fp16.safetensors", "vocoder/model.safetensors"
+    ]
+    hub.requests.clear()
+    assert resolve(variant="fp16")[0] is not None and hub.requests == []
+
+
 def test_a_repository_in_another_layout_is_refused(hub, resolve, tmp_path):
     folder = tmp_path / "llama"
     folder.mkdir()

@@ -56,7 +56,7 @@ def test_rows_have_seeds_of_their_own(pipe):
     rows = pipe.encode_audio(np.stack([noise(640)] * 2), RATE, seed=5)
     assert torch.equal(rows[1:], pipe.encode_audio(noise(640), RATE, seed=6))
     assert torch.equal(rows, pipe.encode_audio(np.stack([noise(640)] * 2), RATE, seed=[5, 6]))
-    with pytest.raises(ValueError, match="3 seeds for 2 sounds"):
+    with pytest.raises(ValueError, match="3 seeds for 2 waveforms"):
         pipe.encode_audio(np.stack([noise(640)] * 2), RATE, seed=[1, 2, 3])
 
 
@@ -102,6 +102,8 @@ def test_the_front_end_follows_the_vocoder(pipe):
 @pytest.mark.parametrize("waveform, rate, message", [
     (np.zeros(0, np.float32), RATE, r"at least one sample, got \(0,\)"),
     (np.zeros((1, 1, 640), np.float32), RATE, r"got \(1, 1, 640\)"),
+    (np.zeros((640, 2), np.float32), RATE, r"got 640 rows of 2 samples.*sound\.T"),
+    (torch.zeros(640, 1), RATE, r"got 640 rows of 1 samples.*sound\.T"),
     (np.zeros(640, np.int16), RATE, "floating-point samples with full scale at -1..1, got int16"),
     (torch.zeros(640, dtype=torch.int16), RATE, "got torch.int16"),
     ([0.0] * 640, RATE, "got list"),
@@ -113,6 +115,23 @@ def test_the_front_end_follows_the_vocoder(pipe):
 def test_what_is_no_sound_is_named(pipe, waveform, rate, message):
     with pytest.raises(ValueError, match=message):
         pipe.encode_audio(waveform, rate)
+
+
+@pytest.mark.parametrize("call", [
+    lambda pipe, sound: pipe.transfer(sound, "a low tone", sample_rate=RATE, steps=1),
+    lambda pipe, sound: pipe.variations(sound, sample_rate=RATE, steps=1),
+    lambda pipe, sound: pipe.inpaint(sound, "a dog", times=[(0.1, 0.2)], sample_rate=RATE, steps=1),
+    lambda pipe, sound: pipe.extend(sound, "a dog", sample_rate=RATE, steps=1),
+    lambda pipe, sound: pipe.super_resolution(sound, above=2000, sample_rate=RATE, steps=1),
+    lambda pipe, sound: pipe.reconstruct(sound, sample_rate=RATE),
+    lambda pipe, sound: pipe.reconstruct(sound, "vocoder", sample_rate=RATE),
+    lambda pipe, sound: pipe.encode_audio(sound, RATE),
+    lambda pipe, sound: pipe.rank(sound, ["a dog"]),
+])
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_sound_with_its_channels_in_columns_is_refused(pipe, call, channels):
+    with pytest.raises(ValueError, match=rf"got 4000 rows of {channels} samples.*sound\.T"):
+        call(pipe, np.zeros((4000, channels), np.float32))
 
 
 # --- files and samples -----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import diffusers
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import ldm2
+from ldm2 import hub
 from ldm2.loading import choose_device, choose_dtype
 from ldm2.pipeline import NonFiniteError
 from ldm2.recipe import PRESETS
@@ -47,6 +49,40 @@ def relative(a, b) -> float:
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     assert a.shape == b.shape
     return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_variant_that_diffusers_saved_is_read_as_diffusers_reads_it(tmp_path, oracle, low_memory):
+    oracle.save_pretrained(tmp_path / "x", variant="fp16")
+    settings = {"steps": 2, "seconds": 0.1, "seed": 1}
+    pipe = ldm2.load(tmp_path / "x", reference="diffusers", variant="fp16", low_memory=low_memory)
+    theirs = diffusers.AudioLDM2Pipeline.from_pretrained(tmp_path / "x", variant="fp16")
+    theirs.set_progress_bar_config(disable=True)
+    _, audio = diffusers_run(theirs, seed=1, prompt=PROMPT, num_inference_steps=2, audio_length_in_s=0.1)
+    assert relative(pipe.generate(PROMPT, **settings).waveforms, audio) < 5e-3
+    assert pipe.generate(PROMPT, num_waveforms=2, **settings).scores is not None
+    with pytest.raises(ValueError, match=r"holds no weights: .* load its variant 'fp16'"):
+        ldm2.load(tmp_path / "x")
+
+
+def test_a_part_without_the_variant_gives_its_plain_weights(tmp_path, tiny_checkpoint):
+    shutil.copytree(tiny_checkpoint, tmp_path / "x")
+    plain = tmp_path / "x/vae/diffusion_pytorch_model.safetensors"
+    plain.rename(plain.with_suffix(".fp16.safetensors"))
+    ldm2.load(tmp_path / "x", variant="fp16")
+    with pytest.raises(ValueError, match="holds no weights of the variant 'int8'"):
+        ldm2.load(tmp_path / "x", variant="int8")
+
+
+def test_load_hands_the_cache_and_the_token_to_the_hub(tmp_path, tiny_checkpoint, monkeypatch):
+    def resolve(name, revision, local_files_only, **settings):
+        asked.update(settings)
+        return tiny_checkpoint
+
+    asked = {}
+    monkeypatch.setattr(hub, "resolve", resolve)
+    ldm2.load("somebody/x", cache_dir=tmp_path, token="secret")
+    assert asked == {"cache_dir": tmp_path, "token": "secret", "variant": None}
 
 
 def diffusers_run(oracle, seed=7, **arguments):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
+import torch
 
-from ldm2.recipe import DEFAULTS, MAX_SEED, PRESETS, recipe, row_settings
+from ldm2.recipe import DEFAULTS, PRESETS, recipe, row_settings
 
 
 def test_defaults_are_those_of_the_published_models():
@@ -100,7 +102,21 @@ def test_a_loop_that_is_neither_true_nor_false_is_refused(loop):
         recipe("a dog", loop=loop)
 
 
-@pytest.mark.parametrize("seed", [-1, 1.0, True, "1", MAX_SEED + 1, [1, -1]])
+@pytest.mark.parametrize("seed", [1.0, True, "1", 2**64, -2**63 - 1, [1, 2**64], np.float64(3)])
 def test_a_seed_that_no_generator_takes_is_refused(seed):
     with pytest.raises(ValueError, match="seed"):
         recipe(["a", "b"] if isinstance(seed, list) else "a", seed=seed)
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**63, 2**64 - 1, -1, -2**63, np.int64(-1), np.uint64(2**64 - 1)])
+def test_a_seed_means_what_torch_makes_of_it(seed):
+    made = torch.Generator().manual_seed(int(seed))
+    assert recipe("a", seed=seed).seeds == (made.initial_seed(),)
+    assert recipe(["a", "b"], seed=[seed, 3]).seeds == (made.initial_seed(), 3)
+
+
+@pytest.mark.parametrize("seed, seeds", [
+    (2**64 - 1, (2**64 - 1, 0)), (-2, (2**64 - 2, 2**64 - 1)), (-1, (2**64 - 1, 0)),
+])
+def test_seeds_count_on_past_the_last_one(seed, seeds):
+    assert recipe(["a", "b"], seed=seed).seeds == seeds

@@ -59,7 +59,7 @@ class Recipe:
 
 def generator_for(seed: int, step: int) -> torch.Generator:
     """The random numbers of one step."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**64)
 
 
 def train(
