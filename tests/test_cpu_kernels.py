@@ -135,6 +135,42 @@ def test_an_instruction_set_that_the_machine_lacks_is_refused(library):
         library.use_instruction_set("mmx")
 
 
+# A process reads the variable once, so each value has a fork of its own: name, then what is left and for bfloat16.
+MASKED = """
+import os, sys
+from pathlib import Path
+import torch
+from ldm2_kernels import cpu
+
+cpu.folders = lambda: [Path(sys.argv[1])]
+torch.cpu.get_capabilities = lambda: {"amx_bf16": True}
+for name in ("", "baseline", "avx2", "avx512", "avx512_bf16", "avx3"):
+    if os.fork() == 0:
+        os.environ["LDM2_CPU_ISA"] = name
+        try:
+            cpu.load()
+            print(name, *torch.ops.ldm2_cpu.instruction_sets(), cpu._bfloat16(), sep=",", flush=True)
+        except ValueError as error:
+            print("refused", error, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_instruction_sets_are_masked_by_the_environment_and_never_added(library):
+    done = subprocess.run(
+        [sys.executable, "-c", MASKED, str(cpu.library().parent)], capture_output=True, text=True, check=True)
+    *found, refused = done.stdout.splitlines()
+    assert refused.startswith("refused LDM2_CPU_ISA must be") and refused.endswith("avx3")
+    (_, *machine, _), *found = (line.split(",") for line in found)
+    assert machine[-1] == "baseline"
+    names = ["baseline", "avx2", "avx512", "avx512_bf16"]
+    assert [name for name, *_ in found] == names
+    for name, *left, bfloat16 in found:
+        assert left == [other for other in machine if names.index(other) <= names.index(name)]
+        assert bfloat16 == ("products" if "avx512_bf16" in left else "")
+
+
 def test_memory_layout_does_not_change_the_result(library):
     x, weight, bias, residual = conv_inputs(2, 32, 32, 9, 8)
     expected = ops.conv3x3(x, weight, bias, residual)
@@ -228,6 +264,7 @@ def test_bfloat16_is_computed_in_float32_where_instructions_for_it_gain_nothing(
     ("avx512", {"amx_bf16": True}, ""), ("avx2", {}, ""),
 ])
 def test_what_a_machine_has_for_bfloat16(library, monkeypatch, instructions, capabilities, has):
+    monkeypatch.delenv("LDM2_CPU_ISA", raising=False)
     monkeypatch.setattr(library, "instruction_sets", lambda: [instructions, "generic"])
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert cpu._bfloat16() == has

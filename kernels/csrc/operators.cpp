@@ -3,19 +3,38 @@
 //   ldm2_cpu::convolution(x, weight, bias, residual, ...)   convolution of stride 1, channels-last, float32
 //   ldm2_cpu::linear(x, weight, bias, gated)                x weight^T + bias, float32
 //   ldm2_cpu::attention(q, k, v, bias)                      float32 and bfloat16
-//   ldm2_cpu::instruction_sets()                            those of this machine, best first; the best is the default
+//   ldm2_cpu::instruction_sets()                            those to choose from, best first; the best is the default
 //   ldm2_cpu::use_instruction_set(name)
+//
+// To choose from are those of this machine, as cpuid tells them, up to the one that the environment variable
+// LDM2_CPU_ISA names (baseline, avx2, avx512 or avx512_bf16; all if it is not set). It is read at the first use.
 
 #include "operators.h"
 
 #include <atomic>
+#include <cstdlib>
+#include <iterator>
 #include <string>
 #include <string_view>
 
 namespace ldm2 {
 namespace {
 
-// What this machine can run, best first.
+// Each holds what stands before it.
+constexpr std::string_view NAMES[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+ptrdiff_t rank(std::string_view name) { return std::find(std::begin(NAMES), std::end(NAMES), name) - NAMES; }
+
+// Drops the sets above the one that the environment names.
+void mask(std::vector<Kernels>& sets) {
+  const char* name = std::getenv("LDM2_CPU_ISA");
+  if (name == nullptr || *name == '\0') return;
+  TORCH_CHECK_VALUE(rank(name) < std::ssize(NAMES),
+                    "LDM2_CPU_ISA must be baseline, avx2, avx512 or avx512_bf16, got ", name);
+  std::erase_if(sets, [&](const Kernels& set) { return rank(set.name) > rank(name); });
+}
+
+// What this machine can run and the environment leaves, best first.
 const std::vector<Kernels>& available() {
   static const std::vector<Kernels> sets = [] {
     std::vector<Kernels> found;
@@ -28,6 +47,7 @@ const std::vector<Kernels>& available() {
     if (avx2) found.push_back(kernels_avx2());
 #endif
     found.push_back(kernels_baseline());
+    mask(found);
     return found;
   }();
   return sets;
@@ -48,7 +68,7 @@ void use_instruction_set(std::string_view name) {
       return;
     }
   }
-  TORCH_CHECK(false, "no instruction set ", name, " on this machine");
+  TORCH_CHECK(false, "no instruction set ", name, " on this machine, or LDM2_CPU_ISA masks it");
 }
 
 TORCH_LIBRARY(ldm2_cpu, library) {

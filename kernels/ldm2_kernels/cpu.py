@@ -4,6 +4,10 @@ multiplications, linear layers and attention.
 The operators are C++ (`kernels/csrc`), built by `python -m ldm2.build_kernels` and found here; importing this builds
 nothing. They are for inference, in float32; attention takes bfloat16 as well. The error of convolutions against float64
 is larger than that of direct ones, but stays below 3e-6 of the root mean square of the result.
+
+The best instruction set of the machine is used. The environment variable LDM2_CPU_ISA, read when the library is loaded,
+masks those above the one that it names: baseline, avx2, avx512 or avx512_bf16. One that the machine lacks is never
+used, whatever is named. PyTorch has variables of its own for the same (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA).
 """
 
 from __future__ import annotations
@@ -55,21 +59,28 @@ def library() -> Path | None:
 
 
 def load() -> bool:
-    """Registers the operators torch.ops.ldm2_cpu. False where no library is built."""
+    """Registers the operators torch.ops.ldm2_cpu. False where no library is built.
+
+    Raises ValueError if LDM2_CPU_ISA names no instruction set.
+    """
     path = library()
     if path is None:
         return False
     torch.ops.load_library(path)
+    torch.ops.ldm2_cpu.instruction_sets()                  # reads LDM2_CPU_ISA
     return True
 
 
 @torch.compiler.assume_constant_result
 def _bfloat16() -> str:
     """What this machine has for it: "matrices" (AMX, many times as fast as float32), "products" (AVX-512, twice) or "".
+
+    Matrices are above all that LDM2_CPU_ISA can name.
     """
     if torch.ops.ldm2_cpu.instruction_sets()[0] != "avx512_bf16":
         return ""
-    return "matrices" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") else "products"
+    matrices = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") and not os.environ.get("LDM2_CPU_ISA")
+    return "matrices" if matrices else "products"
 
 
 def _widened(*native: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
