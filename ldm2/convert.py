@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ldm2 import hub, models, original, original_configs, weights
 from ldm2.config import UNetConfig
-from ldm2.original_tokenizers import SOURCES, tokenizer
+from ldm2.original_tokenizers import SOURCES, save_tokenizer
 from ldm2.ranking import FEATURE_EXTRACTOR
 from ldm2.safetensors_file import write_safetensors
 
@@ -150,10 +150,9 @@ def _write_original(
         index["feature_extractor"] = ["transformers", "ClapFeatureExtractor"]
     for encoder in _encoders(parts):
         place = SOURCES[encoder]
-        index[place.folder] = ["transformers", place.kind.__name__]
+        index[place.folder] = ["transformers", place.kind]
         try:
-            loaded = tokenizer(encoder, tokenizers, local_files_only)
-            (loaded if tokenizers is not None else loaded.load()).save_pretrained(partial / place.folder)
+            save_tokenizer(encoder, tokenizers, local_files_only, partial / place.folder)
         except OSError as error:
             lacking.append(f"It lacks {place.folder}/ ({error}).")
     return dict(sorted(index.items())), lacking

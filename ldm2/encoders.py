@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from transformers.models.clap import modeling_clap
 
 from ldm2 import weights
+from ldm2.original_tokenizers import LazyTokenizer, TextTokenizer
 
 logger = logging.getLogger(__name__)
 
-Tokenizer = transformers.PreTrainedTokenizerBase
+Tokenizer = TextTokenizer | LazyTokenizer
 T5_TOKENS = 128  # longest text that the models were trained on, for tokenizers whose files set no limit
 
 # A CLAP folder holds both branches; only one of them is wanted at a time. The other tables are computed, not learned.
@@ -118,13 +119,16 @@ def tokenize(
 
     Longer texts are cut at max_length tokens; a warning names what is lost. `name` is the encoder's, for the warning.
     """
-    for text, ids in zip(texts, tokenizer(list(texts), verbose=False)["input_ids"]):
+    rows = tokenizer(texts)
+    for place, (text, ids) in enumerate(zip(texts, rows, strict=True)):
         if len(ids) > max_length:
-            lost = tokenizer.decode(ids[max_length - 1 : -1])                    # the end token keeps its place
+            lost = tokenizer.decode(ids[max_length - 1 : -1])
             logger.warning("%s reads %d tokens; cut from %r: %r", name, max_length, text[:40], lost[:400])
-    padding = "max_length" if pad else "longest"
-    tokens = tokenizer(list(texts), padding=padding, max_length=max_length, truncation=True, return_tensors="pt")
-    return tokens["input_ids"], tokens["attention_mask"].bool()
+            rows[place] = ids[: max_length - 1] + ids[-1:]                       # the end token keeps its place
+    length = max_length if pad else max(map(len, rows))
+    ids = [row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows]
+    mask = [[True] * len(row) + [False] * (length - len(row)) for row in rows]
+    return torch.tensor(ids, device="cpu"), torch.tensor(mask, device="cpu")
 
 
 def clap_config(fields: Mapping[str, Any], branch: str, source: str) -> transformers.PreTrainedConfig:

@@ -31,6 +31,7 @@ Results = tuple[Tensor, ...]
 Capture = Callable[[Callable[[], Results]], tuple[Callable[[], object], Results]]
 
 _graphs: WeakIdKeyDictionary = WeakIdKeyDictionary()       # first parameter of a UNet -> its Graphs, gone with it
+_lock = threading.Lock()                                   # of the table; each Graphs has its own
 
 
 def accelerated(unet: UNet) -> UNet | GraphedUNet:
@@ -49,19 +50,22 @@ def graphs_of(unet: UNet, device: torch.device) -> Graphs:
     """Those that exist, unless its weights have moved since. A compiled UNet has its own beside those of the plain one.
     """
     first, addresses = next(unet.parameters()), tuple(parameter.data_ptr() for parameter in unet.parameters())
-    kinds, compiled = _graphs.setdefault(first, {}), is_compiled(unet)
-    if any(graphs.addresses != addresses for graphs in kinds.values()):
-        kinds.clear()
-    if compiled not in kinds:
-        # A recording is preceded by a call like it. A compiled UNet would be compiled anew there, as the recording's
-        # inputs are no inference tensors: so let that be its only one.
-        kinds[compiled] = Graphs(CudaCapture(device), addresses, 0 if compiled else WARM_UP)
-    return kinds[compiled]
+    compiled = is_compiled(unet)
+    with _lock:
+        kinds = _graphs.setdefault(first, {})
+        if any(graphs.addresses != addresses for graphs in kinds.values()):
+            kinds.clear()
+        if compiled not in kinds:
+            # A recording is preceded by a call like it. A compiled UNet would be compiled anew there, as the
+            # recording's inputs are no inference tensors: so let that be its only one.
+            kinds[compiled] = Graphs(CudaCapture(device), addresses, 0 if compiled else WARM_UP)
+        return kinds[compiled]
 
 
 def forget(unet: UNet) -> None:
     """Let go of a UNet's graphs, and of their memory; for one whose weights are about to move."""
-    _graphs.pop(next(unet.parameters()), None)
+    with _lock:
+        _graphs.pop(next(unet.parameters()), None)
 
 
 class Graphs:

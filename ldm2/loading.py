@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -139,6 +140,9 @@ def _parts(loads: dict[str, Load], device: torch.device, low_memory: bool) -> di
     return {stage.name: stage.module for stage in stages} | {"stages": stages}
 
 
+_loading = threading.Lock()
+
+
 @functools.lru_cache(maxsize=1)
 def _loaded(model: str, device: str, dtype: str, reference: str) -> AudioLDM2:
     return load(model, device=device, dtype=dtype, reference=reference)
@@ -149,7 +153,9 @@ def generate(
     reference: str = "authors", **settings,
 ) -> Result:
     """`load` and `AudioLDM2.generate` in one call; the last model stays loaded. `settings` as for the latter."""
-    return _loaded(model, device, dtype, reference).generate(prompt, **settings)
+    with _loading:                                         # else threads would each load it
+        pipe = _loaded(model, device, dtype, reference)
+    return pipe.generate(prompt, **settings)
 
 
 def choose_device(name: str) -> torch.device:

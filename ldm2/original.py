@@ -26,7 +26,7 @@ from ldm2 import weights
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
 from ldm2.encoders import ClapText, T5Text
 from ldm2.gpt2 import load_gpt2, load_projection
-from ldm2.original_tokenizers import LazyTokenizer, Tokenizer, tokenizer
+from ldm2.original_tokenizers import LazyTokenizer, TextTokenizer, tokenizer
 from ldm2.phonemes import PhonemeText
 from ldm2.ranking import FEATURE_EXTRACTOR, ClapAudio, Ranker
 from ldm2.schedules import Schedule
@@ -164,7 +164,7 @@ def ranker(
 
 
 def _text(
-    parts: Mapping[str, Part], source: str, find_tokenizer: Callable[[str], Tokenizer | LazyTokenizer],
+    parts: Mapping[str, Part], source: str, find_tokenizer: Callable[[str], TextTokenizer | LazyTokenizer],
     reference: str, where: dict[str, Any],
 ) -> TextEncoder | None:
     """The text encoders that the file holds; a T5 without GPT-2 needs no CLAP."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 PAD = 0
 END = 182  # the symbol that the models were trained to see after the last phoneme
+
+_espeak = threading.Lock()                                 # espeak-ng is one C library with a state of its own
 
 # A VitsModel can speak by itself; only its text encoder is wanted.
 TEXT_ENCODER_ONLY = {
@@ -67,7 +70,8 @@ class PhonemeText(nn.Module):
     def read(self, transcription: str) -> tuple[int, ...]:
         """English text -> ids of phonemes, at most max_length. Raises ValueError without phonemizer or espeak-ng."""
         try:
-            ids = self.tokenizer(transcription, verbose=False)["input_ids"]
+            with _espeak:
+                ids = self.tokenizer(transcription, verbose=False)["input_ids"]
         except ImportError as error:
             raise ValueError(f"a transcription needs the package phonemizer: {INSTALL}") from error
         except RuntimeError as error:                                            # phonemizer's own, espeak is missing

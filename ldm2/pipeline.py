@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -36,6 +37,8 @@ from ldm2.windows import Window, average, plan
 
 Callback = Callable[[int, int, Tensor], object]
 MakeRanker = Callable[[ClapText, torch.device], Ranker]
+
+_making_ranker = threading.Lock()                          # one thread makes it, the others wait for it
 
 
 class NonFiniteError(ArithmeticError):
@@ -368,13 +371,19 @@ class AudioLDM2:
         """
         if self._make_ranker is None:
             raise ValueError("this checkpoint has no CLAP audio branch to rank with: ask for one waveform a prompt")
-        ranker = self._ranker or self._make_ranker(self.text.clap, self.device)
-        if not self.low_memory:
-            self._ranker = ranker
         with self.stages["text"]:                          # whose branch of CLAP the ranker uses
+            ranker = self._ranking()
             scores = ranker.scores(list(prompts), waveforms, self.sample_rate)
         order = best_first(scores)
         return order, scores.flatten()[order].tolist()
+
+    def _ranking(self) -> Ranker:
+        """What ranks; kept from the first time on, unless there is little memory."""
+        with _making_ranker:
+            ranker = self._ranker or self._make_ranker(self.text.clap, self.device)
+            if not self.low_memory:
+                self._ranker = ranker
+        return ranker
 
     def _given_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
         if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:

@@ -99,8 +99,8 @@ def pipeline(
 def _text(config: Mapping[str, Fields], reference: str, where: dict) -> TextEncoder:
     """CLAP's text branch, T5, the projection and GPT-2."""
     words = Parts(BUNDLED / "tiny", None, None)
-    clap_words = words.preprocessor("tokenizer", transformers.RobertaTokenizer)
-    t5_words = words.preprocessor("tokenizer_2", transformers.T5Tokenizer)
+    clap_words = words.tokenizer("tokenizer", "RobertaTokenizer")
+    t5_words = words.tokenizer("tokenizer_2", "T5Tokenizer")
     clap = config["text_encoder"].get("text_config", {})
     gpt2 = config["language_model"]
     with torch.device("meta"):

@@ -19,6 +19,7 @@ from transformers.models.clap import modeling_clap
 from ldm2 import weights
 from ldm2.audio import check_rows, resample
 from ldm2.encoders import ClapText, clap_config
+from ldm2.original_tokenizers import from_pretrained
 from ldm2.text import Parts
 
 # A CLAP folder holds both branches; the tables of relative positions are computed, not learned.
@@ -96,10 +97,10 @@ class Ranker:
         source = str(parts.folder / "text_encoder")
         if not parts.can_rank():
             raise ValueError(f"{source} has no audio branch with a feature_extractor: this checkpoint cannot rank")
-        extractor = parts.preprocessor("feature_extractor", transformers.ClapFeatureExtractor)
+        extractor = from_pretrained("ClapFeatureExtractor", parts.folder / "feature_extractor")
         fields, tensors = parts.fields("text_encoder"), parts.tensors("text_encoder")
         if text is None:
-            tokenizer = parts.preprocessor("tokenizer", transformers.RobertaTokenizer)
+            tokenizer = parts.tokenizer("tokenizer", "RobertaTokenizer")
             text = ClapText.load(fields, tensors, tokenizer, device=device, dtype=torch.float32, source=source)
         return cls(text, ClapAudio.load(fields, tensors, extractor, device=device, source=source))
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
@@ -24,21 +24,12 @@ from ldm2 import weights
 from ldm2.conditioning import Conditioning
 from ldm2.encoders import ClapText, T5Text
 from ldm2.gpt2 import Projection, continue_sequence, load_gpt2, load_projection
+from ldm2.original_tokenizers import TextTokenizer, read_folder
 from ldm2.phonemes import PhonemeText
 
 __all__ = ["Conditioning", "TextEncoder"]
 
-Preprocessor = TypeVar("Preprocessor")
-
 REFERENCES = ("authors", "diffusers")
-# Files that each kind needs, one group or another.
-VOCABULARIES = {
-    "RobertaTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
-    "T5Tokenizer": (("tokenizer.json",), ("spiece.model",)),
-    "VitsTokenizer": (("vocab.json",),),
-    "ClapFeatureExtractor": (("preprocessor_config.json",),),
-}
-
 NUM_VECTORS = 8                # vectors that GPT-2 writes
 NUM_SPEECH_VECTORS = 512       # the same in the speech models
 
@@ -92,14 +83,14 @@ class TextEncoder(nn.Module):
             num_vectors = parts.fields("language_model").get("max_new_tokens")
         if parts.has("text_encoder_2"):
             if parts.fields("text_encoder_2").get("model_type") == "vits":
-                tokenizer = parts.preprocessor("tokenizer_2", transformers.VitsTokenizer)
+                tokenizer = parts.tokenizer("tokenizer_2", "VitsTokenizer")
                 places = projection.config.position_embeddings or tokenizer.model_max_length
                 phonemes = parts.load("text_encoder_2", PhonemeText.load, tokenizer, places)
             else:
-                tokenizer = parts.preprocessor("tokenizer_2", transformers.T5Tokenizer)
+                tokenizer = parts.tokenizer("tokenizer_2", "T5Tokenizer")
                 t5 = parts.load("text_encoder_2", T5Text.load, tokenizer)
         if gpt2 is not None or t5 is None:                         # beside T5 alone, CLAP is there for ranking only
-            tokenizer = parts.preprocessor("tokenizer", transformers.RobertaTokenizer)
+            tokenizer = parts.tokenizer("tokenizer", "RobertaTokenizer")
             clap = parts.load("text_encoder", ClapText.load, tokenizer)
         return cls(clap=clap, t5=t5, phonemes=phonemes, projection=projection, gpt2=gpt2, num_vectors=num_vectors,
                    reference=reference)
@@ -293,20 +284,9 @@ class Parts:
         to_copy = self.dtype not in (None, torch.float32)
         return weights.read_tensors(self.folder / name, self.variant, to_copy=to_copy)
 
-    def preprocessor(self, name: str, kind: type[Preprocessor]) -> Preprocessor:
-        """The tokenizer or feature extractor in a folder."""
-        folder = self.folder / name
-        # transformers makes a tokenizer without words of a folder without files, so they are counted first.
-        if not any(all((folder / file).is_file() for file in files) for files in VOCABULARIES[kind.__name__]):
-            wanted = " or ".join(" and ".join(files) for files in VOCABULARIES[kind.__name__])
-            raise ValueError(f"{folder} is not complete: it needs {wanted}")
-        for file in folder.glob("*.json"):
-            _read_json(file)
-        try:
-            return kind.from_pretrained(folder, local_files_only=True)
-        except (OSError, ImportError, ValueError, TypeError, KeyError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"{folder} holds no {kind.__name__} ({reason})") from error
+    def tokenizer(self, name: str, kind: str) -> TextTokenizer | transformers.VitsTokenizer:
+        """The tokenizer in a folder; kind: see `VOCABULARIES`."""
+        return read_folder(kind, self.folder / name)
 
     def can_rank(self) -> bool:
         """Whether the checkpoint brings CLAP's audio branch and what it needs."""

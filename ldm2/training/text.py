@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ldm2.conditioning import Conditioning
 from ldm2.encoders import ClapText, T5Text
 from ldm2.gpt2 import Projection, ProjectionConfig, continue_sequence
+from ldm2.original_tokenizers import TextTokenizer
 from ldm2.training.data import Pool
 from ldm2.training.loop import Clock, Recipe, train
 from ldm2.training.sounds import KINDS, LEVELS, halves
@@ -67,11 +68,11 @@ class TextSide(nn.Module):
 
     def __init__(self, captions: Sequence[str], clap: transformers.ClapModel, tokenizer: transformers.RobertaTokenizer):
         super().__init__()
-        self.clap = ClapText(tokenizer, clap.config.text_config)
+        self.clap = ClapText(TextTokenizer.of(tokenizer), clap.config.text_config)
         self.clap.text_model, self.clap.text_projection = clap.text_model, clap.text_projection
         self.clap.requires_grad_(False).eval()
         pieces = unigram_tokenizer(captions, 400)
-        self.t5 = T5Text(pieces, transformers.T5Config(
+        self.t5 = T5Text(TextTokenizer.of(pieces), transformers.T5Config(
             vocab_size=len(pieces), d_model=WIDTH, d_kv=16, d_ff=2 * WIDTH, num_layers=2, num_heads=4,
             feed_forward_proj="gated-gelu", dropout_rate=0.0, tie_word_embeddings=False))
         self.projection = Projection(ProjectionConfig(WIDTH, WIDTH, WIDTH))
