@@ -27,8 +27,10 @@ from benchmarks import report, timing
 from benchmarks.arguments import count, positive
 from benchmarks.rows import COMPILED, PROMPT, SUBJECTS, Bench
 from benchmarks.timing import Timed
-from ldm2 import loading, memory, profiling, random_models
+from ldm2 import loading, profiling
+from ldm2.checkpoints import random_models
 from ldm2.pipeline import AudioLDM2
+from ldm2.runtime import memory
 
 SIZES = {"base": "audioldm2", "large": "audioldm2-large", "tiny": "tiny"}
 PROCESSES = ("ldm2", "ldm2, low_memory", "diffusers")
@@ -174,7 +176,7 @@ def pipelines(args: argparse.Namespace, folder: Path | None, device: torch.devic
 
 def diffusers_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """diffusers' side; imported here, so that a version that does not even import costs ldm2 nothing."""
-    from tests import checkpoints
+    from benchmarks import checkpoints
 
     return checkpoints.diffusers_pipeline(folder, dtype).to(device)
 

@@ -1,5 +1,6 @@
 """Full-size AudioLDM2 checkpoints with random weights, in the published layout: to compare with diffusers at real
-sizes, without the published weights. Sizes are those of the published config.json files (`ldm2.random_models`).
+sizes, without the published weights. Sizes are those of the published config.json files
+(`ldm2.checkpoints.random_models`).
 
     python -m benchmarks.full_size FOLDER [--size base|large]
 """
@@ -14,8 +15,8 @@ import diffusers
 import torch
 import transformers
 
-from ldm2 import random_models
-from tests import checkpoints
+from benchmarks import checkpoints
+from ldm2.checkpoints import random_models
 
 SIZES = {"base": "audioldm2", "large": "audioldm2-large"}
 

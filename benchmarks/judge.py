@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldm2.training.sounds import SAMPLE_RATE, halves
+from ldm2.training.tiny.sounds import SAMPLE_RATE, halves
 
 _FFT = 1024
 _HOP = 160

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.timing import Make, Row, Run
 from ldm2 import ops
-from ldm2.graphs import CudaCapture
+from ldm2.runtime.graphs import CudaCapture
 
 if TYPE_CHECKING:
     from benchmarks.rows import Bench
@@ -24,7 +24,7 @@ REPLAYS = 10
 
 def cases(device: torch.device, dtype: torch.dtype) -> dict[str, tuple]:
     """Name of an operation -> arguments, which lie in memory as those of the models."""
-    last = device.type == "cuda" and dtype != torch.float32                  # see ldm2.layout
+    last = device.type == "cuda" and dtype != torch.float32                  # see ldm2.runtime.weight_layout
 
     def new(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).to(dtype)

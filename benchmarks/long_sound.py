@@ -104,8 +104,8 @@ def tiles(model: str, device: str) -> list[str]:
 
     import ldm2
     from ldm2 import audio
-    from ldm2.inputs import analyse
-    from ldm2.training.sounds import SAMPLE_RATE, sounds
+    from ldm2.edit.sound import analyse
+    from ldm2.training.tiny.sounds import SAMPLE_RATE, sounds
 
     pipe = ldm2.load(model, device=device)
     sound = np.concatenate([item.waveform for item in sounds(seed=0, count=16)])                    # 41 s

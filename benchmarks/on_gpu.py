@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.arguments import positive
-from ldm2 import files
+from ldm2 import atomic
 
 ROOT = Path(__file__).parents[1]
 DONE, ALONE = "done", "diffusers is not installed: ldm2 is timed alone, and parts that need diffusers are left out."
@@ -114,7 +114,7 @@ def markdown(outcomes: dict[str, tuple[str, float, list[str]]]) -> str:
 def pack(path: Path, out: Path, names: Iterable[str]) -> None:
     """An archive of the overview and of the files of these parts, in place of an earlier one."""
     found = [out / "gpu.md", *(file for name in names for file in sorted(out.glob(f"gpu-{name}.*")))]
-    with files.whole(path, overwrite=True) as temporary, tarfile.open(temporary, "w:gz") as archive:
+    with atomic.whole(path, overwrite=True) as temporary, tarfile.open(temporary, "w:gz") as archive:
         for file in found:
             archive.add(file, file.name)
 
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
             (args.out / f"gpu-{name}.{suffix}").unlink(missing_ok=True)
         outcomes[name] = run(known[name], end - time.monotonic(), args.out / f"gpu-{name}.log")
         print(markdown({name: outcomes[name]}), flush=True)
-        with files.whole(args.out / "gpu.md", overwrite=True) as temporary:
+        with atomic.whole(args.out / "gpu.md", overwrite=True) as temporary:
             temporary.write_text(markdown(outcomes), encoding="utf-8")
         if args.pack is not None:
             pack(args.pack, args.out, outcomes)

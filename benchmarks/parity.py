@@ -29,7 +29,7 @@ from ldm2 import loading, ops
 from ldm2.conditioning import Conditioning
 from ldm2.noise import SeededNoise
 from ldm2.pipeline import AudioLDM2
-from ldm2.recipe import recipe
+from ldm2.settings import recipe
 
 
 def as_dtype(pipe: AudioLDM2, dtype: torch.dtype) -> AudioLDM2:
@@ -61,7 +61,7 @@ def distance(latents: Tensor, other: Tensor) -> float:
 def measure(folder: Path, device: torch.device, dtypes: list[torch.dtype], seconds: float, steps: int,
             tell: Callable[[str], object]) -> Iterator[dict]:
     """A row for each way to compute: its distance to float64, and to the plain path of its dtype."""
-    from tests import checkpoints
+    from benchmarks import checkpoints
 
     pipe = ldm2.load(folder, reference="diffusers", device=str(device), dtype="float32")
     asked = recipe(PROMPT, seconds=seconds, steps=steps, guidance_scale=SCALE, seed=0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import Timed, ratio
-from ldm2 import __version__, files
+from ldm2 import __version__, atomic
 from ldm2.profiling import Limits
 
 PACKAGES = ("diffusers", "transformers", "triton")
@@ -126,7 +126,7 @@ def _cell(value: float | None, form: str, scale: float = 1.0) -> str:
 def write(path: Path, text: str) -> Path:
     """A file, complete or not at all; one of an earlier run is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with files.whole(path, overwrite=True) as temporary:
+    with atomic.whole(path, overwrite=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
 
@@ -156,7 +156,7 @@ def plot(path: Path, rows: Sequence[dict]) -> Path | None:
         ax.set_ylim(bottom=0)
         ax.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with files.whole(path, overwrite=True) as temporary:
+    with atomic.whole(path, overwrite=True) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     return path
 

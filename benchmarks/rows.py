@@ -17,11 +17,11 @@ from benchmarks.flop import Flop
 from benchmarks.kernels import kernels
 from benchmarks.timing import Make, Row, Run
 from ldm2 import ops
-from ldm2.compilation import compile_step
 from ldm2.conditioning import Conditioning
-from ldm2.graphs import GraphedUNet, accelerated
 from ldm2.pipeline import AudioLDM2
-from ldm2.recipe import recipe
+from ldm2.runtime.compilation import compile_step
+from ldm2.runtime.graphs import GraphedUNet, accelerated
+from ldm2.settings import recipe
 from ldm2.unet import UNet
 
 PROMPT = "a dog barking in the rain"

@@ -19,8 +19,8 @@ import ldm2
 from benchmarks.arguments import count
 from benchmarks.judge import is_right, measure, slope
 from ldm2.mel import log_mel
-from ldm2.training.contrast import feature_extractor, features
-from ldm2.training.sounds import LABELS, halves, make_waveform, sounds
+from ldm2.training.tiny.contrast import feature_extractor, features
+from ldm2.training.tiny.sounds import LABELS, halves, make_waveform, sounds
 
 # Two ways to ask for each kind that the model was taught; the second one is nowhere among the captions.
 PROMPTS: dict[str, tuple[str, str]] = {

@@ -31,14 +31,14 @@ from benchmarks import report
 from benchmarks.arguments import count
 from benchmarks.judge import is_right
 from benchmarks.tiny_quality import PROMPTS
-from ldm2 import files
+from ldm2 import atomic
+from ldm2.checkpoints.random_models import SIZES, UNET
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig
 from ldm2.noise import SeededNoise
 from ldm2.profiling import flop_of, synchronise
-from ldm2.random_models import SIZES, UNET
-from ldm2.recipe import PRESETS, WHOLE_RUN, check_count
 from ldm2.samplers import SAMPLERS
+from ldm2.settings import PRESETS, WHOLE_RUN, check_count
 from ldm2.unet import UNet
 
 REFERENCE = {"sampler": "ddim", "steps": 200, "guidance_interval": WHOLE_RUN, "reuse": 1, "spacing": None}
@@ -253,7 +253,7 @@ def draw(rows: list[Row], path: Path) -> None:
            ylabel="log-mel distance to 200 DDIM steps with full guidance")
     ax.grid(alpha=0.3, which="both")
     ax.legend(fontsize=8)
-    with files.whole(path, overwrite=True) as temporary:
+    with atomic.whole(path, overwrite=True) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 

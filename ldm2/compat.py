@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm2 import hub, loading, pipeline, samplers
+from ldm2 import loading, pipeline, samplers
+from ldm2.checkpoints import hub
 from ldm2.conditioning import Conditioning
 from ldm2.schedules import Schedule
-from ldm2.text import TextEncoder
+from ldm2.text.encoder import TextEncoder
 
 # The scheduler classes of diffusers and the samplers that compute the same.
 SAMPLERS = {

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ldm2.conditioning import Conditioning
-from ldm2.graphs import accelerated
-from ldm2.reuse import reusing
+from ldm2.runtime.deepcache import reusing
+from ldm2.runtime.graphs import accelerated
 from ldm2.samplers.core import Guided
 from ldm2.unet import PreparedConditioning, UNet
 

@@ -11,16 +11,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ldm2 import hub, layout, original, weights
-from ldm2.compilation import check_compiler, compile_step
+from ldm2 import weights
+from ldm2.checkpoints import hub, original
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
-from ldm2.memory import Load, Stage
 from ldm2.pipeline import AudioLDM2
-from ldm2.ranking import Ranker
-from ldm2.recipe import DEFAULTS
 from ldm2.result import Result
+from ldm2.runtime import weight_layout
+from ldm2.runtime.compilation import check_compiler, compile_step
+from ldm2.runtime.memory import Load, Stage
 from ldm2.schedules import Schedule
-from ldm2.text import TextEncoder
+from ldm2.settings import DEFAULTS
+from ldm2.text.encoder import TextEncoder
+from ldm2.text.ranking import Ranker
 from ldm2.unet import UNet
 from ldm2.vae import VAE
 from ldm2.vocoder import Vocoder
@@ -135,7 +137,7 @@ def _from_original(
 def _parts(loads: dict[str, Load], device: torch.device, low_memory: bool) -> dict:
     """The modules by their names, as AudioLDM2 takes them; with low_memory asleep outside of their stages."""
     if not low_memory:
-        return {name: layout.arrange(load(device)) for name, load in loads.items()}
+        return {name: weight_layout.arrange(load(device)) for name, load in loads.items()}
     stages = [Stage(name, device, load) for name, load in loads.items()]
     return {stage.name: stage.module for stage in stages} | {"stages": stages}
 

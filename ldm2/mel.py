@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm2.audio import HOP_LENGTH, SAMPLE_RATE
-
 _FRAMES_AT_ONCE = 2048                     # spectra of a long sound would take a hundred times its own memory
 MAGNITUDE_FLOOR = 1e-5                     # silence is log(1e-5) = -11.51; a log-mel of zero means magnitude 1
 
@@ -36,9 +34,9 @@ class MelConfig:
     Raises ValueError where a value or a combination of values is impossible.
     """
 
-    sample_rate: int = SAMPLE_RATE         # Hz
+    sample_rate: int = 16_000              # Hz
     n_fft: int = 1024                      # samples: FFT and window length
-    hop_length: int = HOP_LENGTH           # samples from frame to frame
+    hop_length: int = 160                  # samples from frame to frame
     num_mels: int = 64                     # F
     f_min: float = 0.0                     # Hz, lower edge of the lowest filter
     f_max: float = 8000.0                  # Hz, upper edge of the highest filter

@@ -17,19 +17,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm2 import __version__, chunks, edit, graphs, inputs, layout, reconstruction, samplers
+from ldm2 import __version__, samplers, tiling
 from ldm2.conditioning import Conditioning
-from ldm2.encoders import ClapText
+from ldm2.edit import edits, reconstruction, sound
 from ldm2.guidance import Guidance
-from ldm2.memory import STAGES, Stage, in_stage
 from ldm2.noise import SeededNoise
-from ldm2.ranking import Ranker, best_first
-from ldm2.recipe import DEFAULTS, Recipe, check_count, check_interval, check_spacing, recipe
 from ldm2.result import Result
+from ldm2.runtime import graphs, weight_layout
+from ldm2.runtime.memory import STAGES, Stage, in_stage
 from ldm2.samplers import Step
 from ldm2.samplers.core import Denoiser
 from ldm2.schedules import Schedule
-from ldm2.text import TextEncoder
+from ldm2.settings import DEFAULTS, Recipe, check_count, check_interval, check_spacing, recipe
+from ldm2.text.encoder import TextEncoder
+from ldm2.text.encoders import ClapText
+from ldm2.text.ranking import Ranker, best_first
 from ldm2.unet import UNet
 from ldm2.vae import VAE
 from ldm2.vocoder import Vocoder
@@ -81,7 +83,7 @@ class AudioLDM2:
             raise ValueError(f"a pipeline with low_memory reads its parts for {self.device}: load it anew for {device}")
         graphs.forget(self.unet)
         for module in (self.unet, self.vae, self.vocoder):
-            layout.arrange(module.to(device, dtype))
+            weight_layout.arrange(module.to(device, dtype))
         self.device, self.dtype, self.text, self._ranker = device, dtype, text, None
         self.origin |= {"dtype": str(dtype)[6:]}
         for stage in self.stages.values():
@@ -243,7 +245,7 @@ class AudioLDM2:
         if tile is None:
             tile = latents.shape[2] if self.whole and not loop else self.piece_frames
         tiles = plan(latents.shape[2], tile, tile // 4, loop=loop)
-        mel = torch.cat([chunks.decode(self.vae, row, tiles) for row in unscaled.to(self.dtype).split(1)])
+        mel = torch.cat([tiling.decode(self.vae, row, tiles) for row in unscaled.to(self.dtype).split(1)])
         return self.finite(mel, "the VAE's log-mel spectrogram")
 
     @in_stage("vocoder")
@@ -255,17 +257,17 @@ class AudioLDM2:
         """
         mel = mel.to(self.device, self.dtype)
         short = mel.shape[2] <= self.own_frames * self.vae.config.downsampling
-        chunk = mel.shape[2] if short else chunks.CHUNK_FRAMES
-        waveform = torch.cat([chunks.vocode(self.vocoder, row, chunk, loop) for row in mel.split(1)])
+        chunk = mel.shape[2] if short else tiling.CHUNK_FRAMES
+        waveform = torch.cat([tiling.vocode(self.vocoder, row, chunk, loop) for row in mel.split(1)])
         return self.finite(waveform, "the vocoder's waveform")
 
-    encode_audio = inputs.encode_audio
+    encode_audio = sound.encode_audio
     reconstruct = reconstruction.reconstruct
-    transfer = edit.transfer
-    variations = edit.variations
-    inpaint = edit.inpaint
-    extend = edit.extend
-    super_resolution = edit.super_resolution
+    transfer = edits.transfer
+    variations = edits.variations
+    inpaint = edits.inpaint
+    extend = edits.extend
+    super_resolution = edits.super_resolution
 
     def generate(
         self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None, *,
@@ -297,8 +299,8 @@ class AudioLDM2:
         overlap:         seconds that neighbouring windows share, default a quarter of a window
         loop:            make the end go on at the start; rounds the length to whole latent frames (0.04 s at 16 kHz)
         prompt_at:       [(seconds, prompt), ...]: prompts that take over from `prompt` at these times
-        preset:          one of ldm2.recipe.PRESETS, values for what is not given here: "fast" has about a tenth of the
-                         default's work; how far it is from it: python -m benchmarks.tradeoff
+        preset:          one of ldm2.settings.PRESETS, values for what is not given here: "fast" has about a tenth of
+                         the default's work; how far it is from it: python -m benchmarks.tradeoff
         guidance_interval: (start, end), shares of the run from 0 (noise) to 1 (sound) between which there is guidance,
                          arXiv:2404.07724; outside a step costs half. Default (0, 1). Levels: see Schedule.within
         reuse:           the UNet's deep features are computed in every so many steps, arXiv:2312.00858; default 1

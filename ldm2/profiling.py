@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm2 import ops, samplers
 from ldm2.conditioning import Conditioning
-from ldm2.graphs import accelerated
-from ldm2.memory import process_bytes
 from ldm2.noise import SeededNoise
 from ldm2.pipeline import AudioLDM2
-from ldm2.recipe import Recipe
+from ldm2.runtime.graphs import accelerated
+from ldm2.runtime.memory import process_bytes
 from ldm2.samplers.core import Guided
+from ldm2.settings import Recipe
 
 COPY_BYTES = 256_000_000
 WIDE = 1.15                                                # slowest over median: above it a row is marked

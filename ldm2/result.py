@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ldm2 import __version__, audio
-from ldm2.recipe import row_settings
+from ldm2.settings import row_settings
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ldm2.checkpoints.hub import WITHOUT_WEIGHTS, parts, weight_files
 from ldm2.config import UNetConfig, VocoderConfig
-from ldm2.hub import WITHOUT_WEIGHTS, parts, weight_files
 
 Table = Mapping[str, "str | None"]
 REFERENCES = ("authors", "diffusers")
@@ -367,7 +367,7 @@ def _describe_folder(path: Path, variant: str | None) -> Description:
 
 
 def _describe_file(path: Path) -> Description:
-    from ldm2 import original  # which is built on this module
+    from ldm2.checkpoints import original
 
     contents = original.read(path)
     found = tuple(_part(name, "", part.tensors) for name, part in contents.items() if part.tensors)

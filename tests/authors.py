@@ -14,7 +14,7 @@ from diffusers import AudioLDM2ProjectionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests import checkpoints
+from benchmarks import checkpoints
 
 DATA = Path(__file__).parent / "data" / "original"
 

@@ -43,7 +43,7 @@ def bfloat16_instructions(request, monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """Folder of a tiny random checkpoint with the structure of cvssp/audioldm2."""
-    from tests import checkpoints  # needs diffusers, which the tests of kernels do without
+    from benchmarks import checkpoints  # needs diffusers, which the tests of kernels do without
 
     return checkpoints.save(tmp_path_factory.mktemp("checkpoint"))
 
@@ -51,6 +51,6 @@ def tiny_checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def oracle(tiny_checkpoint):
     """diffusers' pipeline with DDIM on `tiny_checkpoint`."""
-    from tests import checkpoints
+    from benchmarks import checkpoints
 
     return checkpoints.diffusers_pipeline(tiny_checkpoint)

@@ -5,8 +5,8 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
+from benchmarks.checkpoints import randomise
 from ldm2.attention import Attention, Transformer2D, TransformerBlock, mask_bias
-from tests.checkpoints import randomise
 
 
 def draw(*shape, seed=0):

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import ldm2
-from benchmarks import full_size
-from tests import checkpoints
+from benchmarks import checkpoints, full_size
 from tests.test_pipeline import relative
 
 pytestmark = pytest.mark.slow

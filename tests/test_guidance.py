@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import checkpoints
 from ldm2 import samplers
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig
@@ -14,7 +15,6 @@ from ldm2.guidance import Guidance
 from ldm2.noise import SeededNoise
 from ldm2.schedules import Schedule
 from ldm2.unet import UNet
-from tests import checkpoints
 from tests.test_schedules import PUBLISHED
 
 SCHEDULE = Schedule.from_dict(PUBLISHED)

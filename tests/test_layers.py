@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models import embeddings, resnet
 
+from benchmarks.checkpoints import randomise
 from ldm2.layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, repeat_rows, timestep_embedding
-from tests.checkpoints import randomise
 
 
 def draw(*shape, seed=0):

@@ -14,7 +14,7 @@ import torch
 
 import ldm2
 from benchmarks.long_sound import joint_ranks, measure, table
-from ldm2.__main__ import main
+from ldm2.cli.commands import main
 from ldm2.windows import plan
 
 PROMPT, OTHER = "a dog barking in the rain", "techno music with a strong beat"

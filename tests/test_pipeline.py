@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import ldm2
-from ldm2 import hub
+from benchmarks import checkpoints
+from ldm2.checkpoints import hub
 from ldm2.loading import choose_device, choose_dtype
 from ldm2.pipeline import NonFiniteError
-from ldm2.recipe import PRESETS
-from tests import checkpoints
+from ldm2.settings import PRESETS
 
 PROMPT = "a dog barking in the rain"
 SCHEDULERS = {

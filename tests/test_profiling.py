@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 
 import ldm2
-from ldm2 import profile_command, profiling
-from ldm2.__main__ import main
+from ldm2 import profiling
+from ldm2.cli import profile
+from ldm2.cli.commands import main
 from ldm2.profiling import Limits, Measured, Work
-from ldm2.recipe import recipe
+from ldm2.settings import recipe
 from ldm2.unet import UNet
 
 CPU = torch.device("cpu")
@@ -121,8 +122,8 @@ def test_profile_prints_a_line_for_each_stage(quick, capsys):
 
 def test_profile_compiles_a_random_model_where_asked(quick, monkeypatch, capsys):
     compiled = []
-    monkeypatch.setattr("ldm2.compilation.compile_step", compiled.append)
-    monkeypatch.setattr("ldm2.compilation.check_compiler", compiled.append)
+    monkeypatch.setattr("ldm2.runtime.compilation.compile_step", compiled.append)
+    monkeypatch.setattr("ldm2.runtime.compilation.check_compiler", compiled.append)
     assert main([*ARGUMENTS, "--compile"]) == 0
     assert compiled[0] == CPU and isinstance(compiled[1], UNet)
 
@@ -167,5 +168,5 @@ def test_an_existing_trace_is_kept_unless_it_may_be_replaced(tmp_path):
     path = tmp_path / "trace.json"
     path.write_text("{}")
     with pytest.raises(FileExistsError, match=r"trace\.json exists"):
-        profile_command.check_trace(path, overwrite=False)
-    assert profile_command.check_trace(path, overwrite=True) == path
+        profile.check_trace(path, overwrite=False)
+    assert profile.check_trace(path, overwrite=True) == path

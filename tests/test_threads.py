@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import ldm2
+from benchmarks import checkpoints
 from ldm2.conditioning import Conditioning
-from tests import checkpoints
 
 THREADS = 8
 TEXT = "a dog barking in the rain while somebody far away plays an old violin and the wind takes the last leaves"

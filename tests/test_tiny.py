@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import ldm2
+from benchmarks import checkpoints
 from benchmarks.judge import is_right, measure
 from ldm2.mel import log_mel
-from ldm2.training.sounds import sounds
-from tests import checkpoints
+from ldm2.training.tiny.sounds import sounds
 
 FOLDER = Path(ldm2.__file__).parent / "tiny"
 

@@ -6,10 +6,10 @@ import diffusers
 import pytest
 import torch
 
+from benchmarks import checkpoints
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig
 from ldm2.unet import UNet
-from tests import checkpoints
 
 FILM = {
     "class_embed_type": "simple_projection",

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+from benchmarks import checkpoints
 from ldm2.config import VAEConfig
 from ldm2.vae import VAE, Posterior
-from tests import checkpoints
 
 FOUR_LEVELS = {
     "block_out_channels": (16, 16, 32, 64),

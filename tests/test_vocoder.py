@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
+from benchmarks import checkpoints
 from ldm2.config import VocoderConfig
 from ldm2.vocoder import Vocoder
-from tests import checkpoints
 
 AT_48_KHZ = {
     "sampling_rate": 48000,

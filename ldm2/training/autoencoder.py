@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ldm2.mel import MAGNITUDE_FLOOR
-from ldm2.training.data import Pool
 from ldm2.training.loop import Clock, Recipe, train
+from ldm2.training.tiny.data import Pool
 from ldm2.vae import VAE, Posterior
 
 _KL_WEIGHT = 4e-3                          # against an error per mel value in nats

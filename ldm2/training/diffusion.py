@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldm2.conditioning import Conditioning
 from ldm2.schedules import Schedule
 from ldm2.training.loop import Clock, Recipe, train
-from ldm2.training.text import Describer, TextSide, drop_prompts, vary
+from ldm2.training.tiny.text import Describer, TextSide, drop_prompts, vary
 from ldm2.unet import UNet
 
 _GAMMA = 5.0                               # signal-to-noise ratio above which a time step counts less

@@ -1,0 +1,105 @@
+"""Builds the C++ kernels of `ldm2_kernels` for the CPU: `python -m ldm2.build_kernels`, a minute, needs g++.
+
+One shared library holds the code for all instruction sets of the machine's architecture and chooses among them when it
+is loaded. Its name carries the version of PyTorch and a digest of the sources, so an old one is never taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+# Instruction sets and their flags.
+SETS = {"baseline": []}
+if platform.machine() == "x86_64":
+    SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+
+
+def build(folder: str | Path | None = None) -> Path:
+    """Compiles the library into `folder` and returns its path; None: beside the package, or the user's cache.
+
+    Raises ValueError if there is no compiler or ldm2_kernels is not installed, OSError if it does not compile.
+    """
+    try:
+        from ldm2_kernels import cpu
+    except ModuleNotFoundError:
+        raise ValueError("ldm2_kernels is not installed: run `pip install -e .` first") from None
+    folders = cpu.folders() if folder is None else [Path(folder)]
+    return _install(compile_library(cpu.sources()), folders, cpu.library_name())
+
+
+def compile_library(sources: Path) -> bytes:
+    """The shared library made of these sources. Raises ValueError without a compiler, OSError if it fails."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or shutil.which(compiler) is None:
+        raise ValueError(f"no C++ compiler found: install g++ or set CXX (now {compiler or 'not set'})")
+    torch_folder = Path(torch.__file__).parent
+    # Only these files see PyTorch. OpenMP's own library is not linked: PyTorch brings the one whose threads it uses.
+    headers = ["-fopenmp", "-isystem", str(torch_folder / "include"),
+               f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    with tempfile.TemporaryDirectory() as scratch:
+        objects = {name: (f"{name}.cpp", headers) for name in ("operators", "convolution", "transformer")} | {
+            name: ("kernels.cpp", [f"-DLDM2_SET={name}", *flags]) for name, flags in SETS.items()
+        }
+        commands = [
+            [compiler, *FLAGS, *flags, "-c", str(sources / source), "-o", f"{scratch}/{name}.o"]
+            for name, (source, flags) in objects.items()
+        ]
+        print(f"compiling with {compiler}, which takes a minute ...", file=sys.stderr)
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            list(pool.map(_call, commands))
+        target = f"{scratch}/library.so"
+        _call([compiler, "-shared", "-o", target, *(f"{scratch}/{name}.o" for name in objects),
+               f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"])
+        return Path(target).read_bytes()
+
+
+def _call(command: list[str]) -> None:
+    """Runs a compiler. Raises OSError with its first complaint."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        complaints = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["-"]
+        raise OSError(f"{command[0]} failed: {complaints[0]}")
+
+
+def _install(library: bytes, folders: list[Path], name: str) -> Path:
+    """Writes the library into the first folder that can be written to: whole or not at all."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+                file.write(library)
+        except OSError:
+            continue
+        os.chmod(file.name, 0o755)
+        os.replace(file.name, folder / name)
+        return folder / name
+    raise OSError(f"cannot write to {' or '.join(map(str, folders))}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m ldm2.build_kernels", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--folder", help="where the library goes (default: beside the package ldm2_kernels)")
+    args = parser.parse_args()
+    try:
+        print(build(args.folder))
+    except (ValueError, OSError) as error:
+        print(f"ldm2: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,352 @@
+"""A checkpoint of any kind -> a folder in the published layout, in safetensors.
+
+    convert("audioldm2-full.pth", "audioldm2-full")             # an authors' file
+    convert("anhnct/audioldm2_ljspeech", "ljspeech")            # pickles in the hub's layout
+
+The UNet's config lists the heads of each level, so that ldm2 and diffusers compute the function that was trained. The
+folder grows as FOLDER.partial, part by part, and gets its name when it is complete: a second call takes up what a first
+one left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from ldm2 import weights
+from ldm2.checkpoints import hub, known, original
+from ldm2.checkpoints.original import configs
+from ldm2.checkpoints.writer import write_safetensors
+from ldm2.config import UNetConfig
+from ldm2.text.ranking import FEATURE_EXTRACTOR
+from ldm2.text.tokenizers import SOURCES, save_tokenizer
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+JOB = "conversion.json"                                    # in FOLDER.partial: what it is made from
+
+# Library and class of each part, in the words of model_index.json. GPT-2 is published as GPT2Model, with which
+# diffusers' pipeline fails in transformers 5; the class with a word head computes the same vectors.
+CLASSES = {
+    "unet": ("audioldm2", "AudioLDM2UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "vocoder": ("transformers", "SpeechT5HifiGan"),
+    "scheduler": ("diffusers", "DDIMScheduler"),
+    "text_encoder": ("transformers", "ClapModel"),
+    "projection_model": ("audioldm2", "AudioLDM2ProjectionModel"),
+    "language_model": ("transformers", "GPT2LMHeadModel"),
+}
+TEXT_ENCODERS_2 = {"t5": ("transformers", "T5EncoderModel"), "vits": ("transformers", "VitsModel")}
+DIFFUSERS_PARTS = ("unet", "vae", "projection_model")      # whose weights have diffusers' file name
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A finished conversion: the folder, and what its user must know of the licence and of what is missing."""
+
+    folder: Path
+    notice: str
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One part to write: config, tensors, and the small files to copy beside them."""
+
+    name: str
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+    files: tuple[Path, ...] = ()
+
+
+def convert(
+    source: str | Path,
+    folder: str | Path,
+    dtype: str | torch.dtype | None = None,
+    overwrite: bool = False,
+    *,
+    config: Mapping[str, Any] | str | Path | None = None,
+    tokenizers: str | Path | None = None,
+    reference: str = "authors",
+    revision: str | None = None,
+    local_files_only: bool = False,
+    variant: str | None = None,
+) -> Converted:
+    """Write the checkpoint `source` as a folder in the published layout.
+
+    source:     an authors' file, a folder in the hub's layout, or a name that `ldm2.load` knows
+    folder:     where to; must not exist, unless `overwrite` and it is a checkpoint, which is replaced at the end
+    dtype:      "float32", "float16" or "bfloat16"; None keeps what the source has
+    config, tokenizers: as in `ldm2.original.components`, for authors' files
+    reference:  what a single number of heads in a hub folder means: "authors" heads of 32 channels, as trained;
+                "diffusers" that number at each level
+    revision:   branch, tag or commit on the hub
+    local_files_only: use the hub's cache and never the network
+    variant:    word in the names of the weight files to read, such as "fp16"
+
+    Raises ValueError or OSError, one line; what is complete by then is kept in FOLDER.partial for the next call.
+    """
+    dtype = _dtype(dtype)
+    path = hub.resolve(source, revision, local_files_only, variant=variant)
+    folder = Path(folder).expanduser().absolute()
+    _check_target(folder, path, overwrite)
+    if path.is_dir() and (config is not None or tokenizers is not None):
+        raise ValueError(f"config and tokenizers belong to authors' files, {path} is a folder that has its own")
+    partial = folder.with_name(f"{folder.name}.partial")
+    _begin(partial, _job(path, dtype, config, reference, variant))
+    if path.is_dir():
+        index = _write_hub_folder(path, partial, dtype, reference, variant)
+        lacking = []
+    else:
+        index, lacking = _write_original(original.read(path, config), partial, dtype, tokenizers, local_files_only)
+    licence = _licence(source, path)
+    _write_readme(partial, path, licence, dtype)
+    _write_json(partial / "model_index.json", index)
+    _finish(partial, folder)
+    return Converted(folder, " ".join([*licence_notice(licence), *lacking]))
+
+
+def licence_notice(licence: str | None) -> list[str]:
+    """What a licence tag means for the converted files, in sentences."""
+    if licence is None:
+        return ["The licence of the source is not known here: look it up before you share the folder."]
+    sentences = [f"The licence of the source, {licence}, holds for the folder too."]
+    tag = licence.lower()
+    if "-nd" in tag:
+        sentences.append("It forbids to share adapted material: keep the folder to yourself.")
+    if "-nc" in tag:
+        sentences.append("It forbids commercial use.")
+    if "openrail" in tag:
+        sentences.append("The authors publish the model for non-commercial use: the stricter terms count.")
+    return sentences
+
+
+# Authors' files
+
+
+def _write_original(
+    parts: Mapping[str, original.Part], partial: Path, dtype: torch.dtype | None, tokenizers: str | Path | None,
+    local_files_only: bool,
+) -> tuple[dict[str, Any], list[str]]:
+    """Write all parts. Returns the model_index.json, and a sentence for each tokenizer that could not be had."""
+    if "unet" not in parts:
+        raise ValueError(f"the file holds no UNet, only {', '.join(parts)}: nothing to make a checkpoint of")
+    index: dict[str, Any] = {"_class_name": "AudioLDM2Pipeline"}
+    lacking = []
+    for name, part in parts.items():
+        if name == "scheduler":
+            _write_json(partial / name / "scheduler_config.json", part.fields)
+        else:
+            _write_part(partial, _published(name, part), dtype)
+        index[name] = list(CLASSES.get(name) or TEXT_ENCODERS_2[part.fields["model_type"]])
+    if "text_encoder" in parts:
+        extractor = transformers.ClapFeatureExtractor(**FEATURE_EXTRACTOR)
+        extractor.save_pretrained(partial / "feature_extractor")
+        index["feature_extractor"] = ["transformers", "ClapFeatureExtractor"]
+    for encoder in _encoders(parts):
+        place = SOURCES[encoder]
+        index[place.folder] = ["transformers", place.kind]
+        try:
+            save_tokenizer(encoder, tokenizers, local_files_only, partial / place.folder)
+        except OSError as error:
+            lacking.append(f"It lacks {place.folder}/ ({error}).")
+    return dict(sorted(index.items())), lacking
+
+
+def _published(name: str, part: original.Part) -> _Part:
+    """A part as published folders hold it: the phoneme encoder is part of a VitsModel."""
+    tensors = part.tensors
+    if part.fields.get("model_type") == "vits":
+        tensors = {f"text_encoder.{key}": tensor for key, tensor in tensors.items()}
+    return _Part(name, part.fields, tensors)
+
+
+def _encoders(parts: Mapping[str, original.Part]) -> Iterator[str]:
+    """The encoders of a file that need a tokenizer."""
+    if "text_encoder" in parts:
+        yield "clap"
+    if "text_encoder_2" in parts:
+        yield {"t5": "t5", "vits": "phonemes"}[parts["text_encoder_2"].fields["model_type"]]
+
+
+# Folders in the hub's layout
+
+
+def _write_hub_folder(
+    path: Path, partial: Path, dtype: torch.dtype | None, reference: str, variant: str | None
+) -> dict[str, Any]:
+    """Write all parts of a folder. Returns the model_index.json."""
+    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    for name, kind in hub.parts(path).items():
+        if hub.WITHOUT_WEIGHTS.fullmatch(kind):
+            shutil.copytree(path / name, partial / name, dirs_exist_ok=True)
+        else:
+            _write_part(partial, _hub_part(path / name, reference, variant), dtype)
+    if index.get("language_model") == ["transformers", "GPT2Model"]:
+        index["language_model"] = list(CLASSES["language_model"])
+    for file in path.iterdir():
+        if file.is_file() and file.name.upper().startswith(("README", "LICENSE", "NOTICE", "LDM2.JSON")):
+            shutil.copyfile(file, partial / file.name)
+    return index
+
+
+def _hub_part(folder: Path, reference: str, variant: str | None) -> _Part:
+    """One part of a folder, its weights still in the files."""
+    config = folder / "config.json"
+    fields = _read_json(config)
+    if folder.name == "unet":
+        heads = _heads(UNetConfig.from_dict(fields, str(config), reference))
+        fields |= {"attention_head_dim": heads, "num_attention_heads": None}     # the second is refused by diffusers
+    if folder.name == "language_model" and fields.get("max_new_tokens") == 8 and _speaks(folder.parent):
+        fields["max_new_tokens"] = 512                     # as the authors generate; see TextEncoder
+    tensors = dict(weights.read_tensors(folder, variant))
+    if "shared.weight" in tensors:
+        tensors.pop("encoder.embed_tokens.weight", None)   # T5's table under its second name
+    small = [file for file in folder.iterdir() if file.suffix in hub.SMALL and ".index." not in file.name]
+    return _Part(folder.name, fields, tensors, tuple(file for file in small if file != config))
+
+
+def _heads(config: UNetConfig) -> list[int]:
+    """Heads of each level; a level without attention, whose number nobody uses, counts heads of 32 channels."""
+    return [
+        heads if heads is not None else max(channels // 32, 1)
+        for heads, channels in zip(config.num_heads, config.channels, strict=True)
+    ]
+
+
+def _speaks(folder: Path) -> bool:
+    return _read_json(folder / "text_encoder_2" / "config.json").get("model_type") == "vits"
+
+
+# Writing
+
+
+def _write_part(partial: Path, part: _Part, dtype: torch.dtype | None) -> None:
+    """Write one part unless it is there: the config goes last, so a part that has one is complete."""
+    folder = partial / part.name
+    if (folder / "config.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in part.files:
+        shutil.copyfile(file, folder / file.name)
+    stem = "diffusion_pytorch_model" if part.name in DIFFUSERS_PARTS else "model"
+    write_safetensors(folder / f"{stem}.safetensors", part.tensors, dtype)
+    fields = dict(part.fields)
+    if part.name not in DIFFUSERS_PARTS:
+        fields.pop("torch_dtype", None)
+        fields["dtype"] = _stored_dtype(part.tensors, dtype)
+    _write_json(folder / "config.json", fields)
+
+
+def _stored_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> str:
+    floating = dtype or next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    return str(floating).removeprefix("torch.")
+
+
+def _check_target(folder: Path, source: Path, overwrite: bool) -> None:
+    """Raise ValueError or OSError if `folder` may not be written."""
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(f"{folder.parent} is not a folder")
+    here = source.resolve()
+    if folder.resolve() == here or folder.resolve() in here.parents:
+        raise ValueError(f"{folder} holds the source: write to another folder")
+    if folder.exists():
+        if not overwrite:
+            raise FileExistsError(f"{folder} exists: choose another name, or --overwrite")
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"{folder} is not a checkpoint, it is not overwritten")
+
+
+def _job(
+    path: Path, dtype: torch.dtype | None, config: object, reference: str, variant: str | None
+) -> dict[str, Any]:
+    """What the parts are made from: only a conversion of the same may take them up."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    stamps = [[str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return {
+        "source": str(path.resolve()), "files": stamps, "dtype": str(dtype), "reference": reference,
+        "config": repr(configs.read(config)), "variant": variant,
+    }
+
+
+def _begin(partial: Path, job: dict[str, Any]) -> None:
+    """An empty folder for the parts, or that of an earlier call if it did the same."""
+    path = partial / JOB
+    if partial.exists() and not (path.is_file() and _read_json(path) == job):
+        if any(partial.iterdir()) and not path.is_file():
+            raise ValueError(f"{partial} is in the way, and no conversion made it")
+        shutil.rmtree(partial)
+    partial.mkdir(exist_ok=True)
+    _write_json(path, job)
+
+
+def _finish(partial: Path, folder: Path) -> None:
+    """Give the folder its name; an older one of that name goes when this one is in its place."""
+    (partial / JOB).unlink()
+    old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# Licence
+
+
+def _licence(source: str | Path, path: Path) -> str | None:
+    """The licence tag of the source: what its README says, else the table of models; None if neither knows it."""
+    readme = path / "README.md"
+    if readme.is_file():
+        for line in readme.read_text(encoding="utf-8", errors="replace").partition("\n---")[0].splitlines():
+            if line.startswith("license:"):
+                return line.removeprefix("license:").strip()
+    model = known.find(str(source)) or next((model for model in known.MODELS if model.file == path.name), None)
+    return None if model is None else model.license
+
+
+def _write_readme(partial: Path, path: Path, licence: str | None, dtype: torch.dtype | None) -> None:
+    """A README with the licence, for sources that bring none."""
+    readme = partial / "README.md"
+    if readme.is_file():
+        return
+    head = "" if licence is None else f"---\nlicense: {licence.lower()}\n---\n\n"
+    precision = "" if dtype is None else f" in {str(dtype).removeprefix('torch.')}"
+    text = f"Converted from {path.name} by ldm2{precision}, in the layout of diffusers."
+    readme.write_text(f"{head}{' '.join([text, *licence_notice(licence)])}\n", encoding="utf-8")
+
+
+# JSON and dtypes
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold an object, got {type(fields).__name__}")
+    return fields
+
+
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}, choose from {', '.join(DTYPES)}")
+    return DTYPES[dtype]

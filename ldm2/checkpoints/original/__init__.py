@@ -1,0 +1,336 @@
+"""The authors' checkpoints: one `.pth` file that holds everything, read directly.
+
+    parts = original.components("audioldm2-full.pth")
+    parts.unet, parts.vae, parts.vocoder, parts.text, parts.scale_factor
+
+The file is memory-mapped and no tensor is copied: what the parts do not use (the moving average of the UNet, AudioMAE,
+a second CLAP and T5) is never read from disk. `read` gives each part as a published hub folder would hold it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ldm2 import weights
+from ldm2.checkpoints.original import configs as configs
+from ldm2.checkpoints.original import keys as keys
+from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
+from ldm2.schedules import Schedule
+from ldm2.text.encoder import TextEncoder
+from ldm2.text.encoders import ClapText, T5Text
+from ldm2.text.gpt2 import load_gpt2, load_projection
+from ldm2.text.phonemes import PhonemeText
+from ldm2.text.ranking import FEATURE_EXTRACTOR, ClapAudio, Ranker
+from ldm2.text.tokenizers import LazyTokenizer, TextTokenizer, tokenizer
+from ldm2.unet import UNet
+from ldm2.vae import VAE
+from ldm2.vocoder import Vocoder
+
+EXPECTED = "an authors' checkpoint with names such as model.diffusion_model.*, first_stage_model.*, cond_stage_models.*"
+
+_UNET = "model.diffusion_model."
+_VOCODER = "first_stage_model.vocoder."
+_VAE = "first_stage_model."
+_RANKING = "clap."                                         # CLAP once more, to rank candidates with
+_STAGE = re.compile(r"(cond_stage_models\.\d+\.(?:cond_stage_models\.\d+\.)?).*")
+
+# What a stage of the conditioning is, told by one of its names: its number means something else in each variant.
+_KINDS = {
+    "gpt2": r"model\.wte\.weight",
+    "clap": r"model\.text_branch\..*",
+    "t5": r"model\.encoder\.block\..*",
+    "phonemes": r"text_encoder\.emb\.weight",
+}
+
+_MODULES = {
+    "unet": (UNet, UNetConfig, "UNet"), "vae": (VAE, VAEConfig, "VAE"), "vocoder": (Vocoder, VocoderConfig, "vocoder"),
+}
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part as a hub folder would hold it: the fields of its config.json, and its tensors, memory-mapped."""
+
+    fields: dict[str, Any]
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
+class Components:
+    """The parts of one file as loaded modules; None for what the file does not hold.
+
+    scale_factor: scaled latents = scale_factor * VAE latents; None without VAE.
+    text: the text encoders that the file holds, without CLAP's audio branch, which is in parts["text_encoder"].
+    schedule: the noise schedule of the training.
+    parts: the same (and what else was kept) as fields and tensors, by the names of a hub folder.
+    """
+
+    unet: UNet | None
+    vae: VAE | None
+    vocoder: Vocoder | None
+    text: TextEncoder | None
+    scale_factor: float | None
+    schedule: Schedule
+    parts: dict[str, Part]
+
+
+def components(
+    path: str | Path,
+    config: Mapping[str, Any] | str | Path | None = None,
+    *,
+    tokenizers: str | Path | None = None,
+    reference: str = "authors",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    local_files_only: bool = False,
+) -> Components:
+    """The parts of an authors' checkpoint, loaded.
+
+    path:       the `.pth` or `.ckpt` file (or the same tensors as safetensors)
+    config:     the authors' configuration: a mapping, or a YAML or JSON file. Without it, the variant is recognised
+                from names and shapes, and the UNet has heads of 32 channels, as all seven published checkpoints do.
+    tokenizers: folder with the sub-folders `tokenizer` and `tokenizer_2`; None takes them from their own hub
+                repositories when the first prompt is encoded
+    reference:  "authors" or "diffusers", for the text side; the heads of the UNet are those of the file in both
+    device, dtype: where the parts go and in which precision; None leaves the tensors mapped in the file
+    local_files_only: take tokenizers from the hub's cache and never from the network
+
+    Raises ValueError, one line, for a file that is not such a checkpoint, or not complete, or holds anything unknown.
+    """
+    parts = read(path, config)
+    load = partial(part, parts, tokenizers=tokenizers, reference=reference, device=device, dtype=dtype,
+                   local_files_only=local_files_only, source=f"{path}: ")
+    return Components(
+        unet=load("unet"), vae=load("vae"), vocoder=load("vocoder"), text=load("text"),
+        scale_factor=parts["vae"].fields["scaling_factor"] if "vae" in parts else None,
+        schedule=schedule(parts, str(path)), parts=parts,
+    )
+
+
+def schedule(parts: Mapping[str, Part], source: str) -> Schedule:
+    """The noise schedule of the training."""
+    return Schedule.from_dict(parts["scheduler"].fields, f"{source}: schedule")
+
+
+def part(
+    parts: Mapping[str, Part], name: str, *, tokenizers: str | Path | None = None, reference: str = "authors",
+    device: torch.device | str | None = None, dtype: torch.dtype | None = None, local_files_only: bool = False,
+    source: str = "",
+) -> nn.Module | None:
+    """One of "unet", "vae", "vocoder" and "text" (all encoders), loaded; None if the file does not hold it.
+
+    parts: what `read` returned; source: what errors begin with; the rest as for `components`.
+    """
+    where = {"device": device, "dtype": dtype}
+    if name == "text":
+        find_tokenizer = partial(tokenizer, folder=tokenizers, local_files_only=local_files_only)
+        return _text(parts, source, find_tokenizer, reference, where)
+    if name not in parts:
+        return None
+    model, config, title = _MODULES[name]
+    with weights.parameters_on_meta():
+        module = model(config.from_dict(parts[name].fields, source + title))
+    return weights.load(module, parts[name].tensors, table={}, source=source + name, **where)
+
+
+def ranker(
+    parts: Mapping[str, Part], text: ClapText | None = None, *, tokenizers: str | Path | None = None,
+    device: torch.device | str | None = None, local_files_only: bool = False,
+) -> Ranker:
+    """What ranks candidates, from the CLAP of a file. Raises ValueError if it holds none.
+
+    parts: those of `Components`; text: its text branch if that is loaded, else it is loaded here; the rest as for
+    `components`.
+    """
+    part = parts.get("text_encoder")
+    if part is None:
+        raise ValueError("the file holds no CLAP: this checkpoint cannot rank")
+    if text is None:
+        words = tokenizer("clap", tokenizers, local_files_only)
+        text = ClapText.load(part.fields, part.tensors, words, device=device, dtype=torch.float32)
+    extractor = transformers.ClapFeatureExtractor(**FEATURE_EXTRACTOR)
+    return Ranker(text, ClapAudio.load(part.fields, part.tensors, extractor, device=device))
+
+
+def _text(
+    parts: Mapping[str, Part], source: str, find_tokenizer: Callable[[str], TextTokenizer | LazyTokenizer],
+    reference: str, where: dict[str, Any],
+) -> TextEncoder | None:
+    """The text encoders that the file holds; a T5 without GPT-2 needs no CLAP."""
+
+    def load(name: str, loader: Callable[..., nn.Module], encoder: str | None = None, *more: int) -> nn.Module | None:
+        if name not in parts:
+            return None
+        arguments = more if encoder is None else (find_tokenizer(encoder), *more)
+        return loader(parts[name].fields, parts[name].tensors, *arguments, source=source + name, **where)
+
+    speaks = "text_encoder_2" in parts and parts["text_encoder_2"].fields["model_type"] == "vits"
+    gpt2 = load("language_model", load_gpt2)
+    clap = t5 = phonemes = projection = None
+    if "projection_model" in parts and parts["projection_model"].fields:
+        projection = load("projection_model", load_projection)
+    if speaks:
+        positions = parts["projection_model"].tensors["learnable_positional_embedding"].shape[2]
+        phonemes = load("text_encoder_2", PhonemeText.load, "phonemes", positions)
+    else:
+        t5 = load("text_encoder_2", T5Text.load, "t5")
+    if t5 is None or gpt2 is not None:
+        clap = load("text_encoder", ClapText.load, "clap")
+    if not any((clap, t5, phonemes, gpt2, projection)):
+        return None
+    vectors = configs.SPEECH_VECTORS if speaks else configs.VECTORS
+    if gpt2 is not None:
+        vectors = parts["language_model"].fields["max_new_tokens"]
+    return TextEncoder(clap=clap, t5=t5, phonemes=phonemes, projection=projection, gpt2=gpt2, num_vectors=vectors,
+                       reference=reference)
+
+
+def read(path: str | Path, config: Mapping[str, Any] | str | Path | None = None) -> dict[str, Part]:
+    """The parts of an authors' checkpoint by the names of a hub folder: `unet`, `vae`, `vocoder`, `text_encoder`
+    (CLAP), `text_encoder_2` (T5 or phonemes), `projection_model`, `language_model` (GPT-2), and `scheduler` without
+    tensors.
+
+    Each tensor of the file is used in exactly one part, or dropped by one of the tables in `original_keys`, or belongs
+    to the second copy of an encoder. Raises ValueError, one line, as `components` does.
+    """
+    return split(_open(path), configs.read(config), str(path))
+
+
+def split(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: str) -> dict[str, Part]:
+    """As `read`, from the tensors of a file; `source` is its name, for errors."""
+    groups = _groups(tensors, source)
+    try:
+        parts = _models(groups, config, source) | _texts(groups, source)
+    except KeyError as error:
+        raise ValueError(f"{source} is not complete: {error.args[0]} is missing") from error
+    return parts | {"scheduler": Part(configs.scheduler(config, tensors.get("betas"), source), {})}
+
+
+def _open(path: str | Path) -> Tensors:
+    """All tensors of the file, memory-mapped. Raises ValueError that says what was found and what was expected."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder, expected a file: {EXPECTED}")
+    try:
+        return dict(weights.read_tensors(path))
+    except ValueError as error:
+        raise ValueError(f"{error}; expected {EXPECTED}") from error
+
+
+def _groups(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensors]:
+    """Tensors by the prefix of their names, which is cut off. Raises ValueError for a prefix that is not known."""
+    dropped = re.compile("|".join(keys.DROPPED))
+    groups: dict[str, Tensors] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        if name == "scale_factor":
+            groups[name] = {name: tensor}
+        elif not dropped.fullmatch(name):
+            stage = _STAGE.fullmatch(name)
+            known = (_UNET, _VOCODER, _VAE, _RANKING)
+            prefix = stage[1] if stage else next((prefix for prefix in known if name.startswith(prefix)), None)
+            if prefix is None:
+                unknown.append(name)
+            else:
+                groups.setdefault(prefix, {})[name.removeprefix(prefix)] = tensor
+    if not groups:
+        kind = "a LoRA" if any("lora" in name.lower() for name in tensors) else "no checkpoint of the authors"
+        raise ValueError(f"{source} is {kind}: found {len(tensors)} tensors ({_few(tensors)}), expected {EXPECTED}")
+    if unknown:
+        raise ValueError(f"{source} holds {len(unknown)} unknown tensors ({_few(unknown)}), expected {EXPECTED}")
+    return groups
+
+
+def _models(groups: Mapping[str, Tensors], config: Mapping[str, Any], source: str) -> dict[str, Part]:
+    """UNet, VAE and vocoder."""
+    parts = {}
+    vae = keys.vae(groups.get(_VAE, {}), source)
+    if _UNET in groups:
+        tensors = keys.unet(groups[_UNET], source)
+        parts["unet"] = Part(configs.unet(tensors, config, configs.latent_frames(vae)), tensors)
+    if vae:
+        parts["vae"] = Part(configs.vae(vae, _scale_factor(groups, config, source)), vae)
+    if _VOCODER in groups:
+        tensors = keys.vocoder(groups[_VOCODER], source)
+        parts["vocoder"] = Part(configs.vocoder(tensors, config, source), tensors)
+    return parts
+
+
+def _scale_factor(groups: Mapping[str, Tensors], config: Mapping[str, Any], source: str) -> float:
+    if "scale_factor" in groups:
+        return groups["scale_factor"]["scale_factor"].item()
+    if "scale_factor" not in config:
+        raise ValueError(f"{source} holds a VAE but no scale_factor: pass the authors' configuration (config=) with it")
+    return float(config["scale_factor"])
+
+
+def _texts(groups: Mapping[str, Tensors], source: str) -> dict[str, Part]:
+    """The text encoders. A CLAP that conditions goes before the one that only ranks; two T5s must be the same."""
+    stages = _stages(groups, source)
+    parts = {}
+    projection: Tensors = {}
+    places = None
+    claps = stages["clap"] + ([groups[_RANKING]] if _RANKING in groups else [])
+    if claps:
+        tensors = keys.clap(_inside(claps[0], "model."), source)
+        parts["text_encoder"] = Part(configs.clap(tensors), tensors)
+    if stages["t5"]:
+        _check_copies(stages["t5"], source)
+        tensors = weights.rename(_inside(stages["t5"][0], "model."), keys.T5, source=source)
+        parts["text_encoder_2"] = Part(configs.t5(tensors), tensors)
+    for stage in stages["phonemes"]:
+        tensors = keys.phonemes(_inside(stage, "text_encoder."), source)
+        parts["text_encoder_2"] = Part(configs.vits(tensors), tensors)
+        projection |= _outside(stage, "text_encoder.")
+        places = projection["learnable_positional_embedding"].shape[2]
+    for stage in stages["gpt2"]:
+        tensors = weights.rename(_inside(stage, "model."), keys.GPT2, source=source)
+        parts["language_model"] = Part(configs.gpt2(tensors, places), tensors)
+        projection |= _outside(stage, "model.")
+    if projection:
+        tensors = keys.projection(projection, source)
+        parts["projection_model"] = Part(configs.projection(tensors), tensors)
+    return parts
+
+
+def _stages(groups: Mapping[str, Tensors], source: str) -> dict[str, list[Tensors]]:
+    """The stages of the conditioning by their kind."""
+    stages: dict[str, list[Tensors]] = {kind: [] for kind in _KINDS}
+    for prefix, tensors in groups.items():
+        if _STAGE.fullmatch(prefix):
+            kinds = [kind for kind, pattern in _KINDS.items() if any(re.fullmatch(pattern, name) for name in tensors)]
+            if len(kinds) != 1:
+                raise ValueError(f"{source}: {prefix}* is none of {', '.join(_KINDS)} ({_few(tensors)})")
+            stages[kinds[0]].append(tensors)
+    return stages
+
+
+def _check_copies(copies: list[Tensors], source: str) -> None:
+    """Raise ValueError unless the copies of T5, which no training changed, agree (in all their norms)."""
+    for name, tensor in copies[0].items():
+        if name.endswith("norm.weight") and not all(torch.equal(tensor, copy[name]) for copy in copies[1:]):
+            raise ValueError(f"{source}: its {len(copies)} T5 encoders differ, which ldm2 cannot run")
+
+
+def _inside(tensors: Tensors, prefix: str) -> Tensors:
+    """The tensors below `prefix`, which is cut off."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _outside(tensors: Tensors, prefix: str) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+
+
+def _few(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -1,0 +1,1 @@
+"""Editing: a sound in, a sound out."""

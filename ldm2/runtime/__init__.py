@@ -1,0 +1,1 @@
+"""How a model runs: memory, CUDA graphs, compilation, the layout of weights, and DeepCache."""

@@ -1,0 +1,235 @@
+"""The UNet's step as a CUDA graph: one launch in place of the thousand or so that it is made of, which a fast GPU runs
+quicker than they can be issued.
+
+A graph is a recording of launches with all addresses in it. It serves every call of the same shapes once its inputs are
+copied to where the recorded call had them. So that a prompt of another length seldom means another graph, the contexts
+are lengthened to multiples of eight tokens; what is added has no weight in any attention.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ldm2 import ops
+from ldm2.attention import Memory
+from ldm2.runtime.compilation import is_compiled
+from ldm2.unet import PreparedConditioning, UNet
+
+BUCKET = 8                                                 # tokens
+WARM_UP = 2                                                # calls after which a shape is worth a recording
+KEPT = 8                                                   # graphs of one UNet
+
+Results = tuple[Tensor, ...]
+Capture = Callable[[Callable[[], Results]], tuple[Callable[[], object], Results]]
+
+_graphs: WeakIdKeyDictionary = WeakIdKeyDictionary()       # first parameter of a UNet -> its Graphs, gone with it
+_lock = threading.Lock()                                   # of the table; each Graphs has its own
+
+
+def accelerated(unet: UNet) -> UNet | GraphedUNet:
+    """What takes the calls of a UNet during one run of a sampler: its CUDA graphs, or the UNet itself.
+
+    The latter where it is not on CUDA or the current stream is not the default one. Calls for which gradients are
+    recorded, or under `ops.backend("reference")`, go to the UNet as well.
+    """
+    device = next(unet.parameters()).device
+    if device.type != "cuda" or torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
+        return unet
+    return GraphedUNet(unet, graphs_of(unet, device))
+
+
+def graphs_of(unet: UNet, device: torch.device) -> Graphs:
+    """Those that exist, unless its weights have moved since. A compiled UNet has its own beside those of the plain one.
+    """
+    first, addresses = next(unet.parameters()), tuple(parameter.data_ptr() for parameter in unet.parameters())
+    compiled = is_compiled(unet)
+    with _lock:
+        kinds = _graphs.setdefault(first, {})
+        if any(graphs.addresses != addresses for graphs in kinds.values()):
+            kinds.clear()
+        if compiled not in kinds:
+            # A recording is preceded by a call like it. A compiled UNet would be compiled anew there, as the
+            # recording's inputs are no inference tensors: so let that be its only one.
+            kinds[compiled] = Graphs(CudaCapture(device), addresses, 0 if compiled else WARM_UP)
+        return kinds[compiled]
+
+
+def forget(unet: UNet) -> None:
+    """Let go of a UNet's graphs, and of their memory; for one whose weights are about to move."""
+    with _lock:
+        _graphs.pop(next(unet.parameters()), None)
+
+
+class Graphs:
+    """The graphs of one UNet by the shapes of their calls; the one used longest ago makes room for a new one.
+
+    capture:   capture(run) -> (replay, results): run() recorded, and the tensors that replay() fills with its results
+    addresses: of the parameters, which the graphs read
+    warm_up:   ordinary calls of a shape before it is recorded
+    """
+
+    def __init__(self, capture: Capture, addresses: tuple[int, ...] = (), warm_up: int = WARM_UP):
+        self.capture, self.addresses, self.warm_up = capture, addresses, warm_up
+        self.lock = threading.Lock()
+        self._calls: dict[tuple, int] = {}
+        self._graphs: dict[tuple, Graph] = {}
+
+    def get(self, key: tuple, make: Callable[[], Graph]) -> Graph | None:
+        """The graph for a key; None for its first calls, to be run as they are: they compile and choose kernels."""
+        graph = self._graphs.pop(key, None)
+        if graph is None:
+            self._calls[key] = self._calls.get(key, 0) + 1
+            if self._calls[key] <= self.warm_up:
+                return None
+            if len(self._graphs) == KEPT:
+                del self._graphs[next(iter(self._graphs))]
+            graph = make()
+        self._graphs[key] = graph
+        return graph
+
+
+class Graph:
+    """A recorded call on inputs of its own; `changing` change from call to call, `prepared` from run to run."""
+
+    def __init__(self, unet: UNet, changing: list[Tensor | None], prepared: PreparedConditioning, capture: Capture):
+        with torch.inference_mode(False):                  # else they could not be written outside of that mode
+            self.changing = [None if tensor is None else torch.empty_like(tensor) for tensor in changing]
+            self.prepared = replaced(prepared, torch.empty_like)
+        self.owner = weakref.ref(prepared)                 # whose values are in self.prepared
+        _copy(tensors(prepared), tensors(self.prepared))
+        _copy(changing, self.changing)
+        x_t, time, features = self.changing
+        self.replay, self.results = capture(lambda: unet.with_features(x_t, 0, self.prepared, time, features))
+
+    def __call__(self, changing: list[Tensor | None], prepared: PreparedConditioning) -> Results:
+        _copy(changing, self.changing)
+        if self.owner() is not prepared:
+            _copy(tensors(prepared), tensors(self.prepared))
+            self.owner = weakref.ref(prepared)
+        self.replay()
+        return tuple(result.clone() for result in self.results)              # the next call overwrites them
+
+
+class GraphedUNet:
+    """Takes the calls of a UNet, which run as graphs. Made for one run of a sampler."""
+
+    def __init__(self, unet: UNet, graphs: Graphs):
+        self.unet, self.graphs = unet, graphs
+        self._lengthened: list[tuple[PreparedConditioning, PreparedConditioning, tuple]] = []
+
+    def __call__(self, x_t: Tensor, t: float, prepared: PreparedConditioning, time: Tensor | None = None) -> Tensor:
+        return self.with_features(x_t, t, prepared, time)[0]
+
+    def with_features(
+        self, x_t: Tensor, t: float, prepared: PreparedConditioning, time: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Results:
+        """As UNet.with_features."""
+        if torch.is_grad_enabled() or ops.asked() == "reference":
+            return self.unet.with_features(x_t, t, prepared, time, features)
+        time = self.unet.embed_time(t) if time is None else time
+        prepared, shapes = self._bucket(prepared)
+        changing = [x_t, time, features]
+        key = (ops.asked(), shapes, tuple(None if tensor is None else _kind(tensor) for tensor in changing))
+        with self.graphs.lock:
+            graph = self.graphs.get(key, lambda: Graph(self.unet, changing, prepared, self.graphs.capture))
+            if graph is not None:
+                return graph(changing, prepared)
+        return self.unet.with_features(x_t, t, prepared, time, features)
+
+    def _bucket(self, prepared: PreparedConditioning) -> tuple[PreparedConditioning, tuple]:
+        """A conditioning lengthened, and its shapes; worked out once."""
+        for original, long, shapes in self._lengthened:
+            if original is prepared:
+                return long, shapes
+        long = lengthened(prepared)
+        flags = [memory is not None and memory.bias is not None for layers in long.memories for memory in layers]
+        shapes = (tuple(flags), tuple(_kind(tensor) for tensor in tensors(long)))
+        self._lengthened.append((prepared, long, shapes))
+        return long, shapes
+
+
+class CudaCapture:
+    """Records on one device; all recordings share one pool of memory, as no two of them run at the same time."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)            # one for all: memory of the pool goes from stream to itself
+
+    def __call__(self, run: Callable[[], Results]) -> tuple[Callable[[], object], Results]:
+        with torch.cuda.device(self.device):
+            beside, current = self.stream, torch.cuda.current_stream()
+            beside.wait_stream(current)
+            with torch.cuda.stream(beside):                # libraries set themselves up for a stream at its first call
+                run()
+            current.wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with (
+                torch.cuda.stream(current),                # a recording that fails leaves its stream as the current one
+                torch.cuda.graph(graph, pool=self.pool, stream=beside, capture_error_mode="thread_local"),
+            ):
+                results = run()
+        return graph.replay, results
+
+
+def lengthened(prepared: PreparedConditioning) -> PreparedConditioning:
+    """The same conditioning with contexts of multiples of BUCKET tokens; the added ones have a weight of exp(-inf) = 0.
+    """
+    biases: dict[tuple[int, int], Tensor] = {}             # one for all layers, as before
+
+    def longer(memory: Memory | None) -> Memory | None:
+        extra = 0 if memory is None else -memory.keys.shape[2] % BUCKET
+        if not extra:
+            return memory
+        length = memory.keys.shape[2]
+        bias = memory.keys.new_zeros(prepared.rows, 1, 1, length) if memory.bias is None else memory.bias
+        place = (id(memory.bias), length)
+        if place not in biases:
+            biases[place] = F.pad(bias, (0, extra), value=-torch.inf)
+        keys, values = (F.pad(tensor, (0, 0, 0, extra)) for tensor in (memory.keys, memory.values))
+        return Memory(keys, values, biases[place])
+
+    memories = tuple(tuple(longer(memory) for memory in layers) for layers in prepared.memories)
+    return replace(prepared, memories=memories)
+
+
+def tensors(prepared: PreparedConditioning) -> Iterator[Tensor]:
+    """Each tensor of a conditioning once, in an order that depends on its structure only."""
+    seen: set[int] = set()
+    memories = [memory for layers in prepared.memories for memory in layers if memory is not None]
+    every = [tensor for memory in memories for tensor in (memory.keys, memory.values, memory.bias)]
+    for tensor in [*every, prepared.film]:
+        if tensor is not None and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor
+
+
+def replaced(prepared: PreparedConditioning, change: Callable[[Tensor], Tensor]) -> PreparedConditioning:
+    """A conditioning with each tensor changed; those that were one tensor are one again."""
+    new = {id(tensor): change(tensor) for tensor in tensors(prepared)}
+
+    def of(memory: Memory | None) -> Memory | None:
+        if memory is None:
+            return None
+        return Memory(new[id(memory.keys)], new[id(memory.values)], new.get(id(memory.bias)))
+
+    memories = tuple(tuple(of(memory) for memory in layers) for layers in prepared.memories)
+    return PreparedConditioning(prepared.rows, memories, new.get(id(prepared.film)))
+
+
+def _copy(sources: Iterable[Tensor | None], targets: Iterable[Tensor | None]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        if source is not None:
+            target.copy_(source)
+
+
+def _kind(tensor: Tensor) -> tuple:
+    return tuple(tensor.shape), tensor.dtype

@@ -1,0 +1,141 @@
+"""Stages of a generation: the time each takes, and parts whose weights are in memory only while they are at work."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ldm2 import weights
+from ldm2.runtime import weight_layout
+
+logger = logging.getLogger(__name__)
+
+Load = Callable[[torch.device | str], nn.Module]
+
+STAGES = ("text", "unet", "vae", "vocoder", "ranking")
+
+
+class Stage:
+    """The time during which a part is at work: `with stage:`. Blocks may be nested; the outermost counts.
+
+    At its end the time and the peak of memory go to the log, as information.
+    load: for a part that sleeps outside, its weights on the meta device. load(device) reads the module; it is called
+    with "meta" at once, which checks the files but reads no weights, and with `device` each time a stage begins. Who
+    calls a sleeping part gets a RuntimeError: PyTorch would take weights of the meta device for some memory's contents.
+    """
+
+    def __init__(self, name: str, device: torch.device, load: Load | None = None):
+        self.name, self.device = name, device
+        self.module = None if load is None else load("meta")
+        self._load = load
+        self._users, self._lock, self._start = 0, threading.Lock(), 0.0
+        self._guards: list[RemovableHandle] = []
+        self._sleep()
+
+    def __getstate__(self) -> dict:
+        """A copy has a lock of its own."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._start = time.perf_counter()
+                self._wake()
+            self._users += 1
+
+    def __exit__(self, *_) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._sleep()
+                elapsed = time.perf_counter() - self._start
+                logger.info("%s: %.2f s, peak memory %s", self.name, elapsed, gigabytes(peak_bytes(self.device)))
+
+    def _wake(self) -> None:
+        if self._load is not None:
+            _take_over(self.module, self._load(self.device))
+            weight_layout.arrange(self.module)
+            while self._guards:
+                self._guards.pop().remove()
+
+    def _sleep(self) -> None:
+        if self._load is not None:
+            self.module.to("meta")
+            _give_back()
+            self._guards = [part.register_forward_pre_hook(self._refuse) for part in self.module.modules()]
+
+    def _refuse(self, *_) -> None:
+        name = self.name
+        raise RuntimeError(f"the {name} part has its weights in memory only inside `with pipe.stages[{name!r}]:`")
+
+
+def in_stage(name: str) -> Callable[[Callable], Callable]:
+    """For functions and methods whose first argument is a pipeline: they run in its stage of this name."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def run(pipe, *args, **keywords):
+            with pipe.stages[name]:
+                return function(pipe, *args, **keywords)
+
+        return run
+
+    return decorate
+
+
+def _take_over(module: nn.Module, other: nn.Module) -> None:
+    """Give `module` the parameters and buffers of `other`, which has the same structure; ties stay ties."""
+    tied = {"remove_duplicate": False}
+    for name, value in list(chain(other.named_parameters(**tied), other.named_buffers(**tied))):
+        weights.assign(module, name, value)
+
+
+def _give_back() -> None:
+    """Hand freed memory back to the system: glibc keeps what is smaller than 32 MB, which is most of a checkpoint."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most memory used so far: on CUDA what torch had allocated there, else what the process held; None on Windows.
+
+    Of the process all pages in memory count, also those of mapped files and of the libraries.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):                                # Linux, where the peak below is at least that of the process
+        return process_bytes("VmHWM")                      # which started this one
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def process_bytes(name: str) -> int:
+    """A line of Linux's account of this process, such as VmRSS, in bytes. Raises OSError on other systems."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def gigabytes(count: int | None) -> str:
+    """Bytes for people: "1.23 GB", or "not known"."""
+    return "not known" if count is None else f"{count / 1e9:.2f} GB"

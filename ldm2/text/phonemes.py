@@ -1,0 +1,129 @@
+"""What is to be said -> phonemes -> one state for each, for the speech models.
+
+Reference: VITS, arXiv:2106.06103, section 2.2.1 (prior encoder): a transformer with relative positions.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.vits import modeling_vits
+
+from ldm2 import weights
+from ldm2.text.encoders import transformers_config
+
+logger = logging.getLogger(__name__)
+
+PAD = 0
+END = 182  # the symbol that the models were trained to see after the last phoneme
+
+_espeak = threading.Lock()                                 # espeak-ng is one C library with a state of its own
+
+# A VitsModel can speak by itself; only its text encoder is wanted.
+TEXT_ENCODER_ONLY = {
+    r"(?:flow|decoder|duration_predictor|posterior_encoder|embed_speaker)\..*": None,
+    r"text_encoder\.(.*)": r"\1",
+}
+
+INSTALL = (
+    'install phonemizer with `pip install phonemizer` and espeak-ng with `apt install espeak-ng` (Debian, Ubuntu), '
+    "`dnf install espeak-ng` (Fedora), `brew install espeak-ng` (macOS) or `winget install eSpeak-NG.eSpeak-NG` "
+    "(Windows), or pass ready phonemes (phonemes=) instead of a transcription"
+)
+
+
+class PhonemeText(nn.Module):
+    """Text encoder of VITS: phonemes -> one state for each place of a sequence of fixed length."""
+
+    def __init__(self, tokenizer: transformers.VitsTokenizer, config: transformers.VitsConfig, max_length: int):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.text_encoder = modeling_vits.VitsTextEncoder(config)
+
+    @classmethod
+    def load(
+        cls, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: transformers.VitsTokenizer,
+        max_length: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        source: str = "text_encoder_2",
+    ) -> PhonemeText:
+        """From the fields of a config.json and the tensors of a VitsModel or of its text encoder.
+
+        max_length: places in the sequence, as many as the projection has positions.
+        """
+        config = transformers_config(transformers.VitsConfig, fields, source)
+        if config.vocab_size <= END:
+            raise ValueError(f"{source}: vocab_size must be above {END}, the end symbol, got {config.vocab_size}")
+        with torch.device("meta"):
+            phonemes = cls(tokenizer, config, max_length)
+        table = weights.OLD_NAMES | TEXT_ENCODER_ONLY
+        weights.load(phonemes.text_encoder, tensors, table=table, dtype=dtype, device=device, source=source)
+        return phonemes.eval()
+
+    def read(self, transcription: str) -> tuple[int, ...]:
+        """English text -> ids of phonemes, at most max_length. Raises ValueError without phonemizer or espeak-ng."""
+        try:
+            with _espeak:
+                ids = self.tokenizer(transcription, verbose=False)["input_ids"]
+        except ImportError as error:
+            raise ValueError(f"a transcription needs the package phonemizer: {INSTALL}") from error
+        except RuntimeError as error:                                            # phonemizer's own, espeak is missing
+            reason = " ".join(str(error).split())
+            raise ValueError(f"no phonemes for this transcription ({reason}): {INSTALL}") from error
+        return self._fit(ids, transcription)
+
+    def spell(self, phonemes: str) -> tuple[int, ...]:
+        """Phonemes in IPA, as espeak-ng writes them -> ids, at most max_length. Raises ValueError for other symbols."""
+        unknown = sorted(set(phonemes) - self.tokenizer.get_vocab().keys())
+        if unknown:
+            raise ValueError(f"phonemes hold symbols that the model does not know: {' '.join(unknown)}")
+        ids = self.tokenizer.convert_tokens_to_ids(list(phonemes))
+        if self.tokenizer.add_blank:
+            ids = [PAD, *(number for symbol in ids for number in (symbol, PAD))]
+        return self._fit(ids, phonemes)
+
+    def _fit(self, ids: Sequence[int], text: str) -> tuple[int, ...]:
+        if not ids:
+            raise ValueError(f"there is nothing to say in {text[:40]!r}")
+        if len(ids) > self.max_length:
+            logger.warning("speech ends after %d phonemes; cut from %r: the last %d",
+                           self.max_length, text[:40], len(ids) - self.max_length)
+        if any(number >= self.text_encoder.config.vocab_size for number in ids):
+            raise ValueError(f"the model does not know all phonemes of {text[:40]!r}")
+        return tuple(ids[: self.max_length])
+
+    def forward(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Rows of ids -> states (B, max_length, D), zero at padding, and mask (B, max_length) bool.
+
+        The end symbol takes the first free place and counts as part of the text; a row that fills all places has none.
+        """
+        ids = torch.full((len(rows), self.max_length), self.tokenizer.pad_token_id)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, numbers in enumerate(rows):
+            ids[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.long)
+            mask[row, : len(numbers)] = True
+            free = (ids[row] == PAD).nonzero()
+            if len(free):
+                ids[row, free[0]], mask[row, free[0]] = END, True
+        device = self.text_encoder.embed_tokens.weight.device
+        ids, mask = ids.to(device), mask.to(device)
+        return self.encode(ids, mask), mask
+
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Padded ids (B, L) with mask (B, L) bool, true where there is a phoneme -> states (B, L, D), else zero."""
+        encoder = self.text_encoder
+        states = encoder.embed_tokens(ids) * math.sqrt(encoder.config.hidden_size)           # (B, L, D)
+        kept = mask[:, :, None].to(states.dtype)
+        bias = torch.zeros_like(mask, dtype=states.dtype).masked_fill(~mask, torch.finfo(states.dtype).min)
+        bias = bias[:, None, None].expand(-1, 1, ids.shape[1], -1)                           # (B, 1, L, L), added
+        states = states * kept
+        for layer in encoder.encoder.layers:
+            states = layer(states, padding_mask=kept, attention_mask=bias)[0]
+        return states * kept

@@ -1,0 +1,130 @@
+"""How well a sound fits a text: cosine of CLAP's audio and text embeddings.
+
+Reference: CLAP, arXiv:2211.06687, section 2.1 (two encoders, one space).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers.models.clap import modeling_clap
+
+from ldm2 import weights
+from ldm2.audio import check_rows, resample
+from ldm2.text.encoder import Parts
+from ldm2.text.encoders import ClapText, clap_config
+from ldm2.text.tokenizers import from_pretrained
+
+# A CLAP folder holds both branches; the tables of relative positions are computed, not learned.
+CLAP_AUDIO_ONLY = {
+    r"(?:text_model|text_projection)\..*": None,
+    r"logit_scale_[at]": None,
+    r".*\.relative_position_index": None,
+}
+
+# Settings of the published checkpoints' feature_extractor, for files that bring none.
+FEATURE_EXTRACTOR = {
+    "feature_size": 64, "sampling_rate": 48_000, "hop_length": 480, "max_length_s": 10, "fft_window_size": 1024,
+    "frequency_min": 50, "frequency_max": 14_000, "truncation": "rand_trunc", "padding": "repeatpad",
+}
+
+
+class ClapAudio(nn.Module):
+    """Audio branch of CLAP, in float32: waveforms -> unit vectors (B, D) in the space that text and audio share."""
+
+    def __init__(self, extractor: transformers.ClapFeatureExtractor, config: transformers.ClapAudioConfig):
+        super().__init__()
+        self.extractor = extractor
+        self.audio_model = modeling_clap.ClapAudioModel(config)
+        self.audio_projection = modeling_clap.ClapProjectionLayer(config)
+
+    @classmethod
+    def load(
+        cls, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], extractor: transformers.ClapFeatureExtractor, *,
+        device: torch.device | str | None = None, source: str = "text_encoder",
+    ) -> ClapAudio:
+        """From the fields of a ClapModel's config.json and its tensors. Raises ValueError naming `source`."""
+        config = clap_config(fields, "audio_config", source)
+        if config.enable_fusion:
+            raise ValueError(f"{source}: audio_config.enable_fusion must be false, as in all published checkpoints")
+        with torch.device("meta"):
+            audio = cls(extractor, config)
+        for module in audio.modules():
+            if isinstance(module, modeling_clap.ClapAudioSelfAttention):
+                module.relative_position_index = module.create_relative_position_index()
+        return weights.load(
+            audio, tensors, table=CLAP_AUDIO_ONLY, dtype=torch.float32, device=device, source=source
+        )
+
+    def forward(self, waveforms: np.ndarray, sample_rate: int) -> Tensor:
+        """waveforms (B, N) at sample_rate Hz -> (B, D), L2 norm 1.
+
+        Of longer sounds the first seconds that CLAP can hear (10) count, never a random part; shorter ones are repeated
+        as the extractor's settings say.
+        """
+        rate = self.extractor.sampling_rate
+        heard = list(resample(waveforms, sample_rate, rate)[:, : self.extractor.nb_max_samples])
+        # Without fusion this is the only front end there is, and nothing is longer than allowed, so nothing is random.
+        features = self.extractor(heard, sampling_rate=rate, truncation="rand_trunc", return_tensors="pt")
+        device = self.audio_projection.linear1.weight.device
+        states = self.audio_model(input_features=features["input_features"].to(device, torch.float32))
+        return F.normalize(self.audio_projection(states.pooler_output), dim=-1)
+
+
+class Ranker:
+    """Scores sounds by their texts. `text` may be the branch that a TextEncoder already holds."""
+
+    def __init__(self, text: ClapText, audio: ClapAudio):
+        self.text, self.audio = text, audio
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | Path, text: ClapText | None = None, *, device: torch.device | str | None = None,
+        variant: str | None = None,
+    ) -> Ranker:
+        """CLAP's audio branch of a checkpoint in the published layout, and the text branch unless it is given.
+
+        variant: see `hub.weight_files`.
+        """
+        parts = Parts(Path(folder), device, torch.float32, variant)
+        source = str(parts.folder / "text_encoder")
+        if not parts.can_rank():
+            raise ValueError(f"{source} has no audio branch with a feature_extractor: this checkpoint cannot rank")
+        extractor = from_pretrained("ClapFeatureExtractor", parts.folder / "feature_extractor")
+        fields, tensors = parts.fields("text_encoder"), parts.tensors("text_encoder")
+        if text is None:
+            tokenizer = parts.tokenizer("tokenizer", "RobertaTokenizer")
+            text = ClapText.load(fields, tensors, tokenizer, device=device, dtype=torch.float32, source=source)
+        return cls(text, ClapAudio.load(fields, tensors, extractor, device=device, source=source))
+
+    @torch.no_grad()
+    def scores(self, prompts: Sequence[str], waveforms: np.ndarray | Tensor, sample_rate: int) -> Tensor:
+        """Similarity of each candidate with its own prompt: (P, n) float32 on the CPU, -1 to 1.
+
+        prompts: P texts; waveforms (P * n, N): n candidates of the first prompt, then those of the second, ...
+        """
+        waveforms = np.asarray(waveforms, dtype=np.float32)
+        if waveforms.ndim != 2 or not waveforms.shape[1] or not prompts or len(waveforms) % len(prompts):
+            asked = f"{len(prompts)} prompts need waveforms of shape (prompts * candidates, samples)"
+            raise ValueError(f"{asked}, got {waveforms.shape}")
+        check_rows(waveforms)
+        text = self.text(prompts).float()                                        # (P, D)
+        audio = self.audio(waveforms, sample_rate).to(text.device)               # (P * n, D)
+        return torch.einsum("pd,pnd->pn", text, audio.unflatten(0, (len(prompts), -1))).cpu()
+
+
+def best_first(scores: Tensor) -> list[int]:
+    """scores (P, n) -> rows of the candidates (P * n of them), prompt by prompt, within a prompt the best first.
+
+    Candidates of one prompt never take the place of another's; equal ones keep their order.
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)                  # (P, n)
+    starts = torch.arange(scores.shape[0])[:, None] * scores.shape[1]
+    return (order + starts).flatten().tolist()

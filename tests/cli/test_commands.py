@@ -1,0 +1,282 @@
+"""The command line as a subprocess: what is written, printed and refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from ldm2 import audio
+from ldm2.cli import options
+from ldm2.cli.commands import main
+from ldm2.pipeline import AudioLDM2
+from ldm2.settings import PRESETS
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "a dog barking in the rain"
+
+
+def ldm2(*arguments, cwd, **keywords) -> subprocess.CompletedProcess:
+    """Run `python -m ldm2 ARGUMENTS` in the folder `cwd`."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ldm2", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, **keywords)
+
+
+def _raise(error: Exception):
+    raise error
+
+
+@pytest.fixture
+def generate(tiny_checkpoint, tmp_path):
+    """Run `ldm2 generate` on the tiny checkpoint with one step, in an empty folder."""
+    def run(*arguments, prompt=PROMPT):
+        fixed = ("--model", tiny_checkpoint, "--steps", 1, "--seconds", 0.2)
+        return ldm2("generate", prompt, *fixed, *arguments, cwd=tmp_path)
+    return run
+
+
+@pytest.fixture
+def refuse(tmp_path, monkeypatch, capsys):
+    """Run `ldm2 ARGUMENTS` in this process, in an empty folder; check that it is refused in one line with `words`."""
+    def run(arguments, words):
+        monkeypatch.chdir(tmp_path)
+        before = sorted(tmp_path.rglob("*"))
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:                          # how argparse ends
+            code = stop.code
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if line.strip()]
+        assert (code, out, len(lines)) == (2, "", 1), err
+        for word in words:
+            assert word in lines[0]
+        assert sorted(tmp_path.rglob("*")) == before
+    return run
+
+
+def test_generate_writes_the_file_and_prints_its_path_last(generate, tmp_path):
+    done = generate("-o", "dog.flac", "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "dog.flac"
+    assert "0.20 s" in done.stderr and "seed 3" in done.stderr
+    sound, rate = soundfile.read(tmp_path / "dog.flac")
+    assert (len(sound), rate) == (3200, 16000)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dog.flac"]
+
+
+def test_without_a_name_the_prompt_names_the_file_and_nothing_is_overwritten(generate, tmp_path):
+    names = [generate("--seed", seed).stdout.strip() for seed in (1, 2)]
+    assert names == ["a-dog-barking-in-the-rain.wav", "a-dog-barking-in-the-rain-2.wav"]
+    assert (tmp_path / names[0]).read_bytes() != (tmp_path / names[1]).read_bytes()
+    assert generate("--seed", 2, "--overwrite").stdout.strip() == names[0]
+    assert (tmp_path / names[0]).read_bytes() == (tmp_path / names[1]).read_bytes()
+
+
+def test_the_file_tells_what_the_fast_options_were(tiny_checkpoint, tmp_path):
+    target = tmp_path / "x.wav"
+    short = ("--steps", "1", "--seconds", "0.2", "-o", str(target))
+    fast = ("--preset", "fast", "--guidance-interval", ":0.7", "--reuse", "2", "--spacing", "linspace")
+    assert main(["generate", PROMPT, "--model", str(tiny_checkpoint), *short, *fast]) == 0
+    settings = json.loads(audio.read_metadata(target)["comment"])
+    assert (settings["steps"], settings["sampler"]) == (1, PRESETS["fast"]["sampler"])
+    assert (settings["guidance_interval"], settings["reuse"], settings["spacing"]) == ([0, 0.7], 2, "linspace")
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("0.1:0.8", (0.1, 0.8)), (":0.8", (0, 0.8)), ("0.1:", (0.1, 1)), (":", (0, 1)), ("0:0", (0, 0)),
+])
+def test_an_interval_is_read_from_one_word(text, expected):
+    assert options.interval(text) == expected
+
+
+def test_several_waveforms_become_several_files(generate, tmp_path):
+    done = generate("-o", "x.wav", "--num-waveforms", 2)
+    assert done.stdout.split() == ["x-1.wav", "x-2.wav"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x-1.wav", "x-2.wav"]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(generate, tmp_path):
+    done = generate("--sampler", "magic")
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "magic" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(generate, refuse, tmp_path):
+    (tmp_path / "x.wav").write_text("precious")
+    refuse(("generate", PROMPT, "-o", "x.wav"), ("x.wav", "--overwrite"))
+    assert (tmp_path / "x.wav").read_text() == "precious"
+    assert generate("-o", "x.wav", "--overwrite").returncode == 0
+    assert soundfile.info(tmp_path / "x.wav").frames == 3200
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("-o", "x.txt"), (".txt", ".wav")),
+    (("-o", "none/x.wav"), ("none",)),
+    (("--steps", 0), ("steps", "0")),
+    (("--steps", "many"), ("many",)),
+    (("--seconds", "nan"), ("seconds", "nan")),
+    (("--seconds", -2), ("seconds", "-2")),
+    (("--seconds", "1e9"), ("seconds",)),
+    (("--sampler", "magic"), ("magic", "ddim", "unipc")),
+    (("--eta", 0.5, "--sampler", "euler"), ("eta", "ddim")),
+    (("--preset", "quick"), ("quick", "fast")),
+    (("--guidance-interval", "0.5"), ("FROM:TO", "0.5")),
+    (("--guidance-interval", "a:b"), ("FROM:TO", "a:b")),
+    (("--guidance-interval", "0.5:0.2"), ("guidance_interval", "0.5", "0.2")),
+    (("--guidance-interval", "0:2"), ("guidance_interval", "2")),
+    (("--reuse", 0), ("reuse", "0")),
+    (("--spacing", "karras"), ("karras", "leading", "trailing", "linspace")),
+    (("--reuse", "often"), ("--reuse", "often")),
+    (("--dtype", "int8"), ("int8", "float16")),
+    (("--device", "gpu"), ("gpu", "cuda")),
+    (("--device", "cuda:42"), ("cuda:42",)),
+    (("--reference", "nobody"), ("nobody", "authors", "diffusers")),
+    (("--num-waveforms", 0), ("num_waveforms", "0")),
+    (("--seed", -1), ("seed", "-1")),
+    (("--model", "no/such/folder/"), ("no/such/folder",)),
+    (("--model", "."), ("model_index.json",)),
+    (("--model", "audioldm3"), ("audioldm3", "audioldm2")),
+    (("--model", "audioldm2", "--local-files-only"), ("ldm2 download",)),
+    (("--nonsense",), ("--nonsense",)),
+])
+def test_bad_options_are_refused_in_one_line(refuse, arguments, words):
+    refuse(("generate", PROMPT, *arguments), words)
+
+
+def test_an_empty_prompt_is_refused(refuse):
+    refuse(("generate", " "), ("empty",))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission_is_refused(refuse, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    refuse(("generate", PROMPT, "-o", "locked/x.wav"), ("locked",))
+
+
+def test_ctrl_c_ends_with_130_and_leaves_no_file(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    from ldm2.unet import UNet
+
+    calls = []
+    forward = UNet.forward
+
+    def interrupted(self, *arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, *arguments, **keywords)
+
+    monkeypatch.setattr(UNet, "forward", interrupted)
+    monkeypatch.chdir(tmp_path)
+    short = ("--steps", "50", "--seconds", "0.2", "-o", "x.wav")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)        # a job in the background ignores it
+    try:
+        code = main(["generate", PROMPT, "--model", str(tiny_checkpoint), *short])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == 130
+    assert "stopped" in capsys.readouterr().err
+    assert len(calls) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fail", [
+    lambda: torch.empty(1 << 60),
+    lambda: np.empty(1 << 50),
+    functools.partial(_raise, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nGPU 0 has a")),
+    functools.partial(_raise, RuntimeError("CUDA error: out of memory")),
+    functools.partial(_raise, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")),
+    functools.partial(_raise, RuntimeError("std::bad_alloc")),
+])
+def test_no_memory_is_one_line_and_exit_code_1(tiny_checkpoint, tmp_path, monkeypatch, capsys, fail):
+    monkeypatch.setattr(AudioLDM2, "decode", lambda *_, **__: fail())
+    arguments = ["generate", PROMPT, "--model", str(tiny_checkpoint), "--steps", "1", "--seconds", "0.2"]
+    assert main([*arguments, "-o", str(tmp_path / "a.wav"), "-q"]) == 1
+    assert capsys.readouterr().err.startswith("ldm2: error: out of memory: --low-memory, ")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (["profile", "--random", "tiny"], ": --dtype float16 or bfloat16, a smaller --batch, shorter --seconds may help"),
+    (["models"], ""),
+])
+def test_without_memory_each_command_names_options_of_its_own(arguments, told, monkeypatch, capsys):
+    monkeypatch.setattr("ldm2.checkpoints.random_models.pipeline", lambda *_, **__: _raise(MemoryError()))
+    monkeypatch.setattr("ldm2.checkpoints.known.table", lambda: _raise(MemoryError()))
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == f"ldm2: error: out of memory{told}\n"
+
+
+def test_other_errors_of_pytorch_are_not_taken_for_it(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(AudioLDM2, "decode", lambda *_, **__: _raise(RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        main(["generate", PROMPT, "--model", str(tiny_checkpoint), "--steps", "1", "--seconds", "0.2", "-q"])
+
+
+def test_waiting_threads_sleep_unless_told_otherwise(tmp_path):
+    """Those of OpenMP, which PyTorch starts: spinning ones starve a busy machine."""
+    program = "import os, sys, ldm2.__main__ as cli; cli.main(['models']); print(os.environ['OMP_WAIT_POLICY'])"
+    for given, expected in ((None, "passive"), ("active", "active")):
+        env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        env |= {"PYTHONPATH": str(ROOT)} | ({} if given is None else {"OMP_WAIT_POLICY": given})
+        done = subprocess.run([sys.executable, "-c", program], env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == expected
+
+
+def test_help_imports_nothing_heavy(tmp_path):
+    code = (
+        "import sys, ldm2, ldm2.__main__\n"
+        "try: ldm2.__main__.main(['generate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'huggingface_hub', 'soundfile'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "--guidance-scale" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_lists_the_samplers_that_exist():
+    from ldm2.cli.options import SAMPLERS
+    from ldm2.samplers import SAMPLERS as exist
+
+    assert set(SAMPLERS) == set(exist)
+
+
+def test_help_lists_the_spacings_that_exist():
+    from ldm2.schedules import SPACINGS
+
+    assert options.SPACINGS == SPACINGS
+
+
+def test_info_tells_parts_parameters_and_heads(tiny_checkpoint, tmp_path):
+    done = ldm2("info", tiny_checkpoint, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("unet", "vae", "vocoder", "float32", "heads"):
+        assert word in done.stdout
+
+
+def test_models_lists_the_published_checkpoints(tmp_path):
+    done = ldm2("models", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("audioldm2", "audioldm2-large", "audioldm2-music", "cvssp/audioldm2", "tiny"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_cpu_with_bfloat16_is_told_of_it(
+    tiny_checkpoint, tmp_path, monkeypatch, capsys, bfloat16_instructions, dtype
+):
+    monkeypatch.chdir(tmp_path)
+    short = ["--steps", "1", "--seconds", "0.1", "--device", "cpu", "--dtype", dtype]
+    assert main(["generate", PROMPT, "--model", str(tiny_checkpoint), *short]) == 0
+    assert (options.BFLOAT16 in capsys.readouterr().err) == (dtype == "auto" and bfloat16_instructions)

@@ -1,0 +1,78 @@
+"""Where the library goes and what is said when it cannot be built. test_cpu_kernels.py compiles the real one."""
+
+import pytest
+import torch
+from ldm2_kernels import build, cpu
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """compiler(script) is what builds run in place of g++; the file to write is $out."""
+    def become(script):
+        path = tmp_path / "compiler"
+        path.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done; out=$2\n{script}\n')
+        path.chmod(0o755)
+        monkeypatch.setenv("CXX", str(path))
+
+    return become
+
+
+def test_the_library_lies_in_the_folder_under_its_name(compiler, tmp_path):
+    compiler("echo code > $out")
+    path = build.build(tmp_path / "made" / "new")
+    assert path == tmp_path / "made" / "new" / cpu.library_name()
+    assert path.read_text() == "code\n"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_first_folder_that_can_be_written_to_is_taken(compiler, tmp_path, monkeypatch):
+    compiler("echo code > $out")
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(cpu, "folders", lambda: [tmp_path / "file", tmp_path / "cache"])
+    assert build.build().parent == tmp_path / "cache"
+    assert cpu.library() == tmp_path / "cache" / cpu.library_name()
+
+
+def test_no_folder_to_write_to_is_an_error(compiler, tmp_path):
+    compiler("echo code > $out")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"cannot write to .*file"):
+        build.build(tmp_path / "file")
+
+
+def test_without_a_compiler_one_line_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CXX", str(tmp_path / "g++"))
+    monkeypatch.setattr("sys.argv", ["build_kernels", "--folder", str(tmp_path)])
+    assert build.main() == 2
+    assert capsys.readouterr().err == f"ldm2: no C++ compiler found: install g++ or set CXX (now {tmp_path}/g++)\n"
+
+
+def test_a_compiler_that_fails_is_quoted(compiler, tmp_path):
+    compiler("echo 'In file included from x.h' >&2; echo 'x.h:1: error: no such type' >&2; exit 1")
+    with pytest.raises(OSError, match=r"compiler failed: x\.h:1: error: no such type"):
+        build.build(tmp_path)
+    assert cpu.library_name() not in [path.name for path in tmp_path.iterdir()]
+
+
+def test_the_name_tells_the_version_of_pytorch_and_the_sources(monkeypatch, tmp_path):
+    cpu.library_name.cache_clear()
+    name = cpu.library_name()
+    assert torch.__version__ in name
+    for file in cpu.sources().iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(cpu, "sources", lambda: tmp_path)
+    cpu.library_name.cache_clear()
+    assert cpu.library_name() == name
+    (tmp_path / "simd.h").write_text("// changed")
+    cpu.library_name.cache_clear()
+    try:
+        assert cpu.library_name() != name
+    finally:
+        cpu.library_name.cache_clear()
+
+
+def test_a_library_of_other_sources_is_not_taken(monkeypatch, tmp_path):
+    (tmp_path / cpu.library_name().replace("torch", "torch0")).write_text("old")
+    monkeypatch.setattr(cpu, "folders", lambda: [tmp_path])
+    assert cpu.library() is None
+    assert cpu.load() is False

@@ -1,0 +1,157 @@
+"""Phonemes: their ids, and the encoder against the authors' outputs."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks import checkpoints
+from ldm2 import weights
+from ldm2.text.phonemes import END, PhonemeText
+
+DATA = Path(__file__).parents[2] / "data" / "conditioning"
+AUTHORS_NAMES = {
+    r"learnable_positional_embedding": None,
+    r"text_encoder\.emb\.weight": "embed_tokens.weight",
+    r"text_encoder\.encoder\.attn_layers\.(\d+)\.conv_([qkv])\.(.*)": r"encoder.layers.\1.attention.\2_proj.\3",
+    r"text_encoder\.encoder\.attn_layers\.(\d+)\.conv_o\.(.*)": r"encoder.layers.\1.attention.out_proj.\2",
+    r"text_encoder\.encoder\.attn_layers\.(\d+)\.(emb_rel_[kv])": r"encoder.layers.\1.attention.\2",
+    r"text_encoder\.encoder\.norm_layers_1\.(\d+)\.gamma": r"encoder.layers.\1.layer_norm.weight",
+    r"text_encoder\.encoder\.norm_layers_1\.(\d+)\.beta": r"encoder.layers.\1.layer_norm.bias",
+    r"text_encoder\.encoder\.norm_layers_2\.(\d+)\.gamma": r"encoder.layers.\1.final_layer_norm.weight",
+    r"text_encoder\.encoder\.norm_layers_2\.(\d+)\.beta": r"encoder.layers.\1.final_layer_norm.bias",
+    r"text_encoder\.encoder\.ffn_layers\.(\d+)\.(.*)": r"encoder.layers.\1.feed_forward.\2",
+    r"text_encoder\.proj\.(.*)": r"project.\1",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return checkpoints.vits_tokenizer(tmp_path_factory.mktemp("vits"))
+
+
+def encoder(tokenizer, places: int = 40) -> PhonemeText:
+    model = checkpoints.vits()
+    return PhonemeText.load(model.config.to_dict(), dict(model.state_dict()), tokenizer, places)
+
+
+class FakeEspeak:
+    """Stands for the package phonemizer, which is not needed for testing what we do with its answers."""
+
+    def __init__(self, answer: str | Exception):
+        self.answer = answer
+
+    def phonemize(self, text: str, **settings) -> str:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def espeak(monkeypatch):
+    """Install a phonemizer that gives this answer."""
+    from transformers.models.vits import tokenization_vits
+
+    def install(answer: str | Exception) -> None:
+        monkeypatch.setattr(tokenization_vits, "requires_backends", lambda *needed: None)
+        monkeypatch.setattr(tokenization_vits, "phonemizer", FakeEspeak(answer), raising=False)
+
+    return install
+
+
+@torch.no_grad()
+def test_states_equal_the_authors(tokenizer):
+    golden, prefix = load_file(DATA / "golden.safetensors"), "cond_stage_models.0.cond_stage_models.1."
+    tensors = {k.removeprefix(prefix): v for k, v in weights.read_tensors(DATA / "phoneme.pth").items()}
+    positions = tensors["learnable_positional_embedding"]
+    renamed = weights.rename(tensors, AUTHORS_NAMES, source="phoneme.pth")
+    renamed = {name: value.squeeze(-1) if "_proj" in name else value for name, value in renamed.items()}
+    phonemes = PhonemeText.load({"vocab_size": 183}, renamed, tokenizer, 48)
+    mask = golden["phon.mask"].bool()
+    states = phonemes.encode(golden["phon.ids"], mask) + positions.transpose(1, 2)
+    torch.testing.assert_close(states, golden["phon.out"], atol=5e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_end_symbol_follows_the_text_and_the_rest_is_masked_zeros(tokenizer):
+    phonemes = encoder(tokenizer)
+    states, mask = phonemes([phonemes.spell("ab"), phonemes.spell("abcd")])
+    assert mask.sum(dim=1).tolist() == [3, 5]
+    assert states.shape == (2, 40, 16)
+    assert not states[0, 3:].any()
+    ids = torch.tensor([[*phonemes.spell("ab"), END]])
+    alone = phonemes.encode(ids, torch.ones(1, 3, dtype=torch.bool))
+    torch.testing.assert_close(states[:1, :3], alone, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_a_full_row_has_no_end_symbol(tokenizer, caplog):
+    phonemes = encoder(tokenizer, places=4)
+    with caplog.at_level(logging.WARNING):
+        ids = phonemes.spell("abcdef")
+    assert len(ids) == 4
+    assert "cut from 'abcdef': the last 2" in caplog.text
+    assert phonemes([ids])[1].all()
+
+
+def test_transcription_is_read_by_espeak(tokenizer, espeak, monkeypatch):
+    espeak("hɛˈ\n ː")
+    monkeypatch.setattr(tokenizer, "phonemize", True)
+    phonemes = encoder(tokenizer)
+    assert phonemes.read("anything") == phonemes.spell("hɛˈ ː")
+
+
+def test_missing_phonemizer_says_how_to_install_it(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "phonemizer", None)
+    monkeypatch.setattr(tokenizer, "phonemize", True)
+    message = r'pip install phonemizer.*apt install espeak-ng.*brew install.*winget install.*phonemes='
+    with pytest.raises(ValueError, match=message):
+        encoder(tokenizer).read("hello")
+
+
+def test_missing_espeak_says_how_to_install_it(tokenizer, espeak, monkeypatch):
+    espeak(RuntimeError("espeak not installed\non your system"))
+    monkeypatch.setattr(tokenizer, "phonemize", True)
+    with pytest.raises(ValueError, match=r"\(espeak not installed on your system\): install .*espeak-ng"):
+        encoder(tokenizer).read("hello")
+
+
+def test_errors_are_one_line(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "phonemize", True)
+    with pytest.raises(ValueError) as raised:
+        encoder(tokenizer).read("hello")
+    assert "\n" not in str(raised.value)
+
+
+def test_symbols_that_the_model_does_not_know_are_named(tokenizer):
+    with pytest.raises(ValueError, match=re.escape("does not know: ! ?")):
+        encoder(tokenizer).spell("a?b!")
+
+
+def test_text_without_any_known_symbol_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="nothing to say in '!!!'"):
+        encoder(tokenizer).read("!!!")
+
+
+def test_blanks_between_phonemes_are_added_where_the_tokenizer_asks_for_them(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "add_blank", True)
+    phonemes = encoder(tokenizer)
+    assert phonemes.spell("ab") == phonemes.read("ab") == (0, 2, 0, 3, 0)
+
+
+def test_parts_that_only_speak_are_left_out(tokenizer):
+    names = [name for name, _ in encoder(tokenizer).named_parameters()]
+    assert names
+    assert all(name.startswith("text_encoder.") for name in names)
+
+
+def test_too_small_a_table_is_an_error(tokenizer):
+    model = checkpoints.vits()
+    with pytest.raises(ValueError, match="a file: vocab_size must be above 182, the end symbol, got 180"):
+        PhonemeText.load(model.config.to_dict() | {"vocab_size": 180}, {}, tokenizer, 40, source="a file")
