@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 REFERENCES = ("authors", "diffusers")
+AUDIOLDM1_FRAMES = 256                                     # latent frames (10.24 s) that each AudioLDM 1 was trained on
 _REQUIRED = object()
 
 # Fields with the only value that any published checkpoint has; a file may leave them out.
@@ -104,7 +105,7 @@ class UNetConfig:
             num_heads=_num_heads(read, channels, used, reference),
             norm_groups=groups,
             film_dim=_film_dim(read),
-            sample_size=read.first_integer("sample_size"),
+            sample_size=_trained_frames(read),
         )
 
 
@@ -222,6 +223,21 @@ class VocoderConfig:
         )
 
 
+def _is_audioldm1(read: _Fields) -> bool:
+    """Whether a file is of the plain UNet2DConditionModel, as those of AudioLDM 1 are."""
+    return read.get("_class_name", None) == "UNet2DConditionModel"
+
+
+def _trained_frames(read: _Fields) -> int | None:
+    """Latent frames of the training's pieces.
+
+    The published files of AudioLDM 1 say 128, half of what the authors' configurations (latent_t_size) trained on: the
+    number there is only the default length of diffusers.
+    """
+    listed = read.first_integer("sample_size")
+    return max(listed or 0, AUDIOLDM1_FRAMES) if _is_audioldm1(read) else listed
+
+
 def _context_dims(
     read: _Fields, channels: tuple[int, ...], used: tuple[bool, ...]
 ) -> tuple[tuple[int | None, ...], ...]:
@@ -232,7 +248,7 @@ def _context_dims(
     """
     name = "cross_attention_dim"
     listed = read.per_level(name, len(channels), _optional_widths)
-    plain = read.get("_class_name", None) == "UNet2DConditionModel"
+    plain = _is_audioldm1(read)
     levels: list[tuple[int | None, ...]] = []
     for level, (widths, width, attends) in enumerate(zip(listed, channels, used, strict=True)):
         if not attends:
