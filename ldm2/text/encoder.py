@@ -84,7 +84,7 @@ class TextEncoder(nn.Module):
         if parts.has("text_encoder_2"):
             if parts.fields("text_encoder_2").get("model_type") == "vits":
                 tokenizer = parts.tokenizer("tokenizer_2", "VitsTokenizer")
-                places = projection.config.position_embeddings or tokenizer.model_max_length
+                places = _places(projection, tokenizer, gpt2, str(parts.folder))
                 phonemes = parts.load("text_encoder_2", PhonemeText.load, tokenizer, places)
             else:
                 tokenizer = parts.tokenizer("tokenizer_2", "T5Tokenizer")
@@ -260,6 +260,25 @@ def _once(lines: list, encode: Callable[[list], Conditioning]) -> Conditioning:
     distinct = list(dict.fromkeys(lines))
     encoded = encode(distinct)
     return encoded if distinct == lines else encoded.select([distinct.index(line) for line in lines])
+
+
+def _places(
+    projection: Projection | None, tokenizer: transformers.VitsTokenizer, gpt2: transformers.GPT2Model | None,
+    source: str,
+) -> int:
+    """Places of the phonemes in a sequence: those of the table of positions, else what the tokenizer sets as limit."""
+    if projection is None or gpt2 is None:
+        raise ValueError(f"{source}: phonemes need a language_model and a projection_model, which it lacks")
+    places, room = projection.config.position_embeddings or tokenizer.model_max_length, gpt2.config.n_positions - 5
+    if not 0 < places < room:
+        raise ValueError(
+            f"{source}: GPT-2 has room for {room - 1} phonemes, but projection_model/config.json has no table of "
+            f"positions and tokenizer_2/tokenizer_config.json sets model_max_length {places:.6g}"
+            if projection.config.position_embeddings is None else
+            f"{source}: max_seq_length of projection_model/config.json must be at most the {room - 1} that GPT-2 has "
+            f"room for, got {places}"
+        )
+    return places
 
 
 class Parts:

@@ -5,10 +5,13 @@ Reference: VITS, arXiv:2106.06103, section 2.2.1 (prior encoder): a transformer 
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,16 @@ logger = logging.getLogger(__name__)
 
 PAD = 0
 END = 182  # the symbol that the models were trained to see after the last phoneme
+PLACES = 310  # phonemes in a sequence of the published models, with the padding
+MARKS = 5  # the last symbols of the table, END among them, which no text contains
+
+# The table of the training: padding, punctuation, letters, IPA (where of two apostrophes the last counts) and marks,
+# numbered through.
+SYMBOLS = (
+    "_" ';:,.!?¡¿—…"«»“” ' "ABCDEFGHIJKLMNOPQRSTUVWXYZ" "abcdefghijklmnopqrstuvwxyz"
+    "ɑɐɒæɓʙβɔɕçɗɖðʤəɘɚɛɜɝɞɟʄɡɠɢʛɦɧħɥʜɨɪʝɭɬɫɮʟɱɯɰŋɳɲɴøɵɸθœɶʘɹɺɾɻʀʁɽʂʃʈʧʉʊʋⱱʌɣɤʍχʎʏʑʐʒʔʡʕʢǀǁǂǃ"
+    "ˈˌːˑʼʴʰʱʲʷˠˤ˞↓↑→↗↘'\u0329'ᵻ" "♪☎☒☝⚠"
+)
 
 _espeak = threading.Lock()                                 # espeak-ng is one C library with a state of its own
 
@@ -37,6 +50,34 @@ INSTALL = (
     "`dnf install espeak-ng` (Fedora), `brew install espeak-ng` (macOS) or `winget install eSpeak-NG.eSpeak-NG` "
     "(Windows), or pass ready phonemes (phonemes=) instead of a transcription"
 )
+
+
+def training_tokenizer() -> transformers.VitsTokenizer:
+    """The tokenizer of the training: English text through espeak-ng to phonemes, or phonemes as they are."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vocab.json"
+        path.write_text(json.dumps({symbol: number for number, symbol in enumerate(SYMBOLS)}), encoding="utf-8")
+        return transformers.VitsTokenizer(
+            path, pad_token="_", unk_token="_", add_blank=False, phonemize=True, model_max_length=PLACES
+        )
+
+
+def check_symbols(tokenizer: transformers.VitsTokenizer, size: int, source: str) -> None:
+    """Raise ValueError unless `tokenizer` numbers the symbols of a table of `size` rows, from 0 for padding.
+
+    The marks at the end of the table, and one number that two symbols would share, may be missing. The tokenizer of
+    another model (38 letters of MMS, for one) would pick phonemes at random.
+    """
+    numbers = list(tokenizer.encoder.values())
+    whole = all(isinstance(number, int) and number >= 0 for number in numbers) and len(set(numbers)) == len(numbers)
+    last = max(numbers, default=0) if whole else 0
+    if whole and size - MARKS <= last + 1 <= size and len(numbers) >= last and tokenizer.pad_token_id == PAD:
+        return
+    raise ValueError(
+        f"{source}: its table holds {size} phonemes, but the tokenizer_2 beside it knows {len(numbers)} symbols with "
+        f"padding {tokenizer.pad_token_id}: it is the tokenizer of another model, take the authors' .pth file "
+        "(audioldm2-speech-ljspeech or audioldm2-speech-gigaspeech), for which ldm2 has the symbols"
+    )
 
 
 class PhonemeText(nn.Module):
@@ -57,10 +98,12 @@ class PhonemeText(nn.Module):
         """From the fields of a config.json and the tensors of a VitsModel or of its text encoder.
 
         max_length: places in the sequence, as many as the projection has positions.
+        Raises ValueError if the tokenizer is not the model's.
         """
         config = transformers_config(transformers.VitsConfig, fields, source)
         if config.vocab_size <= END:
             raise ValueError(f"{source}: vocab_size must be above {END}, the end symbol, got {config.vocab_size}")
+        check_symbols(tokenizer, config.vocab_size, source)
         with torch.device("meta"):
             phonemes = cls(tokenizer, config, max_length)
         table = weights.OLD_NAMES | TEXT_ENCODER_ONLY

@@ -2,7 +2,7 @@
 
 Those of hub folders lie in them. Authors' files hold weights alone: their tokenizers come from a local folder, or from
 the hub repositories of the encoders that the models were trained with; then they are fetched when the first prompt is
-encoded, so that a file can be opened without a network.
+encoded, so that a file can be opened without a network. The symbols of the speech models are known here.
 """
 
 from __future__ import annotations
@@ -58,10 +58,7 @@ SOURCES = {
         "T5Tokenizer", "tokenizer_2",
         (("google/flan-t5-large", ""), ("cvssp/audioldm2", "tokenizer_2")), 128,
     ),
-    "phonemes": Source(
-        "VitsTokenizer", "tokenizer_2",
-        (("anhnct/audioldm2_gigaspeech", "tokenizer_2"), ("anhnct/audioldm2_ljspeech", "tokenizer_2")), None,
-    ),
+    "phonemes": Source("VitsTokenizer", "tokenizer_2", (), None),            # not fetched: see training_tokenizer
 }
 
 
@@ -146,11 +143,16 @@ class LazyTokenizer:
 def tokenizer(
     encoder: str, folder: str | Path | None = None, local_files_only: bool = False
 ) -> TextTokenizer | transformers.VitsTokenizer | LazyTokenizer:
-    """The tokenizer of an encoder, "clap", "t5" or "phonemes": that of a local folder, read now, or the hub's, later.
+    """The tokenizer of an encoder, "clap" or "t5": that of a local folder, read now, or the hub's, later; "phonemes":
+    that of the folder, or else that of the training.
 
     folder: holds the sub-folder `tokenizer` (CLAP) or `tokenizer_2` (T5, phonemes). Raises ValueError naming it.
     """
     source = SOURCES[encoder]
+    if folder is None and encoder == "phonemes":
+        from ldm2.text.phonemes import training_tokenizer
+
+        return training_tokenizer()
     if folder is None:
         return LazyTokenizer(source, local_files_only)
     return read(source, _local(source, encoder, folder))
@@ -163,8 +165,11 @@ def save_tokenizer(encoder: str, folder: str | Path | None, local_files_only: bo
     Raises ValueError or OSError if it cannot be had.
     """
     source = SOURCES[encoder]
-    place = from_hub(source, local_files_only) if folder is None else _local(source, encoder, folder)
-    loaded = from_pretrained(source.kind, place)
+    if folder is None and encoder == "phonemes":
+        loaded = tokenizer(encoder)
+    else:
+        place = from_hub(source, local_files_only) if folder is None else _local(source, encoder, folder)
+        loaded = from_pretrained(source.kind, place)
     if source.max_length is not None:
         loaded.model_max_length = min(loaded.model_max_length, source.max_length)
     loaded.save_pretrained(target)

@@ -398,3 +398,18 @@ def test_impossible_number_of_vectors_is_an_error(tmp_path):
     folder = checkpoints.save(tmp_path, language_model=checkpoints.gpt2(max_new_tokens=0))
     with pytest.raises(ValueError, match="max_new_tokens must be a positive integer, got 0"):
         TextEncoder.from_folder(folder)
+
+
+@pytest.mark.parametrize(("limit", "message"), [
+    (10**30, "room for 250 phonemes.*model_max_length 1e\\+30"),
+    (251, "room for 250 phonemes.*model_max_length 251"),
+])
+def test_without_a_table_of_positions_the_tokenizer_must_set_a_limit_that_fits(tmp_path, limit, message):
+    from diffusers import AudioLDM2ProjectionModel
+
+    folder = checkpoints.save_speech(
+        tmp_path / "speech", projection_model=AudioLDM2ProjectionModel(16, 16, 24),
+        tokenizer_2=checkpoints.vits_tokenizer(tmp_path, model_max_length=limit),
+    )
+    with pytest.raises(ValueError, match=message):
+        TextEncoder.from_folder(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import VitsTokenizer
 
 from benchmarks import checkpoints
 from ldm2 import weights
-from ldm2.text.phonemes import END, PhonemeText
+from ldm2.text.phonemes import END, SYMBOLS, PhonemeText, training_tokenizer
 
 DATA = Path(__file__).parents[2] / "data" / "conditioning"
 AUTHORS_NAMES = {
@@ -155,3 +157,39 @@ def test_too_small_a_table_is_an_error(tokenizer):
     model = checkpoints.vits()
     with pytest.raises(ValueError, match="a file: vocab_size must be above 182, the end symbol, got 180"):
         PhonemeText.load(model.config.to_dict() | {"vocab_size": 180}, {}, tokenizer, 40, source="a file")
+
+
+def letters(folder: Path, count: int = 38, **settings) -> VitsTokenizer:
+    """A tokenizer such as that of MMS: letters and no phonemes, the padding in the middle, no limit."""
+    path = folder / "vocab.json"
+    path.write_text(json.dumps({chr(0x4E00 + i): i for i in range(count)}))
+    return VitsTokenizer(path, pad_token=chr(0x4E14), add_blank=False, phonemize=False, **settings)
+
+
+@pytest.mark.parametrize("count", [38, 177, 184])
+def test_a_tokenizer_of_another_model_is_refused_with_the_way_out(tmp_path, count):
+    message = f"183 phonemes.*{count} symbols.*audioldm2-speech-ljspeech"
+    with pytest.raises(ValueError, match=message):
+        encoder(letters(tmp_path, count))
+
+
+def test_numbers_that_repeat_or_leave_gaps_are_refused(tokenizer, monkeypatch):
+    for broken in ({"_": 0, "a": 182}, {"_": 0, **{chr(0x4E00 + i): 1 for i in range(182)}}):
+        monkeypatch.setattr(tokenizer, "encoder", broken)
+        with pytest.raises(ValueError, match="another model"):
+            encoder(tokenizer)
+
+
+def test_the_marks_that_no_text_contains_may_be_missing(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "encoder", {s: i for s, i in tokenizer.encoder.items() if i < 178})
+    assert encoder(tokenizer).spell("ab") == (2, 3)
+
+
+def test_the_symbols_of_the_training_are_numbered_as_in_vits(espeak):
+    # https://github.com/jaywalnut310/vits/blob/main/text/symbols.py: 178 symbols, to which AudioLDM 2 adds five
+    tokenizer = training_tokenizer()
+    assert len(SYMBOLS) == END + 1
+    known = {"_": 0, ";": 1, " ": 16, "A": 17, "a": 43, "z": 68, "ɑ": 69, "ˈ": 156, "ː": 158, "ᵻ": 177, "⚠": 182}
+    assert {symbol: tokenizer.encoder[symbol] for symbol in known} == known
+    espeak("hɛloʊ  wˈɜːld")
+    assert encoder(tokenizer).read("Hello world") == tuple(tokenizer.encoder[s] for s in "hɛloʊ wˈɜːld")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -467,3 +468,19 @@ def test_a_tokenizer_that_cannot_be_had_is_an_error_at_the_first_prompt(clap_fil
     with pytest.raises(OSError, match="pass tokenizers=FOLDER") as error:
         text.encode(["a dog"])
     one_line(error)
+
+
+def test_an_authors_speech_file_needs_no_tokenizer_for_its_phonemes(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    path = authors.save(authors.whole_state(authors.modules("speech")), tmp_path / "speech.pth")
+    text = original.components(path, local_files_only=True).text
+    assert text.phonemes.spell("hɛlo") == (50, 86, 54, 57)  # VITS numbers a to z from 43, its IPA from 69
+
+
+def test_the_tokenizer_of_another_speech_model_is_refused(tmp_path):
+    path = authors.save(authors.whole_state(authors.modules("speech")), tmp_path / "speech.pth")
+    folder = authors.save_tokenizers(tmp_path / "tokenizers", speech=True)
+    vocabulary = folder / "tokenizer_2/vocab.json"
+    vocabulary.write_text(json.dumps({letter: i for i, letter in enumerate("_ abcdefghijklmnopqrstuvwxyz'-")}))
+    with pytest.raises(ValueError, match=r"183 phonemes.*30 symbols"):
+        original.components(path, tokenizers=folder)
