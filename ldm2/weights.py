@@ -10,9 +10,7 @@ time, and what was cast is let go. Pickle files are read with `weights_only=True
 
 from __future__ import annotations
 
-import pickle
 import re
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,17 +22,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ldm2 import pickle_file
 from ldm2.checkpoints.hub import WITHOUT_WEIGHTS, parts, weight_files
 from ldm2.config import UNetConfig, VocoderConfig
 
 Table = Mapping[str, "str | None"]
 REFERENCES = ("authors", "diffusers")
-
-# What torch.load raises on bytes that are no pickle, or a damaged one; UnpicklingError is for what is forbidden in it.
-DAMAGED = (
-    RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError,
-    MemoryError, struct.error,
-)
 
 STRETCH = 128_000_000                                      # bytes of a file that are mapped at once to be copied
 
@@ -116,18 +109,26 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 def read_pickle(path: str | Path) -> object:
     """What a `.bin`, `.pth` or `.ckpt` file holds: tensors (memory-mapped where the format allows) in plain containers.
 
-    Nothing in the file is run: a file that asks for anything else is a ValueError.
+    Nothing in the file is run: a file that asks for anything else is a ValueError, except for what training frameworks
+    leave beside the tensors, which is not read.
     """
     try:
-        with open(path, "rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"  # older files are one pickle after another, which cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return pickle_file.read(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing") from error
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is {_kind(path)}, not a pickle of plain tensors; nothing of it was run") from error
-    except DAMAGED as error:
+    except pickle_file.Forbidden as error:
+        what = f"{path} is" if error.name else f"{path} is {_kind(path)},"
+        way_out = f". {_save_alone(Path(path), error.name)}" if error.name else ""
+        raise ValueError(f"{what} not a pickle of plain tensors; nothing of it was run{way_out}") from error
+    except pickle_file.DAMAGED as error:
         raise ValueError(f"{path} is {_kind(path)}, not a complete pickle of tensors ({_one_line(error)})") from error
+
+
+def _save_alone(path: Path, name: str) -> str:
+    """What is in the way in a pickle, and the line with which who trusts it can save its tensors without it."""
+    tensors = f"torch.load({path.name!r}, weights_only=False)['state_dict']"
+    line = f"import torch; torch.save({{'state_dict': {tensors}}}, 'new.pth')"
+    return f'It asks for {name}; if you trust its maker, save the tensors alone: python -c "{line}"'
 
 
 def _flat(content: object, path: Path) -> dict[str, Tensor]:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 import re
 import shutil
+import sys
 import threading
 import warnings
+import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -189,6 +197,99 @@ def test_code_in_a_bare_pickle_is_refused_and_not_run(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
     refused(tmp_path, "nothing of it was run")
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_in_the_way_is_named_with_a_line_that_saves_the_tensors_alone(tmp_path, monkeypatch):
+    path = tmp_path / "training.ckpt"
+    torch.save({"state_dict": TENSORS, Fraction: Fraction(1, 2)}, path)
+    message = refused(path, r"nothing of it was run. It asks for fractions\.Fraction; if you trust its maker")
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r'python -c "(.*)"', message)[1], {})   # the advice, followed
+    assert same(weights.read_tensors(tmp_path / "new.pth"), TENSORS)
+
+
+class Settings(argparse.Namespace):
+    """Called as a class of a training framework would be, in the test below."""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_training_leaves_beside_the_tensors_is_not_read(tmp_path, zipped, monkeypatch):
+    monkeypatch.setattr(Settings, "__module__", "pytorch_lightning.callbacks")
+    framework = ModuleType("pytorch_lightning.callbacks")
+    framework.Settings = Settings
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        monkeypatch.setitem(sys.modules, name, framework)
+    beside = {
+        "hyper_parameters": argparse.Namespace(lr=np.float64(1e-4), path=Path("/data"), sizes=np.arange(3)),
+        Settings: {"best": Settings(score=np.float32(1), at=datetime.now())}, "dtype": np.dtype("int16"), "kind": int,
+    }
+    path = tmp_path / "training.ckpt"
+    torch.save({"state_dict": TENSORS} | beside, path, _use_new_zipfile_serialization=zipped)
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        monkeypatch.delitem(sys.modules, name)
+    before = torch.serialization.get_safe_globals()
+    assert same(weights.read_tensors(path), TENSORS)
+    assert set(torch.serialization.get_safe_globals()) == set(before)        # nothing is left behind for others
+
+
+# The tables of archives
+
+
+def archive(path: Path, change: Callable[[list[tuple[zipfile.ZipInfo, bytes]]], None]) -> Path:
+    """A file of torch.save whose records (info, content) were changed and packed anew, by tables that agree."""
+    torch.save({"a": torch.arange(30.0), "b": torch.arange(50.0)}, path)
+    with zipfile.ZipFile(path) as old:
+        records = [(entry, old.read(entry)) for entry in old.infolist()]
+    change(records)
+    with zipfile.ZipFile(path, "w") as new:
+        for entry, content in records:
+            new.writestr(entry.filename, content, entry.compress_type)
+    return path
+
+
+def test_an_archive_packed_anew_is_read(tmp_path):
+    tensors = weights.read_tensors(archive(tmp_path / "model.bin", lambda records: None))
+    assert tensors["b"].tolist() == list(range(50))
+
+
+def test_a_record_shorter_than_its_tensor_is_refused(tmp_path):
+    def shorten(records):
+        for i, (entry, content) in enumerate(records):
+            if entry.filename.endswith("/data/0"):
+                records[i] = entry, content[:-4]
+
+    refused(archive(tmp_path / "model.bin", shorten), "need 120 bytes where the archive has no record of that size")
+
+
+def test_a_compressed_archive_is_refused(tmp_path):
+    def deflate(records):
+        for entry, _ in records:
+            entry.compress_type = zipfile.ZIP_DEFLATED
+
+    refused(archive(tmp_path / "model.bin", deflate), "is compressed")
+
+
+def test_a_large_table_is_refused_before_it_is_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "model.bin", "w") as file, file.open("x/data.pkl", "w") as record:
+        for _ in range(257):
+            record.write(bytes(2**20))
+    refused(tmp_path / "model.bin", "data.pkl has 269484032 bytes, at most 268435456")
+
+
+@pytest.mark.parametrize("at", ["signature", "method", "size", "name length", "extra length", "name"])
+def test_a_flip_in_the_header_of_a_record_is_refused(tmp_path, at):
+    path = tmp_path / "model.bin"
+    torch.save({"a": torch.arange(30.0), "b": torch.arange(50.0)}, path)
+    with zipfile.ZipFile(path) as file:
+        start = next(entry.header_offset for entry in file.infolist() if entry.filename.endswith("/data/0"))
+    place = {"signature": 0, "method": 8, "size": 18, "name length": 26, "extra length": 28, "name": 30}[at]
+    content = bytearray(path.read_bytes())
+    content[start + place] ^= 1
+    path.write_bytes(content)
+    if at == "size":                                       # flag 8 says that it follows, no matter what is here
+        assert weights.read_tensors(path)["a"].tolist() == list(range(30))
+    else:
+        refused(path, "record|BadZipFile|header|Overlap")
 
 
 def test_a_pickle_of_other_things_is_refused(tmp_path):

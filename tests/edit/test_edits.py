@@ -46,7 +46,7 @@ def inside(times, num_samples, rate=RATE):
 # --- the authors' masked run -----------------------------------------------------------------------------------------
 
 def test_a_masked_run_equals_the_authors(tmp_path):
-    run = load_file(Path(__file__).parents[2] / "data" / "golden_masked.safetensors")
+    run = load_file(Path(__file__).parents[1] / "data" / "golden_masked.safetensors")
     golden = authors.golden("base")
     parts = original.components(authors.save(authors.golden_state("base"), tmp_path / "x.pth"), authors.config("base"))
     text = SimpleNamespace(reference="authors")            # not needed: what it would say is recorded

@@ -200,7 +200,7 @@ def test_mel_bins_that_do_not_fill_latent_ones_are_named():
                                                 ("ddim_masked.s10.eta1", "ddim", 1.0),
                                                 ("plms_masked.s10", "pndm", 0.0)])
 def test_masked_sampling_equals_the_authors(name, sampler, eta):
-    golden = load_file(Path(__file__).parents[2] / "data" / "golden_samplers.safetensors")
+    golden = load_file(Path(__file__).parents[1] / "data" / "golden_samplers.safetensors")
     run = {key.removeprefix(name + "."): value for key, value in golden.items() if key.startswith(name + ".")}
     fresh, steps = iter(run["q_noise"]), iter(run["noise"] if eta else ())
 

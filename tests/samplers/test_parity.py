@@ -105,7 +105,7 @@ def compare(name, config, steps, eta=0.0):
 
 @pytest.fixture(scope="module")
 def golden():
-    return load_file(Path(__file__).parents[2] / "data" / "golden_samplers.safetensors")
+    return load_file(Path(__file__).parents[1] / "data" / "golden_samplers.safetensors")
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 15, 33, 50])

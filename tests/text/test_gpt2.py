@@ -14,7 +14,7 @@ from benchmarks import checkpoints
 from ldm2 import weights
 from ldm2.text.gpt2 import ProjectionConfig, continue_sequence, load_gpt2, load_projection
 
-DATA = Path(__file__).parents[2] / "data" / "conditioning"
+DATA = Path(__file__).parents[1] / "data" / "conditioning"
 WIDTHS = {"text_encoder_dim": 512, "text_encoder_1_dim": 1024, "langauge_model_dim": 768}
 
 

@@ -17,7 +17,7 @@ from benchmarks import checkpoints
 from ldm2 import weights
 from ldm2.text.phonemes import END, SYMBOLS, PhonemeText, training_tokenizer
 
-DATA = Path(__file__).parents[2] / "data" / "conditioning"
+DATA = Path(__file__).parents[1] / "data" / "conditioning"
 AUTHORS_NAMES = {
     r"learnable_positional_embedding": None,
     r"text_encoder\.emb\.weight": "embed_tokens.weight",

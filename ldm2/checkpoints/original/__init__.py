@@ -3,8 +3,10 @@
     parts = original.components("audioldm2-full.pth")
     parts.unet, parts.vae, parts.vocoder, parts.text, parts.scale_factor
 
-The file is memory-mapped and no tensor is copied: what the parts do not use (the moving average of the UNet, AudioMAE,
-a second CLAP and T5) is never read from disk. `read` gives each part as a published hub folder would hold it.
+Read are the published files, those of AudioLDM 1, and checkpoints of the authors' own training code. As the authors do,
+the raw weights of the UNet are run, not their moving average (model_ema). The file is memory-mapped and no tensor is
+copied: what the parts do not use (the moving average, optimizer, losses, AudioMAE, a second CLAP and T5) is never read
+from disk. `read` gives each part as a published hub folder would hold it.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ _UNET = "model.diffusion_model."
 _VOCODER = "first_stage_model.vocoder."
 _VAE = "first_stage_model."
 _RANKING = "clap."                                         # CLAP once more, to rank candidates with
-_STAGE = re.compile(r"(cond_stage_models\.\d+\.(?:cond_stage_models\.\d+\.)?).*")
+_STAGE = re.compile(r"(cond_stage_models\.\d+\.(?:cond_stage_models\.\d+\.)?|cond_stage_model\.).*")
 
 # What a stage of the conditioning is, told by one of its names: its number means something else in each variant.
 _KINDS = {

@@ -18,10 +18,12 @@ from ldm2.weights import Table
 # What no model needs at inference: tables that are computed, and modules that only training runs.
 DROPPED = (
     r"model_ema\..*",                                # moving average of the UNet; the authors run the raw weights
+    r"first_stage_model\.loss\..*",                  # perceptual loss, discriminator and logvar of the VAE's training
+    r"ddim_(?:sigmas|alphas|alphas_prev|sqrt_one_minus_alphas|sigmas_for_original_num_steps)",
     r"(?:sqrt_|log_)?(?:one_minus_|recip_|recipm1_)?alphas_cumprod(?:_prev)?",
     r"betas|logvar|posterior_(?:variance|log_variance_clipped|mean_coef[12])",
     r"(?:.*\.)?mel_transform\..*",                   # front end of CLAP's audio branch
-    r"cond_stage_models\.\d+\.cond_stage_models\.\d+\.audiomae\..*",  # teacher of GPT-2
+    r"cond_stage_models\.\d+\.(?:cond_stage_models\.\d+\.)?audiomae\..*",  # teacher of GPT-2
 )
 
 _RESNET: Table = {

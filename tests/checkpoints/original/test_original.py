@@ -6,9 +6,10 @@ import json
 import os
 import pickle
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -327,6 +328,64 @@ def clap_file(tmp_path_factory):
     return clap, authors.save(authors.text_state(clap=clap), path)
 
 
+# Files of the training, and of AudioLDM 1
+
+
+TRAINING_ONLY = [
+    "first_stage_model.loss.logvar", "first_stage_model.loss.perceptual_loss.net.slice1.0.weight",
+    "first_stage_model.loss.discriminator.main.0.weight", "model_ema.decay", "model_ema.num_updates",
+    "model_ema.diffusion_modelout2weight", "logvar", "ddim_sigmas", "ddim_alphas_prev", "clap.mel_transform.window",
+    "cond_stage_models.0.cond_stage_models.2.audiomae.cls_token", "cond_stage_models.2.audiomae.cls_token",
+]
+
+
+def test_what_only_training_reads_is_dropped(files):
+    state = authors.golden_state("film")
+    expected = original.split(state, {}, "file.ckpt")
+    parts = original.split(state | {name: torch.full((2,), torch.nan) for name in TRAINING_ONLY}, {}, "file.ckpt")
+    assert {name: (part.fields, list(part.tensors)) for name, part in parts.items()} == {
+        name: (part.fields, list(part.tensors)) for name, part in expected.items()
+    }
+
+
+def test_a_lightning_checkpoint_is_read(tmp_path):
+    state = authors.golden_state("film")
+    path = tmp_path / "checkpoint-fad-133.00-global_step=25009.ckpt"
+    torch.save({
+        "epoch": 3, "global_step": 25009, "pytorch-lightning_version": "2.1.3", "state_dict": state,
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": OrderedDict(ready=4)}}, "callbacks": {},
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(3)}}}],
+        "lr_schedulers": [{"base_lrs": [np.float64(1e-4)], "last_lr": np.array([1e-4])}],
+        "hyper_parameters": {"latent_t_size": np.int64(256), "dtype": np.dtype("float32")},
+    }, path)
+    assert original.read(path).keys() == original.split(state, {}, "").keys()
+
+
+def test_the_conditioning_of_audioldm_1_has_no_number(clap_file, tmp_path):
+    clap, path = clap_file
+    state = authors.text_state(clap=clap)
+    names = {name: name.replace("cond_stage_models.0.", "cond_stage_model.") for name in state}
+    unet = checkpoints.unet(
+        block_out_channels=(32, 64), cross_attention_dim=[[None]] * 2, attention_head_dim=(1, 2), norm_num_groups=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        class_embed_type="simple_projection", class_embeddings_concat=True, projection_class_embeddings_input_dim=64,
+    )
+    state = authors.state(unet=unet) | {names[name]: tensor for name, tensor in state.items()}
+    found = original.components(authors.save(state, tmp_path / "audioldm-s-full"), tokenizers=tokenizers(tmp_path))
+    expected = original.components(path, tokenizers=tmp_path).text.encode(["a dog"])
+    conditioning = found.text.encode(["a dog"])
+    assert torch.equal(conditioning.film, expected.film)
+    x = torch.randn(1, 4, 16, 8)
+    with torch.no_grad():
+        theirs = unet(x, torch.tensor([7]), None, class_labels=conditioning.film).sample
+        assert_within(found.unet(x, torch.tensor([7]), conditioning), theirs, 2e-5)
+
+
+def tokenizers(folder: Path) -> Path:
+    checkpoints.roberta_tokenizer().save_pretrained(folder / "tokenizer")
+    return folder
+
+
 # Bad files
 
 
@@ -379,8 +438,8 @@ def test_a_foreign_file_is_one_line(tmp_path, content, found):
 
 
 @pytest.mark.parametrize("name", [
-    "control_model.weight", "model.diffusion_model.new.weight", "first_stage_model.loss.weight",
-    "cond_stage_models.3.model.weight",
+    "control_model.weight", "model.diffusion_model.new.weight", "first_stage_model.losses.weight",
+    "cond_stage_models.3.model.weight", "cond_stage_model.model.weight",
 ])
 def test_an_unknown_key_is_an_error(name):
     state = authors.golden_state("film") | {name: torch.zeros(1)}
