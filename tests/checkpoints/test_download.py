@@ -15,7 +15,7 @@ from tests.hub import Hub
 NAME = "somebody/a-model"
 WORKER = """
 import json, sys
-from ldm2 import hub
+from ldm2.checkpoints import hub
 for line in sys.stdin:
     try:
         answer = [str(hub.resolve(**json.loads(line))), None]
