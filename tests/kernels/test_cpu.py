@@ -28,6 +28,7 @@ def library(tmp_path_factory):
             build(folder)
             patch.setattr(cpu, "folders", lambda: [folder])
         patch.setattr(ops, "_kernels", {})
+        cpu.load()
         yield torch.ops.ldm2_cpu
 
 
