@@ -57,8 +57,8 @@ setup(
     install_requires=[
         "torch>=2.6",
         "safetensors>=0.5",
-        "huggingface_hub>=1.0",
-        "transformers>=5.0,<6",
+        "huggingface_hub>=1.3",
+        "transformers>=5.2,<6",
         "numpy>=1.26",
         "soundfile>=0.13",
         "soxr>=0.5",

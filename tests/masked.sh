@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests twice: with all instruction sets of this machine, then with those above AVX2 masked. Takes pytest's arguments:
-#   tests/masked.sh tests/test_cpu_kernels.py tests/test_ops.py
+#   tests/masked.sh tests/kernels tests/test_ops.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
