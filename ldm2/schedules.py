@@ -14,33 +14,19 @@ import json
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from ldm2 import solver_options
+from ldm2.solver_options import SolverOptions
+
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
 
-# Fields of scheduler_config.json that change the numbers, with the only value that is implemented: the one of every
-# published checkpoint. A file in which one of them says something else must not be sampled as if it did not.
-_FIXED = {
-    "trained_betas": None,
-    "clip_sample": False,
-    "thresholding": False,
-    "rescale_betas_zero_snr": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_lu_lambdas": False,
-    "use_flow_sigmas": False,
-    "variance_type": "fixed_small",
-    "interpolation_type": "linear",
-    "timestep_type": "discrete",
-    "final_sigmas_type": "zero",
-}
 _OLD_SAMPLERS = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
 
 
@@ -49,9 +35,12 @@ class Schedule:
     """What scheduler_config.json says, with its names.
 
     num_train_timesteps: T, the timesteps of the training are 0 .. T - 1
-    prediction_type:     what the model returns: "epsilon", or "v_prediction" (arXiv:2202.00512, appendix D)
+    prediction_type:     what the model returns: "epsilon", "v_prediction" (arXiv:2202.00512, appendix D), or "sample"
+                         for x_0
     steps_offset:        added to the timesteps of "leading" spacing
     set_alpha_to_one:    whether DDIM and PNDM end at alphas_cumprod = 1 rather than at alphas_cumprod[0]
+    trained_betas:       (T,) betas that take the place of a beta_schedule
+    config:              the file itself, for the options of the solvers
 
     Raises ValueError for values that are out of range or not implemented.
     """
@@ -64,20 +53,25 @@ class Schedule:
     timestep_spacing: str = "leading"
     steps_offset: int = 0
     set_alpha_to_one: bool = True
+    trained_betas: tuple[float, ...] | None = None
+    config: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _whole("num_train_timesteps", self.num_train_timesteps, 1)
         _whole("steps_offset", self.steps_offset, 0)
-        for field in ("beta_start", "beta_end"):
-            beta = getattr(self, field)
-            if isinstance(beta, bool) or not isinstance(beta, numbers.Real) or not 0 < beta < 1:
-                raise ValueError(f"{field} must be a number between 0 and 1, got {beta!r}")
-        for field, known in (("beta_schedule", BETA_SCHEDULES), ("prediction_type", PREDICTION_TYPES),
+        for name in ("beta_start", "beta_end"):
+            if not _is_beta(getattr(self, name)):
+                raise ValueError(f"{name} must be a number between 0 and 1, got {getattr(self, name)!r}")
+        for name, known in (("beta_schedule", BETA_SCHEDULES), ("prediction_type", PREDICTION_TYPES),
                              ("timestep_spacing", SPACINGS)):
-            if getattr(self, field) not in known:
-                raise ValueError(f"{field} must be one of {', '.join(known)}, got {getattr(self, field)!r}")
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not isinstance(self.set_alpha_to_one, bool):
             raise ValueError(f"set_alpha_to_one must be true or false, got {self.set_alpha_to_one!r}")
+        betas = self.trained_betas
+        if betas is not None and not (len(betas) == self.num_train_timesteps and all(map(_is_beta, betas))):
+            raise ValueError(f"trained_betas must be {self.num_train_timesteps} numbers between 0 and 1, got "
+                             f"{_shortened(betas)}")
 
     @classmethod
     def from_json(cls, path: str | Path) -> Schedule:
@@ -99,21 +93,23 @@ class Schedule:
             "timestep_spacing": "leading" if name in (None, *_OLD_SAMPLERS) else "linspace",
             "steps_offset": 0,
             "set_alpha_to_one": name != "PNDMScheduler",
-            "clip_sample": name in ("DDIMScheduler", "DDPMScheduler"),
+            "trained_betas": None,
         }
-        config = {**defaults, **config}
-        for field, value in _FIXED.items():
-            # null stands for "off" in those fields that diffusers made optional
-            if config.get(field, value) not in (value, None):
-                raise ValueError(f"{source}: {field} must be {json.dumps(value)}, got {config[field]!r}")
-        fields = cls.__dataclass_fields__
-        missing = [field for field in fields if field not in config]
+        fields = {**defaults, **config, "config": dict(config)}
+        missing = [name for name in cls.__dataclass_fields__ if name not in fields]
         if missing:
             raise ValueError(f"{source}: {missing[0]} is missing")
         try:
-            return cls(**{field: config[field] for field in fields})
+            if fields["trained_betas"] is not None:
+                fields["trained_betas"] = tuple(np.ravel(fields["trained_betas"]).tolist())
+            solver_options.read(str(name), config)
+            return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
+
+    def options(self, scheduler: str) -> SolverOptions:
+        """What the file says to the solver of a scheduler class. Raises ValueError for what is not implemented."""
+        return solver_options.read(scheduler, self.config)
 
     def with_spacing(self, spacing: str | None) -> Schedule:
         """The same noise levels, visited at another spacing of the timesteps; None keeps its own."""
@@ -122,6 +118,8 @@ class Schedule:
     @cached_property
     def betas(self) -> np.ndarray:
         """(T,) float64."""
+        if self.trained_betas is not None:
+            return np.array(self.trained_betas)
         if self.beta_schedule == "linear":
             return np.linspace(self.beta_start, self.beta_end, self.num_train_timesteps)
         if self.beta_schedule == "scaled_linear":
@@ -201,6 +199,14 @@ class Schedule:
     def _inside(self, timesteps: np.ndarray) -> np.ndarray:
         """Shifted down where steps_offset leads out of the table, which happens when every timestep is visited."""
         return timesteps - max(0, timesteps[0] - (self.num_train_timesteps - 1))
+
+
+def _is_beta(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and 0 < value < 1
+
+
+def _shortened(values: tuple) -> str:
+    return repr(values) if len(values) < 4 else f"{len(values)} of them from {values[0]!r} to {values[-1]!r}"
 
 
 def _whole(name: str, value: object, least: int) -> None:

@@ -196,16 +196,18 @@ def test_fields_left_out_have_the_defaults_of_the_class():
     short = {field: PUBLISHED[field] for field in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")}
     assert Schedule.from_dict(short | {"_class_name": "PNDMScheduler"}) == replace(SCHEDULE, steps_offset=0)
     assert Schedule.from_dict(short | {"_class_name": "LMSDiscreteScheduler"}).timestep_spacing == "linspace"
-    with pytest.raises(ValueError, match="clip_sample must be false, got True"):      # true is DDIM's default
-        Schedule.from_dict(short | {"_class_name": "DDIMScheduler"})
+    ddim, pndm = (Schedule.from_dict(short | {"_class_name": name}) for name in ("DDIMScheduler", "PNDMScheduler"))
+    assert ddim.options("DDIMScheduler").clip_sample and not pndm.options("DDIMScheduler").clip_sample
+    assert ddim.options("PNDMScheduler").skip_prk_steps and not pndm.options("PNDMScheduler").skip_prk_steps
 
 
 @pytest.mark.parametrize("field, value", [
     ("num_train_timesteps", 0), ("num_train_timesteps", 10.5), ("beta_start", 0), ("beta_end", 1.5),
-    ("beta_end", "0.02"), ("beta_start", math.nan), ("beta_schedule", "sigmoid"), ("prediction_type", "sample"),
-    ("timestep_spacing", "karras"), ("steps_offset", -1), ("set_alpha_to_one", "no"), ("clip_sample", True),
-    ("thresholding", True), ("trained_betas", [0.1, 0.2]), ("rescale_betas_zero_snr", True),
-    ("use_karras_sigmas", True), ("final_sigmas_type", "sigma_min"), ("variance_type", "fixed_large"),
+    ("beta_end", "0.02"), ("beta_start", math.nan), ("beta_schedule", "sigmoid"), ("prediction_type", "flow"),
+    ("timestep_spacing", "karras"), ("steps_offset", -1), ("set_alpha_to_one", "no"), ("clip_sample", "yes"),
+    ("thresholding", 1), ("trained_betas", [0.1, 0.2]), ("trained_betas", 0.1), ("trained_betas", "x"),
+    ("rescale_betas_zero_snr", True), ("clip_sample_range", 0), ("dynamic_thresholding_ratio", 1.5),
+    ("sample_max_value", math.nan),
 ])
 def test_values_that_are_not_implemented_name_file_and_field(field, value, tmp_path):
     path = tmp_path / "scheduler_config.json"

@@ -16,6 +16,7 @@ from ldm2.samplers.exponential import dpmpp_2m, dpmpp_2m_sde, unipc
 from ldm2.samplers.ode import euler, euler_ancestral, heun, lms
 from ldm2.samplers.table import ddim, ddpm, pndm
 from ldm2.schedules import Schedule
+from ldm2.solver_options import SolverOptions
 
 __all__ = ["SAMPLERS", "Cancelled", "Sampler", "Step", "check_settings", "sample", "timesteps"]
 
@@ -29,26 +30,32 @@ class Sampler:
     """A method with what it assumes about its points.
 
     solve:      the generator. timesteps: the points of a schedule that it visits.
+    scheduler:  the scheduler class of diffusers that computes the same, whose options it follows
     exploding:  whether its state is x_0 + sigma * noise. stochastic: whether it always draws noise.
     """
 
     solve: Callable[[Epsilon, Run, Tensor], Solver]
     timesteps: Callable[[Schedule, int], tuple[float, ...]]
+    scheduler: str
     exploding: bool = False
     stochastic: bool = False
 
 
 SAMPLERS = {
-    "ddim": Sampler(ddim, Schedule.timesteps),
-    "ddpm": Sampler(ddpm, Schedule.timesteps, stochastic=True),
-    "pndm": Sampler(pndm, Schedule.timesteps),
-    "lms": Sampler(lms, Schedule.sigma_timesteps, exploding=True),
-    "euler": Sampler(euler, Schedule.sigma_timesteps, exploding=True),
-    "euler-ancestral": Sampler(euler_ancestral, Schedule.sigma_timesteps, exploding=True, stochastic=True),
-    "heun": Sampler(heun, Schedule.sigma_timesteps, exploding=True),
-    "dpmpp-2m": Sampler(dpmpp_2m, Schedule.interval_timesteps),
-    "dpmpp-2m-sde": Sampler(dpmpp_2m_sde, Schedule.interval_timesteps, stochastic=True),
-    "unipc": Sampler(unipc, Schedule.interval_timesteps),
+    "ddim": Sampler(ddim, Schedule.timesteps, "DDIMScheduler"),
+    "ddpm": Sampler(ddpm, Schedule.timesteps, "DDPMScheduler", stochastic=True),
+    "pndm": Sampler(pndm, Schedule.timesteps, "PNDMScheduler"),
+    "lms": Sampler(lms, Schedule.sigma_timesteps, "LMSDiscreteScheduler", exploding=True),
+    "euler": Sampler(euler, Schedule.sigma_timesteps, "EulerDiscreteScheduler", exploding=True),
+    "euler-ancestral": Sampler(
+        euler_ancestral, Schedule.sigma_timesteps, "EulerAncestralDiscreteScheduler", exploding=True, stochastic=True
+    ),
+    "heun": Sampler(heun, Schedule.sigma_timesteps, "HeunDiscreteScheduler", exploding=True),
+    "dpmpp-2m": Sampler(dpmpp_2m, Schedule.interval_timesteps, "DPMSolverMultistepScheduler"),
+    "dpmpp-2m-sde": Sampler(
+        dpmpp_2m_sde, Schedule.interval_timesteps, "DPMSolverMultistepScheduler", stochastic=True
+    ),
+    "unipc": Sampler(unipc, Schedule.interval_timesteps, "UniPCMultistepScheduler"),
 }
 
 
@@ -58,12 +65,23 @@ def check_settings(name: str, steps: int, eta: float = 0.0, schedule: Schedule |
         raise ValueError(f"unknown sampler {name!r}, choose from {', '.join(SAMPLERS)}")
     if schedule is not None:
         schedule.check_steps(steps)
+        check_options(name, schedule, steps)
     elif isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
     if isinstance(eta, bool) or not isinstance(eta, numbers.Real) or not 0 <= eta <= 1:
         raise ValueError(f"eta must be a number from 0 to 1, got {eta!r}")
     if eta > 0 and name != "ddim":
         raise ValueError(f"only the sampler ddim takes an eta above 0, got eta {eta!r} with {name}")
+
+
+def check_options(name: str, schedule: Schedule, steps: int) -> SolverOptions:
+    """The options of a sampler in this schedule's file. Raises ValueError if they are not implemented, or together."""
+    options = schedule.options(SAMPLERS[name].scheduler)
+    if name == "dpmpp-2m-sde" and options.solver_order == 3:
+        raise ValueError("solver_order must be 1 or 2 with the algorithm sde-dpmsolver++, got 3")
+    if name == "pndm" and not options.skip_prk_steps and steps < 4:
+        raise ValueError(f"steps must be at least 4 where skip_prk_steps is False, got {steps}")
+    return options
 
 
 def timesteps(name: str, schedule: Schedule, steps: int) -> tuple[float, ...]:
@@ -107,9 +125,10 @@ def sample(
         raise ValueError(f"{name} with eta {eta} draws noise: give noise=")
     if start == steps:
         return x0.float()
-    run = Run(schedule, method.timesteps(schedule, steps), method.exploding, int(start), noise, float(eta))
+    options = schedule.options(method.scheduler)
+    run = Run(schedule, method.timesteps(schedule, steps), method.exploding, int(start), noise, float(eta), options)
     x = run.begin(x_T.float(), None if x0 is None else x0.float())
-    solver = method.solve(Epsilon(denoiser, schedule), run, x)
+    solver = method.solve(Epsilon(denoiser, schedule, options), run, x)
     step, total = next(solver), steps - start
     for done in range(1, total + 1):
         x = step.x_t if edit is None else edit(step)

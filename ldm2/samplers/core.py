@@ -12,10 +12,12 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from ldm2.ops import axpby, guide
 from ldm2.schedules import Schedule
+from ldm2.solver_options import SolverOptions
 
 Denoiser = Callable[[Tensor, float], Tensor]
 Noise = Callable[[Tensor], Tensor]
@@ -46,6 +48,7 @@ class Run:
     exploding: the state is x_0 + sigma * noise (Euler, Heun, LMS), else alpha * x_0 + sqrt(1 - alpha^2) * noise
     start:     the first step that is taken; 0 is pure noise
     noise:     draws standard normal float32 numbers like its argument. eta: see ddim
+    options:   those of the solver
     """
 
     schedule: Schedule
@@ -54,6 +57,7 @@ class Run:
     start: int
     noise: Noise | None
     eta: float
+    options: SolverOptions
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
         """(index, timestep) of the steps to take."""
@@ -66,8 +70,13 @@ class Run:
 
     @cached_property
     def sigmas(self) -> tuple[float, ...]:
-        """(S + 1,) noise over signal before each step, and 0 after the last one."""
-        return (*(self.schedule.sigma(t) for t in self.timesteps), 0.0)
+        """(S + 1,) noise over signal before each step, and after the last one: 0 unless the options say otherwise."""
+        end = 0.0 if self.options.final_sigmas_type == "zero" else self.schedule.sigma(0)
+        return (*(self.schedule.sigma(t) for t in self.timesteps), end)
+
+    def last(self, index: int) -> bool:
+        """Whether a step is the last one."""
+        return index + 1 == len(self.timesteps)
 
     def levels(self, index: int) -> tuple[float, float]:
         """(signal, sigma) of x_t before step `index`, in the sampler's coordinates."""
@@ -104,26 +113,28 @@ class Guided:
 
 
 class Epsilon:
-    """eps(x_t, t) in float32, for variance preserving x_t, from a denoiser that predicts eps or v.
+    """eps(x_t, t) in float32, for variance preserving x_t, from a denoiser that predicts eps, v or x_0.
 
     v = alpha eps - sigma x_0, so eps = alpha v + sigma x_t: arXiv:2202.00512, appendix D.
+    Where the options limit x_0, eps is the one that leads to the limited x_0.
     """
 
-    def __init__(self, denoiser: Denoiser, schedule: Schedule):
-        self.denoiser, self.schedule = denoiser, schedule
+    def __init__(self, denoiser: Denoiser, schedule: Schedule, options: SolverOptions):
+        self.denoiser, self.schedule, self.options = denoiser, schedule, options
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         return self.of(self.predict(x, t), x, t)
 
     def step(self, a: float, x: Tensor, b: float, t: float, divisor: float = 1.0) -> Tensor:
-        """a * x + b * eps(x / divisor, t) in one pass over what the model returns, eps or v."""
-        if self.schedule.prediction_type != "epsilon":
-            alpha, sigma = preserving(self.schedule.sigma(t))
-            a, b = a + b * sigma / divisor, b * alpha
-        return axpby(a, x, b, *self._branches(x if divisor == 1 else x / divisor, t))
+        """a * x + b * eps(x / divisor, t) in one pass over what the model returns, unless x_0 is limited."""
+        scaled = x if divisor == 1 else x / divisor
+        if self.options.limits:
+            return axpby(a, x, b, self(scaled, t))
+        of_x, of_prediction = self._weights(t)
+        return axpby(a + b * of_x / divisor, x, b * of_prediction, *self._branches(scaled, t))
 
     def predict(self, x: Tensor, t: float) -> Tensor:
-        """What the denoiser predicts, eps or v, in float32."""
+        """What the denoiser predicts, eps, v or x_0, in float32."""
         return guide(*self._branches(x, t))
 
     def _branches(self, x: Tensor, t: float) -> tuple[Tensor, float | None]:
@@ -139,10 +150,32 @@ class Epsilon:
 
     def of(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
         """The eps which a prediction at (x, t) stands for."""
-        if self.schedule.prediction_type == "epsilon":
-            return prediction
+        eps = self.unlimited(prediction, x, t)
+        if not self.options.limits:
+            return eps
         alpha, sigma = preserving(self.schedule.sigma(t))
-        return alpha * prediction + sigma * x
+        return (x - alpha * self.limit((x - sigma * eps) / alpha)) / sigma
+
+    def unlimited(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
+        """The same, whatever x_0 it leads to."""
+        of_x, of_prediction = self._weights(t)
+        return prediction if of_x == 0 else of_x * x + of_prediction * prediction
+
+    def _weights(self, t: float) -> tuple[float, float]:
+        """(p, q) with eps = p * x_t + q * prediction."""
+        if self.schedule.prediction_type == "epsilon":
+            return 0.0, 1.0
+        alpha, sigma = preserving(self.schedule.sigma(t))
+        return (sigma, alpha) if self.schedule.prediction_type == "v_prediction" else (1 / sigma, -alpha / sigma)
+
+    def limit(self, x0: Tensor) -> Tensor:
+        """x_0 (B, ...) as the options limit it: arXiv:2205.11487, section 2.3, static and dynamic thresholding."""
+        options = self.options
+        if not options.thresholding:
+            return x0.clamp(-options.clip_sample_range, options.clip_sample_range) if options.clip_sample else x0
+        bound = torch.quantile(x0.flatten(1).abs(), options.dynamic_thresholding_ratio, dim=1)
+        bound = bound.clamp(1, max(1, options.sample_max_value)).view(-1, *[1] * (x0.dim() - 1))
+        return x0.clamp(-bound, bound) / bound
 
 
 def preserving(sigma: float) -> tuple[float, float]:

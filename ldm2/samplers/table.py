@@ -19,34 +19,40 @@ def ddim(eps: Epsilon, run: Run, x: Tensor) -> Solver:
         x = yield run.step(i, x)
         a, a_prev = run.schedule.alpha_cumprod(t), run.schedule.alpha_cumprod(t - run.stride)
         sigma = run.eta * sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
+        toward = sqrt(1 - a_prev - sigma**2)
         keep = sqrt(a_prev / a)                            # equation 12 with x0 = (x - sqrt(1 - a) e) / sqrt(a) put in
-        x = eps.step(keep, x, sqrt(1 - a_prev - sigma**2) - keep * sqrt(1 - a), t)
+        if run.options.limits:                             # which eps itself does not follow
+            e = eps.unlimited(eps.predict(x, t), x, t)
+            x = axpby(sqrt(a_prev), eps.limit((x - sqrt(1 - a) * e) / sqrt(a)), toward, e)
+        else:
+            x = eps.step(keep, x, toward - keep * sqrt(1 - a), t)
         if run.eta > 0:
             x = x + sigma * run.noise(x)
     return x
 
 
 def ddpm(eps: Epsilon, run: Run, x: Tensor) -> Solver:
-    """Denoising diffusion probabilistic models, arXiv:2006.11239, equations 7 (the smaller variance) and 11.
+    """Denoising diffusion probabilistic models, arXiv:2006.11239, equations 7 (or the variance beta_t) and 11.
 
     The last step returns x_0. It draws its noise all the same, to leave the generator as diffusers leaves it.
     """
     for i, t in run:
         x = yield run.step(i, x)
-        last = i + 1 == len(run.timesteps)
         a = run.schedule.alpha_cumprod(t)
-        a_prev = 1.0 if last else run.schedule.alpha_cumprod(run.timesteps[i + 1])
+        a_prev = 1.0 if run.last(i) else run.schedule.alpha_cumprod(run.timesteps[i + 1])
         beta = 1 - a / a_prev
         x = eps.step(1 / sqrt(1 - beta), x, -beta / sqrt((1 - beta) * (1 - a)), t)
         if t > 0:
-            x = x + sqrt((1 - a_prev) / (1 - a) * beta) * run.noise(x)
+            share = (1 - a_prev) / (1 - a) if run.options.variance_type == "fixed_small" else 1.0
+            x = x + sqrt(share * beta) * run.noise(x)
     return x
 
 
 def pndm(eps: Epsilon, run: Run, x: Tensor) -> Solver:
     """Pseudo linear multistep (PLMS), arXiv:2202.09778, equations 9 and 12: Adams-Bashforth on eps.
 
-    The first step, which has no history, averages eps at both of its ends; it calls the model twice.
+    The first step, which has no history, averages eps at both of its ends; it calls the model twice. Or, as in the
+    paper, the first three steps are those of Runge-Kutta (equation 13) and call it four times: skip_prk_steps.
     The history holds what the model predicts, so v stays v until it is used, as in diffusers.
     """
     def transfer(prediction: Tensor, t: int, t_prev: int) -> Tensor:
@@ -60,7 +66,14 @@ def pndm(eps: Epsilon, run: Run, x: Tensor) -> Solver:
         history = [eps.predict(x, t), *history[:3]]
         t_prev = t - run.stride
         slope = history[0]
-        if len(history) == 1 and i + 1 < len(run.timesteps):
+        if len(history) <= 3 and not run.options.skip_prk_steps and not run.last(i):
+            half = run.timesteps[i + 1] + run.stride // 2
+            t_prev = run.timesteps[i + 1]
+            second = eps.predict(transfer(slope, t, t - run.stride // 2), half)
+            third = eps.predict(transfer(second, t, half), half)
+            fourth = eps.predict(transfer(third, t, t_prev), t_prev)
+            slope = (slope + 2 * second + 2 * third + fourth) / 6
+        elif len(history) == 1 and not run.last(i):
             trial = transfer(slope, t, t_prev)
             t_prev = run.timesteps[i + 1]
             slope = (slope + eps.predict(trial, t_prev)) / 2
