@@ -12,8 +12,8 @@ import torch
 from ldm2.noise import SeededNoise
 from ldm2.samplers import SAMPLERS, sample
 from ldm2.schedules import Schedule
-from tests.test_samplers import SHAPE, draw, error, knowing, model
-from tests.test_samplers_parity import diffusers_walk
+from tests.samplers.test_parity import diffusers_walk
+from tests.samplers.test_samplers import SHAPE, draw, error, knowing, model
 from tests.test_schedules import PUBLISHED
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")   # in diffusers
