@@ -10,6 +10,7 @@ time, and what was cast is let go. Pickle files are read with `weights_only=True
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 from ldm2 import pickle_file
 from ldm2.checkpoints.hub import WITHOUT_WEIGHTS, parts, weight_files
 from ldm2.config import UNetConfig, VocoderConfig
+
+logger = logging.getLogger(__name__)
 
 Table = Mapping[str, "str | None"]
 REFERENCES = ("authors", "diffusers")
@@ -252,7 +255,10 @@ def load(
     `table` drops is not expected either: such a buffer keeps the value it was built with. Returns the module, in eval
     mode, without gradients. Raises ValueError if names or shapes differ, listing the first few, before it assigns any.
     """
+    given = list(tensors)
     tensors = rename(tensors, table, source=source, keep_others=True)
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("%s: %d tensors, dropped on purpose: %s", source, len(given), _dropped(given, table))
     groups = _groups(module, table)
     _check(groups, tensors, source)
     chosen = {next(name for name in names if name in tensors): (names, target) for names, target in groups}
@@ -276,6 +282,13 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
     """Set a parameter or buffer by its full name."""
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, value)
+
+
+def _dropped(names: list[str], table: Table) -> list[str]:
+    """The names that `table` drops."""
+    rows = [(re.compile(pattern), new) for pattern, new in table.items()]
+    first = {name: next((new for pattern, new in rows if pattern.fullmatch(name)), name) for name in names}
+    return [name for name, new in first.items() if new is None]
 
 
 def _groups(module: nn.Module, table: Table) -> list[tuple[list[str], Tensor]]:

@@ -232,7 +232,7 @@ def _fetch(
     model: Model, revision: str | None, local_files_only: bool, cache_dir: str | Path | None,
     token: str | bool | None, variant: str | None,
 ) -> Path:
-    """Download what the cache lacks of `model`. Raises OSError, one line."""
+    """Download what the cache lacks of `model`. Raises OSError, one line: ConnectionError without an answer."""
     from huggingface_hub import constants, errors
 
     wanted = _revisions(model, revision)
@@ -245,11 +245,13 @@ def _fetch(
         cause = error
         while isinstance(cause, errors.LocalEntryNotFoundError) and cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = _refusal(cause, model.repo, wanted[-1]) or (
+        refusal = _refusal(cause, model.repo, wanted[-1])
+        if refusal is not None:
+            raise OSError(refusal) from error
+        raise ConnectionError(
             f"{_state(model, wanted, cache_dir, variant)}, and {constants.ENDPOINT} does not answer "
             f"({type(cause).__name__}: {_first_line(cause)}): {_way_out(model, revision)}"
-        )
-        raise OSError(reason) from error
+        ) from error
 
 
 def _download(

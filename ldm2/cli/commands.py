@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from ldm2 import __version__, audio
-from ldm2.cli import edit, options, profile
+from ldm2.cli import edit, options, profile, verify
 from ldm2.settings import DEFAULTS
 
 _LESS_MEMORY = {"low_memory": "--low-memory", "dtype": "--dtype float16 or bfloat16", "batch": "a smaller --batch",
@@ -134,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=convert)
 
     profile.add(commands)
+    verify.add(commands)
     return top
 
 

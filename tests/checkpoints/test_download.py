@@ -147,7 +147,7 @@ def test_local_files_only_without_a_cache_says_what_to_run(hub, resolve):
 
 def test_no_network_says_what_to_run(resolve_under):
     _, error, _ = resolve_under(HF_ENDPOINT="http://127.0.0.1:9")
-    assert error.startswith(f"OSError: {NAME} is not in the cache, and http://127.0.0.1:9 does not answer (")
+    assert error.startswith(f"ConnectionError: {NAME} is not in the cache, and http://127.0.0.1:9 does not answer (")
     assert error.endswith(f"where there is a network, run `ldm2 download {NAME}`")
     assert "\n" not in error
 
