@@ -16,47 +16,8 @@ from ldm2.runtime.graphs import CudaCapture
 if TYPE_CHECKING:
     from benchmarks.rows import Bench
 
-GROUPS = 32
-EPS = 1e-5
 REPEAT = 20
 REPLAYS = 10
-
-
-def cases(device: torch.device, dtype: torch.dtype) -> dict[str, tuple]:
-    """Name of an operation -> arguments, which lie in memory as those of the models."""
-    last = device.type == "cuda" and dtype != torch.float32                  # see ldm2.runtime.weight_layout
-
-    def new(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).to(dtype)
-
-    def image(*shape: int) -> Tensor:
-        return new(*shape).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-    def norm(channels: int) -> tuple[Tensor, Tensor]:
-        return new(channels), new(channels)
-
-    tokens, wave = (2, 1024, 256), (1, 128, 12800)
-    block = [new(*shape) for _ in range(3) for shape in ((128, 128, 7), (128,)) * 2]
-    return {
-        "group_norm_silu": (image(2, 256, 128, 8), GROUPS, *norm(256), EPS, new(2, 256)),
-        "group_norm": (image(2, 256, 128, 8), GROUPS, *norm(256), EPS),
-        "layer_norm": (new(*tokens), *norm(256), EPS),
-        "add_layer_norm": (new(*tokens), new(*tokens), *norm(256), EPS),
-        "linear": (new(*tokens), new(256, 256), new(256)),
-        "linear_geglu": (new(*tokens), new(2048, 256), new(2048)),
-        "geglu": (new(2, 1024, 1024), new(2, 1024, 1024)),
-        "attention": tuple(new(2, 8, 1024, 32) for _ in range(3)),
-        "conv3x3": (image(2, 256, 128, 8), image(256, 256, 3, 3), new(256), image(2, 256, 128, 8)),
-        "conv1x1": (image(2, 384, 128, 8), image(256, 384, 1, 1), new(256)),
-        "leaky_relu": (new(*wave), 0.1),
-        "add_leaky_relu": (new(*wave), new(*wave), 0.1),
-        "add_up": (new(*wave), new(*wave), new(*wave), 3),
-        "conv1d": (new(1, 64, 1024), new(1024, 64, 7), new(1024)),
-        "conv_transpose1d": (new(1, 256, 5120), new(256, 128, 16), new(128), 4, 6),
-        "residual_blocks": (new(*wave), 0.1, ((1, 3, 5),), *block),
-        "guide": (image(2, 8, 256, 16), 3.5),
-        "axpby": (0.5, new(1, 8, 256, 16).float(), 0.5, image(2, 8, 256, 16), 3.5),
-    }
 
 
 def kernels(bench: Bench) -> Iterator[Row]:
@@ -64,11 +25,14 @@ def kernels(bench: Bench) -> Iterator[Row]:
     """
     try:
         from ldm2_kernels import MODULES
+        from ldm2_kernels.cases import FULL, cases
     except ModuleNotFoundError:                            # ldm2 runs from a folder without being installed
         return
     there = MODULES.get(bench.device.type, {})
-    for name, arguments in cases(bench.device, bench.ours.dtype).items():
+    last = bench.device.type == "cuda" and bench.ours.dtype != torch.float32                 # see runtime.weight_layout
+    for name, make in cases(bench.device, bench.ours.dtype, FULL, last).items():
         if there.get(name) is not None:
+            arguments = make()
             first = next(argument for argument in arguments if isinstance(argument, Tensor))
             shape = " x ".join(map(str, first.shape))
             calls = REPLAYS if bench.device.type == "cuda" else 1

@@ -8,7 +8,10 @@ the same arguments and result. `ops.geglu.reference` is always the plain one.
 from __future__ import annotations
 
 import functools
+import logging
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -22,12 +25,19 @@ try:
 except ModuleNotFoundError:                                # ldm2 runs from a folder without being installed
     ldm2_kernels = None
 
+logger = logging.getLogger(__name__)
+
 BACKENDS = ("auto", "fused", "reference")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _backend: ContextVar[str] = ContextVar("backend", default="auto")
 # By type of device, filled when an operation first runs there. None: PyTorch's own is the fused one.
 _kernels: dict[str, dict[str, Callable | None]] = {}
+# Types of devices whose kernels are tried before they are trusted: these have been run on few cards.
+_TRIED_FIRST = {"cuda"}
+# What is wrong with the kernel of an operation on a device in a dtype, None if nothing is; filled at its first use.
+_faults: dict[tuple[str, torch.device, torch.dtype], str | None] = {}
+_trying = threading.Lock()
 _HINTS = {"cuda": "it needs the package triton", "cpu": "build it with python -m ldm2.build_kernels"}
 
 
@@ -35,7 +45,8 @@ _HINTS = {"cuda": "it needs the package triton", "cpu": "build it with python -m
 def backend(name: str) -> Iterator[None]:
     """Which implementation the operations take inside the `with` block, in this thread or task.
 
-    "auto" takes the fused one where there is one, "reference" plain PyTorch. "fused" raises RuntimeError at the first
+    "auto" takes the fused one where there is one (on CUDA: that computes what it should when first tried there),
+    "reference" plain PyTorch. "fused" raises RuntimeError at the first
     operation that would fall back, so that no measurement times the fallback. A compiled model keeps the choice that it
     was compiled under. Raises ValueError for another name.
     """
@@ -60,10 +71,53 @@ def _choice(name: str, device_type: str) -> tuple[bool, bool]:
     if asked == "reference":
         return False, False
     if device_type not in _kernels:
-        _kernels[device_type] = {} if ldm2_kernels is None else ldm2_kernels.load(device_type)
+        _kernels[device_type] = _loaded(device_type)
     known = _kernels[device_type]
     native = name in known and known[name] is None
     return known.get(name) is not None, asked == "fused" and not native
+
+
+def _loaded(device_type: str) -> dict[str, Callable | None]:
+    """The kernels for a type of device; none, with a warning, where those that there are cannot be loaded."""
+    try:
+        return {} if ldm2_kernels is None else ldm2_kernels.load(device_type)
+    except (ImportError, OSError, RuntimeError) as error:
+        logger.warning("the kernels for %s cannot be loaded (%s): plain PyTorch takes over", device_type,
+                       " ".join(str(error).split())[:200])
+        return {}
+
+
+@torch.compiler.assume_constant_result
+def _trusted(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel of an operation is known to compute what it should. At its first use in a process it is tried
+    on small inputs; one that fails is reported once."""
+    if device.type not in _TRIED_FIRST:
+        return True
+    key = name, device, dtype
+    if key not in _faults:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return True                                    # no time for trials
+        with _trying:
+            if key not in _faults:
+                _faults[key] = _try(*key)
+    return _faults[key] is None
+
+
+def _try(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with a kernel, told in a warning; None if nothing is."""
+    with ThreadPoolExecutor(1) as elsewhere:               # a thread has none of the modes that hold here: tracing, ...
+        found = elsewhere.submit(_fault, name, device, dtype).result()
+    if found is not None:
+        logger.warning("the fused %s does not work on this %s in %s (%s): plain PyTorch takes over", name, device.type,
+                       str(dtype)[6:], found)
+    return found
+
+
+def _fault(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    from ldm2_kernels.check import fault
+
+    with backend("reference"):                             # which may be made of other operations
+        return fault(name, _kernels[device.type][name], globals()[name].reference, device, dtype)
 
 
 def _obstacle(tensors: list[Tensor], mixed: bool) -> str | None:
@@ -103,7 +157,7 @@ def _fusible(reference: Callable, mixed: bool = False) -> Callable:
         device_type = tensors[0].device.type
         there, strict = _choice(name, device_type)
         obstacle = _obstacle(tensors, mixed) if there else None
-        if there and obstacle is None:
+        if there and obstacle is None and (strict or _trusted(name, tensors[0].device, tensors[-1].dtype)):
             result = _kernels[device_type][name](*args, **named)
             if result is not NotImplemented:
                 return result

@@ -1,12 +1,16 @@
 """Each operation against its formula written out in float64; strided inputs; gradients."""
 
 import math
+import re
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import ldm2_kernels
 import pytest
 import torch
+import torch.nn.functional as F
+from ldm2_kernels.cases import cases
 
 from ldm2 import ops
 
@@ -182,10 +186,10 @@ def kernel(monkeypatch):
     monkeypatch.setattr("ldm2_kernels.cpu.load", lambda: True)
 
     def add(name, function):
-        home = types.ModuleType("a_kernel")
+        home = types.ModuleType(f"kernel_of_{name}")
         setattr(home, name, function)
-        monkeypatch.setitem(sys.modules, "a_kernel", home)
-        ldm2_kernels.MODULES["cpu"][name] = "a_kernel"
+        monkeypatch.setitem(sys.modules, home.__name__, home)
+        ldm2_kernels.MODULES["cpu"][name] = home.__name__
 
     return add
 
@@ -251,3 +255,103 @@ def test_a_compiled_function_calls_the_kernel(kernel):
     kernel("leaky_relu", lambda x, slope: x * 0)
     compiled = torch.compile(lambda x: ops.leaky_relu(x + 1, 0.1), backend="eager", fullgraph=True)
     assert not compiled(torch.ones(3)).any()
+
+
+def raising(x, slope):
+    raise RuntimeError("PTX compilation failed:\nline 3")
+
+
+@pytest.fixture
+def tried(kernel, monkeypatch):
+    """As `kernel`; kernels of the CPU are tried at their first use, as those of CUDA are."""
+    monkeypatch.setattr(ops, "_TRIED_FIRST", {"cpu"})
+    monkeypatch.setattr(ops, "_faults", {})
+    return kernel
+
+
+@pytest.mark.parametrize("broken, reason", [
+    (raising, "RuntimeError: PTX compilation failed:"),
+    (lambda x, slope: ops.leaky_relu.reference(x, slope) * 1.001, "its error is .* times what the rule allows"),
+    (lambda x, slope: ops.leaky_relu.reference(x, slope).double(), "torch.float64 .* instead of torch.float32"),
+    (lambda x, slope: x * torch.nan, "its error is nan"),
+])
+def test_a_kernel_that_fails_when_first_tried_is_told_once_and_replaced(tried, broken, reason, caplog):
+    tried("leaky_relu", broken)
+    x = draw(3, 5)
+    for _ in range(3):
+        assert torch.equal(ops.leaky_relu(x, 0.1), ops.leaky_relu.reference(x, 0.1))
+    [message] = caplog.messages
+    assert re.search(f"the fused leaky_relu does not work on this cpu in float32 .*{reason}.*plain PyTorch", message)
+    with ops.backend("fused"):                             # who insists gets what there is
+        if broken is raising:
+            with pytest.raises(RuntimeError, match="PTX compilation failed"):
+                ops.leaky_relu(x, 0.1)
+
+
+def test_a_kernel_that_works_is_tried_once_in_each_dtype(tried, caplog):
+    calls = []
+    tried("leaky_relu", lambda x, slope: calls.append(x.dtype) or ops.leaky_relu.reference(x, slope))
+    for dtype in (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16):
+        ops.leaky_relu(draw(3, 5, dtype=dtype), 0.1)
+    assert calls == [torch.float32] * 3 + [torch.bfloat16] * 3                # a trial and two uses
+    assert caplog.messages == []
+
+
+def test_trying_a_kernel_draws_no_random_numbers(tried):
+    tried("leaky_relu", ops.leaky_relu.reference)
+    state = torch.get_rng_state()
+    ops.leaky_relu(draw(3, 5), 0.1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_kernel_made_of_other_operations_is_tried_against_plain_pytorch(tried):
+    tried("leaky_relu", lambda x, slope: x * 0)
+    tried("residual_blocks", lambda *args: args[0] * 0)
+    args = cases(torch.device("cpu"), torch.float32)["residual_blocks"]()
+    with ops.backend("reference"):
+        expected = ops.residual_blocks(*args)
+    torch.testing.assert_close(ops.residual_blocks(*args), expected)
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_compiled_function_tries_the_kernel_too(tried, broken):
+    torch.compiler.reset()                                 # what the other case compiled
+    tried("leaky_relu", raising if broken else lambda x, slope: F.leaky_relu(x, slope))
+    compiled = torch.compile(lambda x: ops.leaky_relu(x - 1, 0.1), backend="eager", fullgraph=True)
+    x = draw(3, 5)
+    torch.testing.assert_close(compiled(x), F.leaky_relu(x - 1, 0.1))
+    assert (ops._faults["leaky_relu", torch.device("cpu"), torch.float32] is None) is not broken
+
+
+def test_a_kernel_is_tried_on_numbers_where_tensors_have_none(tried):
+    from torch._subclasses import FakeTensorMode
+
+    tried("leaky_relu", lambda x, slope: F.leaky_relu(x, slope))
+    with FakeTensorMode():
+        assert ops.leaky_relu(torch.empty(3, 5), 0.1).shape == (3, 5)
+    assert list(ops._faults.values()) == [None]
+
+
+def test_threads_that_meet_a_kernel_at_once_try_it_once(tried):
+    trials = []
+
+    def kernel(x, slope):
+        trials.append(x.shape)
+        return F.leaky_relu(x, slope)
+
+    tried("leaky_relu", kernel)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda seed: ops.leaky_relu(draw(3, 5, seed=seed), 0.1), range(8)))
+    assert len([shape for shape in trials if shape != (3, 5)]) == 1
+
+
+def test_kernels_that_cannot_be_loaded_are_told_once(monkeypatch, caplog):
+    def load(device_type):
+        raise OSError("libtorch_cpu.so: undefined symbol")
+
+    monkeypatch.setattr(ops, "_kernels", {})
+    monkeypatch.setattr(ldm2_kernels, "load", load)
+    for _ in range(2):
+        assert torch.equal(ops.leaky_relu(torch.ones(3), 0.1), torch.ones(3))
+    [message] = caplog.messages
+    assert "kernels for cpu cannot be loaded (libtorch_cpu.so: undefined symbol)" in message

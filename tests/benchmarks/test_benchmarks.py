@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import ldm2_kernels
 import pytest
 import torch
+from ldm2_kernels.cases import FULL, SMALL, TALL, cases
 
 import ldm2
 from benchmarks import __main__ as benchmarks
 from benchmarks import kernels as kernel_rows
 from benchmarks import on_gpu, parity, report, rows, timing
 from benchmarks.flop import Flop
-from benchmarks.kernels import cases, kernels
+from benchmarks.kernels import kernels
 from benchmarks.rows import Bench
 from benchmarks.timing import Row, Timed
 from ldm2 import ops, profiling
@@ -30,7 +31,7 @@ from ldm2.runtime.graphs import GraphedUNet
 from ldm2.settings import recipe
 from tests.runtime.test_graphs import Tape
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 @pytest.fixture(scope="module")
@@ -134,17 +135,16 @@ def test_a_generation_is_its_stages(pipe):
     assert flop.generation(0.64, 3, rows=2) == 3 * flop.step(0.64, 2) + flop.decode(0.64, 2) + flop.vocode(0.64, 2)
 
 
-@pytest.mark.parametrize("name", cases(CPU, torch.float32))
-def test_the_cases_of_kernels_are_arguments_of_the_operations(name, monkeypatch):
-    monkeypatch.setattr(torch, "randn", lambda shape, device: torch.empty(shape, device="meta"))
-    arguments = cases(CPU, torch.float32)[name]
+@pytest.mark.parametrize("name", cases(META, torch.float32))
+@pytest.mark.parametrize("sizes", [FULL, SMALL, TALL])
+def test_the_cases_of_kernels_are_arguments_of_the_operations(name, sizes):
     with ops.backend("reference"):
-        assert getattr(ops, name)(*arguments) is not None
+        assert getattr(ops, name)(*cases(META, torch.float32, sizes)[name]()) is not None
 
 
 @pytest.mark.parametrize("device, calls", [("cpu", 1), ("cuda", 10)])
 def test_there_is_a_row_for_each_kernel(device, calls, monkeypatch):
-    monkeypatch.setattr(torch, "randn", lambda shape, device: torch.empty(shape, device="meta"))
+    monkeypatch.setattr("ldm2_kernels.cases.cases", lambda device, *rest: cases(META, *rest))
     bench = SimpleNamespace(device=SimpleNamespace(type=device), ours=SimpleNamespace(dtype=torch.float16))
     names = [row.name.split()[1].rstrip(",") for row in kernels(bench)]
     assert sorted(names) == sorted(name for name, module in ldm2_kernels.MODULES[device].items() if module is not None)
@@ -154,8 +154,11 @@ def test_there_is_a_row_for_each_kernel(device, calls, monkeypatch):
 @pytest.mark.parametrize("device, dtype, last", [
     ("cuda", torch.float16, True), ("cuda", torch.float32, False), ("cpu", torch.bfloat16, False)])
 def test_maps_of_kernels_lie_as_those_of_the_models(device, dtype, last, monkeypatch):
-    monkeypatch.setattr(torch, "randn", lambda shape, device: torch.empty(shape, device="meta"))
-    x, weight, _, residual = cases(SimpleNamespace(type=device), dtype)["conv3x3"]
+    monkeypatch.setattr("ldm2_kernels.cases.cases", lambda device, *rest: made.update(cases(META, *rest)) or made)
+    made = {}
+    bench = SimpleNamespace(device=SimpleNamespace(type=device), ours=SimpleNamespace(dtype=dtype))
+    assert [*kernels(bench)]
+    x, weight, _, residual = made["conv3x3"]()
     assert {t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight, residual)} == {last}
 
 
