@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ldm2_kernels
 import pytest
 import torch
 import torch.nn.functional as F
 from ldm2_kernels import cpu
 from ldm2_kernels.build import build
+from ldm2_kernels.check import fault, measure
 
 import ldm2
 from ldm2 import ops
@@ -76,11 +78,20 @@ def rms(x):
 
 
 def assert_within_the_accuracy_rule(operation, args):
-    """At most twice plain PyTorch's error against float64, plus 3e-6 of the result's root mean square."""
-    with ops.backend("fused"):
-        got = operation(*args)
-    exact = operation.reference(*doubled(args))
-    assert rms(got - exact) <= 2 * rms(operation.reference(*args) - exact) + 3e-6 * rms(exact)
+    """That of ldm2_kernels.check, where no call may be left to plain PyTorch."""
+    def fused(*args):
+        with ops.backend("fused"):
+            return operation(*args)
+
+    assert measure(fused, operation.reference, args) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name, module in ldm2_kernels.MODULES["cpu"].items() if module is not None])
+def test_what_a_machine_is_checked_with_holds_here(library, name, dtype):
+    kernel, reference = ldm2_kernels.load("cpu")[name], getattr(ops, name).reference
+    with ops.backend("reference"):
+        assert fault(name, kernel, reference, torch.device("cpu"), dtype) is None
 
 
 @pytest.mark.parametrize("shape", [

@@ -3,6 +3,7 @@
 A kernel's error against float64 is at most twice that of plain PyTorch at the same dtype, plus a small floor.
 """
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from ldm2_kernels import convolution, geglu, group_norm, layer_norm, leaky_relu, update  # noqa: E402
+from ldm2_kernels import MODULES, check, convolution, geglu, group_norm, layer_norm, leaky_relu, update  # noqa: E402
+from ldm2_kernels.cases import TALL, cases  # noqa: E402
 
 from ldm2 import ops  # noqa: E402
 
@@ -45,6 +47,19 @@ def assert_as_exact_as_pytorch(kernel, reference, *args, formula=None):
     for arg, before in zip(args, kept):
         assert arg is before or not isinstance(arg, torch.Tensor) or torch.equal(arg, before)
     return results[0]
+
+
+@pytest.mark.parametrize("dtype", FLOATS if DEVICE == "cuda" else FLOATS[:2])       # the interpreter cuts bfloat16 off
+@pytest.mark.parametrize("name", [name for name, module in MODULES["cuda"].items() if module is not None])
+def test_what_a_gpu_is_checked_with_holds_here(name, dtype):
+    kernel = getattr(importlib.import_module(MODULES["cuda"][name]), name)
+    with ops.backend("reference"):
+        assert check.fault(name, kernel, getattr(ops, name).reference, torch.device(DEVICE), dtype) is None
+
+
+def test_the_tall_maps_have_groups_that_no_program_holds():
+    x, groups, *_ = cases(torch.device("meta"), torch.float32, TALL)["group_norm"]()
+    assert x[0].numel() // groups > group_norm.WHOLE
 
 
 def norm_inputs(*shape, dtype, rows=None, offset=0.0):
