@@ -5,6 +5,7 @@ Reference: "AudioLDM 2", arXiv:2308.05734, section III-B (language of audio) and
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -120,11 +121,17 @@ def continue_sequence(gpt2: transformers.GPT2Model, sequence: Tensor, mask: Tens
     if length + num_vectors - 1 > positions:
         raise ValueError(f"{length} vectors of text and {num_vectors} new ones exceed GPT-2's {positions} positions")
     kept = None if mask.all() else mask
-    cache = transformers.DynamicCache(config=gpt2.config)
+    cache = {_cache_argument(gpt2): transformers.DynamicCache(config=gpt2.config)}
     vectors = [sequence[:, :0]]
     for _ in range(num_vectors):
-        output = gpt2(inputs_embeds=sequence, attention_mask=kept, past_key_values=cache, use_cache=True)
+        output = gpt2(inputs_embeds=sequence, attention_mask=kept, use_cache=True, **cache)
         sequence = output.last_hidden_state[:, -1:]                              # (B, 1, D)
         vectors.append(sequence)
         kept = None if kept is None else F.pad(kept, (0, 1), value=True)
     return torch.cat(vectors, dim=1)
+
+
+def _cache_argument(gpt2: transformers.GPT2Model) -> str:
+    """Name of the argument that takes the KV cache; transformers 5.24 gave it a new one, and warns of the old."""
+    names = inspect.signature(type(gpt2).forward).parameters
+    return "cache" if "cache" in names else "past_key_values"

@@ -79,6 +79,28 @@ def test_cached_loop_equals_one_that_computes_everything_again(padded):
     torch.testing.assert_close(continue_sequence(gpt2, sequence, mask, 20), expected[:, 7:], atol=1e-5, rtol=0)
 
 
+def take_cache(self, inputs_embeds, attention_mask, use_cache, cache):
+    return transformers.GPT2Model.forward(self, None, cache, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
+
+
+def take_past_key_values(self, inputs_embeds, attention_mask, use_cache, past_key_values):
+    return take_cache(self, inputs_embeds, attention_mask, use_cache, past_key_values)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("forward", [take_cache, take_past_key_values])
+def test_kv_cache_has_the_name_that_transformers_gives_it(forward):
+    model, sequence = tiny_gpt2(), torch.randn(1, 9, 24)
+    expected = continue_sequence(model, sequence, torch.ones(1, 9, dtype=torch.bool), 3)
+    model.__class__ = type("Renamed", (transformers.GPT2Model,), {"forward": forward})
+    assert torch.equal(continue_sequence(model, sequence, torch.ones(1, 9, dtype=torch.bool), 3), expected)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_loop_asks_for_nothing_that_transformers_gives_up():
+    continue_sequence(tiny_gpt2(), torch.randn(1, 9, 24), torch.ones(1, 9, dtype=torch.bool), 2)
+
+
 @torch.no_grad()
 def test_padding_inside_the_sequence_moves_positions():
     """Why prompts are encoded alone: the mask hides padding, but later positions still count it."""
