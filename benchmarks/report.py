@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 from benchmarks.timing import Timed, ratio
 from ldm2 import __version__, atomic
 from ldm2.profiling import Limits
+from ldm2.runtime import machine
 
 PACKAGES = ("diffusers", "transformers", "triton")
 
@@ -24,32 +23,13 @@ Processes = dict[str, float | str]                         # peak memory in byte
 
 def about(command: str, device: torch.device, settings: dict) -> dict:
     """Machine, versions and command."""
-    cpu = _cpu()
+    cpu = machine.cpu()
     return settings | {
         "command": command, "device": str(device),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu["name"],
         "cores": os.cpu_count(), "vector_units": cpu["units"], "threads": torch.get_num_threads(),
         "ldm2": __version__, "python": platform.python_version(), "torch": torch.__version__,
-    } | {name: _version(name) for name in PACKAGES}
-
-
-def _cpu() -> dict[str, str]:
-    """Its name, and which of the vector units that matter it has."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return {"name": platform.processor() or platform.machine(), "units": "not known"}
-    name = re.search(r"model name\s*: (.*)", text)
-    flags = set((re.search(r"flags\s*: (.*)", text) or [""] * 2)[1].split())
-    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in flags]
-    return {"name": name[1] if name else platform.machine(), "units": " ".join(units) or "none of them"}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    } | {name: machine.version(name) for name in PACKAGES}
 
 
 def rows(timed: Iterable[Timed], limits: Limits) -> list[dict]:

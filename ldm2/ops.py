@@ -38,7 +38,8 @@ _TRIED_FIRST = {"cuda"}
 # What is wrong with the kernel of an operation on a device in a dtype, None if nothing is; filled at its first use.
 _faults: dict[tuple[str, torch.device, torch.dtype], str | None] = {}
 _trying = threading.Lock()
-_HINTS = {"cuda": "it needs the package triton", "cpu": "build it with python -m ldm2.build_kernels"}
+HINTS = {"cuda": "it needs the package triton",
+         "cpu": "build it with python -m ldm2.build_kernels, or set LDM2_KERNELS=auto"}
 
 
 @contextmanager
@@ -71,7 +72,9 @@ def _choice(name: str, device_type: str) -> tuple[bool, bool]:
     if asked == "reference":
         return False, False
     if device_type not in _kernels:
-        _kernels[device_type] = _loaded(device_type)
+        with _trying:                                      # loading may build them
+            if device_type not in _kernels:
+                _kernels[device_type] = _loaded(device_type)
     known = _kernels[device_type]
     native = name in known and known[name] is None
     return known.get(name) is not None, asked == "fused" and not native
@@ -114,10 +117,10 @@ def _try(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _fault(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    from ldm2_kernels.check import fault
+    from ldm2_kernels.check import verdict
 
     with backend("reference"):                             # which may be made of other operations
-        return fault(name, _kernels[device.type][name], globals()[name].reference, device, dtype)
+        return verdict(name, _kernels[device.type][name], globals()[name].reference, device, dtype)[1]
 
 
 def _obstacle(tensors: list[Tensor], mixed: bool) -> str | None:
@@ -174,7 +177,7 @@ def _refusal(name: str, like: Tensor, there: bool, obstacle: str | None) -> str:
     """One line that says why backend("fused") cannot be kept."""
     device_type = like.device.type
     if not there:
-        hint = _HINTS.get(device_type)
+        hint = HINTS.get(device_type)
         return f"no fused {name} on {device_type}" + ("" if hint is None else f": {hint}")
     left = f"it leaves {str(like.dtype)[6:]} {tuple(like.shape)} to plain PyTorch"
     return f"the fused {name} on {device_type} cannot be used: {left if obstacle is None else obstacle}"

@@ -23,16 +23,16 @@ MODULES: dict[str, dict[str, str | None]] = {
         "add_up": "ldm2_kernels.leaky_relu",
         "guide": "ldm2_kernels.update",
         "axpby": "ldm2_kernels.update",
-        "attention": None,                                 # FlashAttention and the like
+        "attention": None,
         "linear": None,
-        "linear_geglu": None,                              # cuBLAS, and the operation above
+        "linear_geglu": None,
         "layer_norm": None,
         "leaky_relu": None,
         "conv3x3": "ldm2_kernels.convolution",
         "conv1x1": "ldm2_kernels.convolution",
-        "conv1d": None,                                    # cuDNN
+        "conv1d": None,
         "conv_transpose1d": None,
-        "residual_blocks": None,                           # cuDNN, and the operations above between its convolutions
+        "residual_blocks": None,
     },
     "cpu": {
         "conv3x3": "ldm2_kernels.cpu",
@@ -40,19 +40,46 @@ MODULES: dict[str, dict[str, str | None]] = {
         "conv1d": "ldm2_kernels.cpu",
         "conv_transpose1d": "ldm2_kernels.cpu",
         "residual_blocks": "ldm2_kernels.cpu",
-        "group_norm": None,                                # memory-bound, and a small part of a step
+        "group_norm": None,
         "group_norm_silu": None,
         "layer_norm": None,
         "add_layer_norm": None,
         "linear": "ldm2_kernels.cpu",
         "linear_geglu": "ldm2_kernels.cpu",
-        "geglu": None,                                     # part of the linear layer before it
+        "geglu": None,
         "attention": "ldm2_kernels.cpu",
         "leaky_relu": None,
         "add_leaky_relu": None,
         "add_up": None,
         "guide": None,
         "axpby": None,
+    },
+}
+
+
+# Why an operation without a kernel needs none there.
+REASONS: dict[str, dict[str, str]] = {
+    "cuda": {
+        "attention": "FlashAttention and the like",
+        "linear": "cuBLAS",
+        "linear_geglu": "cuBLAS, and the kernel of geglu",
+        "layer_norm": "is one pass already",
+        "leaky_relu": "is one pass already",
+        "conv1d": "cuDNN",
+        "conv_transpose1d": "cuDNN",
+        "residual_blocks": "cuDNN, and kernels between its convolutions",
+    },
+    "cpu": {
+        "group_norm": "memory-bound, and a small part of a step",
+        "group_norm_silu": "memory-bound, and a small part of a step",
+        "layer_norm": "memory-bound, and a small part of a step",
+        "add_layer_norm": "memory-bound, and a small part of a step",
+        "geglu": "part of the linear layer before it",
+        "leaky_relu": "part of the residual blocks",
+        "add_leaky_relu": "part of the residual blocks",
+        "add_up": "part of the residual blocks",
+        "guide": "once a step",
+        "axpby": "once a step",
     },
 }
 

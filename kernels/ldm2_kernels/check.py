@@ -42,8 +42,10 @@ def measure(kernel: Callable, reference: Callable, arguments: tuple) -> float | 
 
 
 @torch.no_grad()
-def fault(name: str, kernel: Callable, reference: Callable, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with the kernel of an operation for small inputs, in one line; None if nothing is.
+def verdict(
+    name: str, kernel: Callable, reference: Callable, device: torch.device, dtype: torch.dtype
+) -> tuple[float | None, str | None]:
+    """`worst`, and what is wrong with the kernel of an operation for small inputs in one line, None if nothing is.
 
     Draws no random numbers but its own. An error of any kind is a fault: compilers and drivers have many.
     """
@@ -51,10 +53,10 @@ def fault(name: str, kernel: Callable, reference: Callable, device: torch.device
         share = worst(name, kernel, reference, device, dtype)
     except Exception as error:
         first_line = next(iter(str(error).strip().splitlines()), "")
-        return f"{type(error).__name__}: {first_line[:200]}"
+        return None, f"{type(error).__name__}: {first_line[:200]}"
     if share is not None and not share <= 1:
-        return f"its error is {share:.3g} times what the rule allows"
-    return None
+        return None, f"its error is {share:.3g} times what the rule allows"
+    return share, None
 
 
 def worst(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import platform
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
 _PANEL = 16                                                # channels come in multiples of this (kernels.h)
@@ -61,14 +64,31 @@ def library() -> Path | None:
 def load() -> bool:
     """Registers the operators torch.ops.ldm2_cpu. False where no library is built.
 
-    Raises ValueError if LDM2_CPU_ISA names no instruction set.
+    LDM2_KERNELS=auto builds it first, which takes a minute, into the user's cache. Raises ValueError if LDM2_CPU_ISA
+    names no instruction set, or LDM2_KERNELS is anything else.
     """
-    path = library()
+    path = library() or _built_if_asked()
     if path is None:
         return False
     torch.ops.load_library(path)
     torch.ops.ldm2_cpu.instruction_sets()                  # reads LDM2_CPU_ISA
     return True
+
+
+def _built_if_asked() -> Path | None:
+    """The library, built now if LDM2_KERNELS says so; None if it does not, or with a warning if that fails."""
+    asked = os.environ.get("LDM2_KERNELS", "")
+    if asked not in ("", "auto"):
+        raise ValueError(f"LDM2_KERNELS must be auto or not set, got {asked!r}")
+    if not asked:
+        return None
+    from ldm2_kernels.build import build
+
+    try:
+        return build(folders()[-1])
+    except (ValueError, OSError) as error:
+        logger.warning("LDM2_KERNELS=auto, but the kernels cannot be built (%s): plain PyTorch takes over", error)
+        return None
 
 
 @torch.compiler.assume_constant_result

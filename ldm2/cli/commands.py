@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from ldm2 import __version__, audio
-from ldm2.cli import edit, options, profile, verify
+from ldm2.cli import doctor, edit, options, profile, verify
 from ldm2.settings import DEFAULTS
 
 _LESS_MEMORY = {"low_memory": "--low-memory", "dtype": "--dtype float16 or bfloat16", "batch": "a smaller --batch",
@@ -135,6 +135,7 @@ def parser() -> argparse.ArgumentParser:
 
     profile.add(commands)
     verify.add(commands)
+    doctor.add(commands)
     return top
 
 

@@ -280,3 +280,21 @@ def test_a_cpu_with_bfloat16_is_told_of_it(
     short = ["--steps", "1", "--seconds", "0.1", "--device", "cpu", "--dtype", dtype]
     assert main(["generate", PROMPT, "--model", str(tiny_checkpoint), *short]) == 0
     assert (options.BFLOAT16 in capsys.readouterr().err) == (dtype == "auto" and bfloat16_instructions)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is nothing to build elsewhere")
+@pytest.mark.parametrize("how, told", [({}, True), ({"LDM2_KERNELS": "auto", "CXX": "false"}, False)])
+def test_that_the_kernels_are_not_built_is_told_once_and_not_to_who_wants_quiet(
+    tiny_checkpoint, tmp_path, monkeypatch, capsys, how, told
+):
+    from ldm2_kernels import cpu
+
+    monkeypatch.setattr(cpu, "folders", list)
+    monkeypatch.delenv("LDM2_KERNELS", raising=False)
+    for name, value in how.items():
+        monkeypatch.setenv(name, value)
+    command = ["generate", PROMPT, "--model", str(tiny_checkpoint), "--steps", "1", "--seconds", "0.2"]
+    assert main([*command, "-o", str(tmp_path / "a.wav")]) == 0
+    assert capsys.readouterr().err.count("python -m ldm2.build_kernels") == told
+    assert main([*command, "-o", str(tmp_path / "b.wav"), "-q"]) == 0
+    assert capsys.readouterr().err == ""

@@ -1,8 +1,12 @@
 """Where the library goes and what is said when it cannot be built. test_cpu_kernels.py compiles the real one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ldm2_kernels import build, cpu
+
+from ldm2 import ops
 
 
 @pytest.fixture
@@ -76,3 +80,42 @@ def test_a_library_of_other_sources_is_not_taken(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "folders", lambda: [tmp_path])
     assert cpu.library() is None
     assert cpu.load() is False
+
+
+@pytest.fixture
+def nothing_built(tmp_path, monkeypatch):
+    """No library anywhere; the user's cache is a folder of this test. Returns it."""
+    monkeypatch.setattr(cpu, "folders", lambda: [tmp_path / "package", tmp_path / "cache"])
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(torch.ops, "ldm2_cpu", SimpleNamespace(instruction_sets=list), raising=False)
+    return tmp_path / "cache"
+
+
+def test_kernels_are_built_at_first_use_into_the_users_cache_if_they_are_asked_for(
+    compiler, nothing_built, monkeypatch
+):
+    compiler("echo code > $out")
+    monkeypatch.delenv("LDM2_KERNELS", raising=False)
+    assert not cpu.load()
+    assert not nothing_built.exists()
+    monkeypatch.setenv("LDM2_KERNELS", "auto")
+    assert cpu.load()
+    assert cpu.library() == nothing_built / cpu.library_name()
+    compiler("exit 1")                                     # it is not built again
+    assert cpu.load()
+
+
+def test_kernels_that_cannot_be_built_are_told_and_plain_pytorch_runs(compiler, nothing_built, monkeypatch, caplog):
+    compiler("echo 'kernels.cpp:1: error: no such flag' >&2; exit 1")
+    monkeypatch.setenv("LDM2_KERNELS", "auto")
+    monkeypatch.setattr(ops, "_kernels", {})
+    for _ in range(2):
+        assert ops.leaky_relu(torch.ones(3), 0.1).sum() == 3
+    [message] = caplog.messages
+    assert "LDM2_KERNELS=auto" in message and "error: no such flag" in message
+
+
+def test_another_word_for_building_kernels_is_refused(nothing_built, monkeypatch):
+    monkeypatch.setenv("LDM2_KERNELS", "yes")
+    with pytest.raises(ValueError, match="LDM2_KERNELS must be auto or not set, got 'yes'"):
+        cpu.load()

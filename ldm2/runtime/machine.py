@@ -1,0 +1,36 @@
+"""What machine and which versions this process has: for reports of measurements, and for whoever looks for a fault."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+
+VECTOR_UNITS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16")
+
+
+def cpu() -> dict[str, str]:
+    """Its name, and which of the vector units that matter it has."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {"name": platform.processor() or platform.machine(), "units": "not known"}
+    name = re.search(r"model name\s*: (.*)", text)
+    flags = set((re.search(r"(?:flags|Features)\s*: (.*)", text) or [""] * 2)[1].split())
+    units = [unit for unit in VECTOR_UNITS if unit in flags]
+    return {"name": name[1] if name else platform.machine(), "units": " ".join(units) or "none of them"}
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def version(package: str) -> str | None:
+    """Of an installed package, None if it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
