@@ -24,6 +24,7 @@ from torch import Tensor
 from ldm2 import loading, pipeline, samplers
 from ldm2.checkpoints import hub
 from ldm2.conditioning import Conditioning
+from ldm2.runtime.inference import inference
 from ldm2.schedules import Schedule
 from ldm2.text.encoder import TextEncoder
 
@@ -222,9 +223,10 @@ class AudioLDM2Pipeline:
         both = Conditioning.join(sides).to(self.device if device is None else device)
         generated, states = both.contexts
         mask = both.masks[1]
-        return states, torch.ones(states.shape[:2], dtype=torch.long) if mask is None else mask.long(), generated
+        mask = torch.ones(states.shape[:2], dtype=torch.long, device="cpu") if mask is None else mask.long()
+        return states, mask, generated
 
-    @torch.inference_mode()
+    @inference
     def _conditionings(
         self, prompt, transcription, guided: bool, negative_prompt, num_vectors: int | None,
         given: tuple = (None, None, None), negative_given: tuple = (None, None, None),

@@ -61,7 +61,7 @@ class Conditioning:
         """Each row n times in succession: rows a, b become a, a, b, b for n = 2. n must be at least 1."""
         if n < 1:
             raise ValueError(f"a row must be repeated at least once, got {n}")
-        rows = torch.arange(self.batch_size).repeat_interleave(n)
+        rows = torch.arange(self.batch_size, device="cpu").repeat_interleave(n)
         return self.select(rows) if n > 1 else self
 
     def select(self, rows: Sequence[int] | slice | Tensor) -> Conditioning:

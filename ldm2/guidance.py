@@ -57,7 +57,8 @@ class Guidance:
             raise ValueError(f"guidance needs as many unconditional rows as conditional ones, got "
                              f"{unconditional.batch_size} and {conditioning.batch_size}")
         visited = list(dict.fromkeys(timesteps))
-        self.times = dict(zip(visited, unet.embed_time(torch.tensor(visited)).split(1))) if visited else {}
+        times = torch.tensor(visited, dtype=torch.float32, device="cpu")
+        self.times = dict(zip(visited, unet.embed_time(times).split(1))) if visited else {}
 
     def denoiser(self, reuse: int = 1) -> Guided:
         """A denoiser(x_t, t) -> prediction for `samplers.sample`, float32 (B, C, T, F) -> float32.

@@ -1,7 +1,7 @@
 """Reproducible Gaussian noise: one CPU generator for each waveform.
 
 Noise is drawn in float32 on the CPU and then moved, so that a seed means the same on every device, in every dtype and
-in every batch. For one waveform the draws are those of diffusers with `torch.Generator().manual_seed(seed)`.
+in every batch. For one waveform the draws are those of diffusers with `torch.Generator("cpu").manual_seed(seed)`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ class SeededNoise:
     """Standard normal noise whose row i depends on seeds[i] and on how often noise was drawn, on nothing else."""
 
     def __init__(self, seeds: Sequence[int]):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
     def draw(self, *shape: int) -> Tensor:
         """(rows, *shape) float32 on the CPU."""
-        return torch.cat([torch.randn((1, *shape), generator=generator) for generator in self.generators])
+        how = {"dtype": torch.float32, "device": "cpu"}
+        return torch.cat([torch.randn((1, *shape), generator=generator, **how) for generator in self.generators])
 
     def __call__(self, like: Tensor) -> Tensor:
         """Noise of the shape (rows, ...), device and dtype of `like`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ from ldm2.guidance import Guidance
 from ldm2.noise import SeededNoise
 from ldm2.result import Result
 from ldm2.runtime import graphs, weight_layout
+from ldm2.runtime.inference import inference
 from ldm2.runtime.memory import STAGES, Stage, in_stage
 from ldm2.samplers import Step
 from ldm2.samplers.core import Denoiser
@@ -148,7 +150,7 @@ class AudioLDM2:
         return windows if len(windows) > 1 else None
 
     @in_stage("text")
-    @torch.inference_mode()
+    @inference
     def encode(
         self, prompt: str | Sequence[str], *, transcription: str | Sequence[str] | None = None,
         phonemes: str | Sequence[str] | None = None,
@@ -160,7 +162,7 @@ class AudioLDM2:
         return self.text.encode(prompt, transcription=transcription, phonemes=phonemes)
 
     @in_stage("text")
-    @torch.inference_mode()
+    @inference
     def encode_unconditional(
         self, conditioning: Conditioning, negative_prompt: str | Sequence[str] | None = None, *,
         transcription: str | Sequence[str] | None = None, phonemes: str | Sequence[str] | None = None,
@@ -171,7 +173,7 @@ class AudioLDM2:
         )
 
     @in_stage("unet")
-    @torch.inference_mode()
+    @inference
     def denoise(
         self, conditioning: Conditioning, unconditional: Conditioning | None = None, *, latents: Tensor, steps: int,
         guidance_scale: float = 1.0, sampler: str = "ddim", eta: float = 0.0,
@@ -202,7 +204,7 @@ class AudioLDM2:
             denoiser = guided(conditioning, unconditional).denoiser(reuse)
         else:
             denoiser = self._windowed(guided, windows, conditioning, unconditional, rows=len(latents), reuse=reuse)
-        with tqdm(total=steps - start, unit="step", disable=not progress, leave=False) as bar:
+        with tqdm(total=steps - start, unit="step", disable=not progress or sys.stderr is None, leave=False) as bar:
 
             def after_step(done: int, total: int, latents: Tensor) -> object:
                 bar.update()
@@ -234,7 +236,7 @@ class AudioLDM2:
         return average(there, lambda prompts: guidance(prompts).denoiser(reuse), at_once)
 
     @in_stage("vae")
-    @torch.inference_mode()
+    @inference
     def decode(self, latents: Tensor, *, loop: bool = False, tile: int | None = None) -> Tensor:
         """Latents (B, C, T/f, F/f), scaled as `denoise` returns them -> log-mel (B, 1, T, F) in the model's dtype.
 
@@ -249,7 +251,7 @@ class AudioLDM2:
         return self.finite(mel, "the VAE's log-mel spectrogram")
 
     @in_stage("vocoder")
-    @torch.inference_mode()
+    @inference
     def vocode(self, mel: Tensor, *, loop: bool = False) -> Tensor:
         """Log-mel (B, 1, T, F) -> waveform (B, N), float32 on the CPU; N is at least T * hop_length.
 

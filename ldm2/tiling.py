@@ -45,7 +45,8 @@ def vocode(vocoder: Vocoder, mel: Tensor, chunk: int, loop: bool = False) -> Ten
     left, right = receptive_field(vocoder.config)
     hop, num_frames = vocoder.config.hop_length, mel.shape[2]
     beyond = 0 if loop else _samples_beyond(vocoder.config)
-    result = torch.empty(len(mel), hop * num_frames + beyond)                # one block: pieces would scatter the heap
+    # One block: pieces would scatter the heap.
+    result = torch.empty(len(mel), hop * num_frames + beyond, dtype=torch.float32, device="cpu")
     size = chunk + left + right if loop else min(chunk + left + right, num_frames)                  # the same each time
     for start in range(0, num_frames, chunk):
         end = min(start + chunk, num_frames)
@@ -76,7 +77,7 @@ def decode(vae: VAE, latents: Tensor, tiles: Sequence[Window]) -> Tensor:
     batch, _, num_frames, num_bins = latents.shape
     mel = latents.new_zeros(batch, 1, factor * num_frames, factor * num_bins, dtype=torch.float32)
     for tile in tiles:
-        frames = (factor * tile.frames[:, None] + torch.arange(factor)).flatten().to(mel.device)
+        frames = (factor * tile.frames[:, None] + torch.arange(factor, device="cpu")).flatten().to(mel.device)
         weights = tile.weights.repeat_interleave(factor).to(mel.device)[:, None]
         mel.index_add_(2, frames, vae.decode(latents[:, :, tile.frames.to(mel.device)]).float() * weights)
     return mel.to(latents.dtype)

@@ -203,7 +203,7 @@ class UNet(nn.Module):
         The embedding is silu'd and projected by each block: time_emb_proj(silu([time, film])) is a sum of two parts,
         of which this is the one that does not depend on the condition (it holds the bias).
         """
-        timesteps = torch.as_tensor(timesteps, device=self.conv_in.weight.device).reshape(-1)
+        timesteps = torch.as_tensor(timesteps, dtype=torch.float32, device=self.conv_in.weight.device).reshape(-1)
         emb = F.silu(self.time_embedding(timesteps))                         # (S, time_dim)
         width = self.config.time_dim
         return torch.cat([F.linear(emb, p.weight[:, :width], p.bias) for p in self._projections()], dim=1)

@@ -50,7 +50,8 @@ class Posterior:
 
 
 def _normal(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-    return torch.randn(shape, generator=generator, device="cpu" if generator is None else generator.device)
+    device = "cpu" if generator is None else generator.device
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
 
 
 class SpatialAttention(nn.Module):

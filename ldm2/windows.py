@@ -60,9 +60,10 @@ def plan(
     else:
         count = max(1, math.ceil((num_frames - overlap) / (window - overlap)))
         starts = [round(i * (num_frames - width) / max(1, count - 1)) for i in range(count)]
-    places = [torch.arange(start, start + width) % num_frames for start in starts]
-    shape = torch.sin(math.pi * (torch.arange(width, dtype=torch.float64) + 0.5) / width) ** 2      # Hann, never zero
-    total = torch.zeros(num_frames, dtype=torch.float64)
+    places = [torch.arange(start, start + width, device="cpu") % num_frames for start in starts]
+    middle = torch.arange(width, dtype=torch.float64, device="cpu") + 0.5
+    shape = torch.sin(math.pi * middle / width) ** 2       # Hann, never zero
+    total = torch.zeros(num_frames, dtype=torch.float64, device="cpu")
     for frames in places:
         total[frames] += shape
     prompts = enumerate(shares(num_frames, borders, overlap, loop))
@@ -76,7 +77,7 @@ def shares(num_frames: int, borders: Sequence[float], fade: int, loop: bool = Fa
     Prompt j holds from borders[j] to borders[j + 1]; around a border the two fade linearly over `fade` frames. In a
     loop the last one fades into the first at the joint.
     """
-    middle = torch.arange(num_frames, dtype=torch.float64) + 0.5
+    middle = torch.arange(num_frames, dtype=torch.float64, device="cpu") + 0.5
     fade = min(max(fade, 1), num_frames)
 
     def after(border: float) -> Tensor:

@@ -124,7 +124,9 @@ def _text(config: Mapping[str, Fields], reference: str, where: dict) -> TextEnco
 def random_tensors(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     """Weights for a module (on the meta device, it may be), float32 on the CPU: matrices and kernels that keep the
     variance of what they are applied to, norms near one, biases near zero."""
-    pool = torch.randn(1_000_003, generator=torch.Generator().manual_seed(seed))     # prime: rows of matrices differ
+    pool = torch.randn(
+        1_000_003, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu"
+    )                                                      # prime: rows of matrices differ
     tensors = {}
     for name, parameter in module.state_dict().items():
         count = parameter.numel()

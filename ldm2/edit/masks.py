@@ -113,8 +113,8 @@ def keep_mask(num_frames: int, seconds: float, config: MelConfig, vae_factor: in
 
 def _latent_bin_edges(config: MelConfig, vae_factor: int) -> np.ndarray:
     """Borders in Hz between latent bins, (num_mels / vae_factor + 1,): halfway, in mel, between two filters' peaks."""
-    low, high = hz_to_mel(torch.tensor([config.f_min, config.f_max], dtype=torch.float64))
-    filters_below = torch.arange(0, config.num_mels + 1, vae_factor, dtype=torch.float64)
+    low, high = hz_to_mel(torch.tensor([config.f_min, config.f_max], dtype=torch.float64, device="cpu"))
+    filters_below = torch.arange(0, config.num_mels + 1, vae_factor, dtype=torch.float64, device="cpu")
     edges = mel_to_hz(low + (filters_below + 0.5) * (high - low) / (config.num_mels + 1)).numpy()
     edges[0], edges[-1] = config.f_min, config.f_max
     return edges

@@ -106,5 +106,5 @@ def _magnitudes(waveform: Tensor, fft: int, hop: int, window: int, frames: slice
     start, stop = hop * frames.start - fft // 2, hop * (frames.stop - 1) + (fft + 1) // 2
     inside = waveform[:, max(0, start) : stop]
     padded = torch.nn.functional.pad(inside, (max(0, -start), max(0, stop - waveform.shape[1])))
-    hann = torch.hann_window(window, dtype=waveform.dtype)
+    hann = torch.hann_window(window, dtype=waveform.dtype, device=waveform.device)
     return torch.stft(padded, fft, hop, window, hann, center=False, return_complex=True).abs()

@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm2 import audio
 from ldm2.mel import MelConfig, config_for, log_mel
 from ldm2.noise import SeededNoise
+from ldm2.runtime.inference import inference
 from ldm2.runtime.memory import in_stage
 from ldm2.settings import check_seeds
 from ldm2.vae import VAE, Posterior
@@ -104,7 +105,7 @@ def mel_config(pipe: AudioLDM2) -> MelConfig:
     return config_for(vocoder.sample_rate, vocoder.hop_length, vocoder.num_mels)
 
 
-@torch.inference_mode()
+@inference
 def analyse(pipe: AudioLDM2, waveforms: np.ndarray) -> Tensor:
     """Waveforms (B, N) at the model's rate -> log-mel (B, 1, T, F), float32 on the model's device.
 
@@ -117,7 +118,7 @@ def analyse(pipe: AudioLDM2, waveforms: np.ndarray) -> Tensor:
 
 
 @in_stage("vae")
-@torch.inference_mode()
+@inference
 def encode_audio(
     pipe: AudioLDM2, waveform: np.ndarray | Tensor, sample_rate: int, *, seed: int | Sequence[int] | None = None
 ) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ldm2 import weights
 from ldm2.conditioning import Conditioning
+from ldm2.runtime.inference import inference
 from ldm2.text.encoders import ClapText, T5Text
 from ldm2.text.gpt2 import Projection, continue_sequence, load_gpt2, load_projection
 from ldm2.text.phonemes import PhonemeText
@@ -112,7 +113,7 @@ class TextEncoder(nn.Module):
         """Whether each prompt needs a transcription (or phonemes) to say."""
         return self.phonemes is not None
 
-    @torch.no_grad()
+    @inference
     def encode(
         self, prompts: str | Sequence[str], *, transcription: str | Sequence[str] | None = None,
         phonemes: str | Sequence[str] | None = None, num_vectors: int | None = None,
@@ -135,7 +136,7 @@ class TextEncoder(nn.Module):
             return _once(lines, lambda distinct: self._together(distinct, num_vectors))
         return _once(lines, lambda distinct: self._each_alone(distinct, num_vectors))
 
-    @torch.no_grad()
+    @inference
     def encode_unconditional(
         self, conditioning: Conditioning, negative_prompts: str | Sequence[str] | None = None, *,
         transcription: str | Sequence[str] | None = None, phonemes: str | Sequence[str] | None = None,

@@ -58,7 +58,7 @@ class ClapText(nn.Module):
         with torch.device("meta"):
             clap = cls(tokenizer, config)
         tables = clap.text_model.embeddings
-        tables.position_ids = torch.arange(config.max_position_embeddings)[None]
+        tables.position_ids = torch.arange(config.max_position_embeddings, device="cpu")[None]
         tables.token_type_ids = torch.zeros_like(tables.position_ids)
         return weights.load(clap, tensors, table=CLAP_TEXT_ONLY, dtype=dtype, device=device, source=source)
 

@@ -147,10 +147,10 @@ class PhonemeText(nn.Module):
 
         The end symbol takes the first free place and counts as part of the text; a row that fills all places has none.
         """
-        ids = torch.full((len(rows), self.max_length), self.tokenizer.pad_token_id)
-        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        ids = torch.full((len(rows), self.max_length), self.tokenizer.pad_token_id, dtype=torch.long, device="cpu")
+        mask = torch.zeros_like(ids, dtype=torch.bool)
         for row, numbers in enumerate(rows):
-            ids[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.long)
+            ids[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.long, device="cpu")
             mask[row, : len(numbers)] = True
             free = (ids[row] == PAD).nonzero()
             if len(free):

@@ -18,6 +18,7 @@ from transformers.models.clap import modeling_clap
 
 from ldm2 import weights
 from ldm2.audio import check_rows, resample
+from ldm2.runtime.inference import inference
 from ldm2.text.encoder import Parts
 from ldm2.text.encoders import ClapText, clap_config
 from ldm2.text.tokenizers import from_pretrained
@@ -56,9 +57,10 @@ class ClapAudio(nn.Module):
             raise ValueError(f"{source}: audio_config.enable_fusion must be false, as in all published checkpoints")
         with torch.device("meta"):
             audio = cls(extractor, config)
-        for module in audio.modules():
-            if isinstance(module, modeling_clap.ClapAudioSelfAttention):
-                module.relative_position_index = module.create_relative_position_index()
+        with torch.device("cpu"):                          # whatever the default is
+            for module in audio.modules():
+                if isinstance(module, modeling_clap.ClapAudioSelfAttention):
+                    module.relative_position_index = module.create_relative_position_index()
         return weights.load(
             audio, tensors, table=CLAP_AUDIO_ONLY, dtype=torch.float32, device=device, source=source
         )
@@ -104,7 +106,7 @@ class Ranker:
             text = ClapText.load(fields, tensors, tokenizer, device=device, dtype=torch.float32, source=source)
         return cls(text, ClapAudio.load(fields, tensors, extractor, device=device, source=source))
 
-    @torch.no_grad()
+    @inference
     def scores(self, prompts: Sequence[str], waveforms: np.ndarray | Tensor, sample_rate: int) -> Tensor:
         """Similarity of each candidate with its own prompt: (P, n) float32 on the CPU, -1 to 1.
 
@@ -126,5 +128,5 @@ def best_first(scores: Tensor) -> list[int]:
     Candidates of one prompt never take the place of another's; equal ones keep their order.
     """
     order = scores.argsort(dim=1, descending=True, stable=True)                  # (P, n)
-    starts = torch.arange(scores.shape[0])[:, None] * scores.shape[1]
+    starts = torch.arange(scores.shape[0], device=scores.device)[:, None] * scores.shape[1]
     return (order + starts).flatten().tolist()
