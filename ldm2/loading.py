@@ -18,6 +18,7 @@ from ldm2.pipeline import AudioLDM2
 from ldm2.result import Result
 from ldm2.runtime import weight_layout
 from ldm2.runtime.compilation import check_compiler, compile_step
+from ldm2.runtime.inference import ordinary
 from ldm2.runtime.memory import Load, Stage
 from ldm2.schedules import Schedule
 from ldm2.settings import DEFAULTS
@@ -66,18 +67,20 @@ def load(
         check_compiler(place)
     path = hub.resolve(
         str(model), revision, local_files_only, cache_dir=cache_dir, token=token, variant=variant
-    )
+    ).absolute()                                           # parts may be read later, from another current folder
+    tokenizers = None if tokenizers is None else Path(tokenizers).expanduser().absolute()
     settings = {
         "device": place,
         "dtype": precision,
         "origin": {"model": str(model), "revision": revision, "reference": reference, "dtype": str(precision)[6:]},
     }
-    if path.is_dir():
-        if tokenizers is not None:
-            raise ValueError(f"{path} brings its own tokenizers: leave out tokenizers={str(tokenizers)!r}")
-        pipe = _from_folder(path, reference, settings, low_memory, variant)
-    else:
-        pipe = _from_original(path, reference, tokenizers, local_files_only, settings, low_memory)
+    if path.is_dir() and tokenizers is not None:
+        raise ValueError(f"{path} brings its own tokenizers: leave out tokenizers={str(tokenizers)!r}")
+    with ordinary():
+        if path.is_dir():
+            pipe = _from_folder(path, reference, settings, low_memory, variant)
+        else:
+            pipe = _from_original(path, reference, tokenizers, local_files_only, settings, low_memory)
     if compile:
         compile_step(pipe.unet)
     return pipe

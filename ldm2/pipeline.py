@@ -25,7 +25,7 @@ from ldm2.guidance import Guidance
 from ldm2.noise import SeededNoise
 from ldm2.result import Result
 from ldm2.runtime import graphs, weight_layout
-from ldm2.runtime.inference import inference
+from ldm2.runtime.inference import inference, ordinary
 from ldm2.runtime.memory import STAGES, Stage, in_stage
 from ldm2.samplers import Step
 from ldm2.samplers.core import Denoiser
@@ -384,7 +384,8 @@ class AudioLDM2:
     def _ranking(self) -> Ranker:
         """What ranks; kept from the first time on, unless there is little memory."""
         with _making_ranker:
-            ranker = self._ranker or self._make_ranker(self.text.clap, self.device)
+            with ordinary():
+                ranker = self._ranker or self._make_ranker(self.text.clap, self.device)
             if not self.low_memory:
                 self._ranker = ranker
         return ranker

@@ -21,6 +21,7 @@ import numpy as np
 
 from ldm2 import atomic
 from ldm2.audio import tags
+from ldm2.runtime.host import usual_numpy
 
 if TYPE_CHECKING:
     import soundfile
@@ -136,6 +137,7 @@ def describe(path: str | Path) -> FileInfo:
         return FileInfo(file.samplerate, file.channels, file.frames, _KEEPS.get(file.subtype, "float32"))
 
 
+@usual_numpy
 def read_channels(path: str | Path) -> tuple[np.ndarray, int]:
     """All channels of a sound file as they are: waveform (channels, N), sample rate in Hz.
 
@@ -162,6 +164,7 @@ def read_channels(path: str | Path) -> tuple[np.ndarray, int]:
     return waveform, sample_rate
 
 
+@usual_numpy
 def read(path: str | Path, sample_rate: int | None = None, channel: int | None = None) -> tuple[np.ndarray, int]:
     """One channel of a sound file: waveform float32 (N,), sample rate in Hz. The level is kept.
 
@@ -261,6 +264,7 @@ def _check_rate(suffix: str, kind: _Format, sample_rate: int) -> None:
         raise ValueError(f"{suffix} takes sample rates {rates}, got {sample_rate}: resample, or write .wav or .flac")
 
 
+@usual_numpy
 def write(path: str | Path, waveform: np.ndarray, sample_rate: int, overwrite: bool = False,
           metadata: Mapping[str, str] | None = None, encoding: str | None = None) -> Path:
     """Write a waveform (N,) or (channels, N), floating point, to a file in the format of its suffix. Returns the path.
@@ -296,8 +300,7 @@ def _checked_waveform(waveform: np.ndarray, dtype: type[np.floating]) -> np.ndar
     check_rows(waveform)
     if not np.issubdtype(waveform.dtype, np.floating):
         raise ValueError(f"waveform must hold floating-point samples with full scale at -1..1, got {waveform.dtype}")
-    with np.errstate(over="ignore"):
-        waveform = np.atleast_2d(waveform.astype(dtype, copy=False))
+    waveform = np.atleast_2d(waveform.astype(dtype, copy=False))
     if not np.isfinite(waveform).all():
         raise ValueError(f"waveform holds {np.count_nonzero(~np.isfinite(waveform))} NaN or infinite samples")
     return waveform

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ldm2 import atomic
+from ldm2.runtime.host import usual_numpy
 
 LOWEST = -100.0                                            # dB of full scale
 WIDEST = 30.0                                              # dB of difference
@@ -26,6 +27,7 @@ def check_plot(path: str | Path, overwrite: bool = False, inputs: Sequence[str |
     atomic.check_place(path, overwrite, inputs)
 
 
+@usual_numpy
 def compare(
     path: str | Path, original: np.ndarray, other: np.ndarray, sample_rate: int,
     names: tuple[str, str] = ("input", "output"), overwrite: bool = False,

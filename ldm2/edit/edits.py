@@ -22,6 +22,7 @@ from ldm2.edit.paste import CROSSFADE_SECONDS, blend_bands, extend_canvas, fit_l
 from ldm2.edit.sound import Sound, encode_audio, mel_config, open_sound
 from ldm2.noise import SeededNoise
 from ldm2.result import Result
+from ldm2.runtime.host import usual_numpy
 from ldm2.settings import MAX_SECONDS, Recipe, check_seconds, recipe
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ ONE_DRAW = ("pndm", "lms")                                 # they extrapolate al
 Join = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 
+@usual_numpy
 def transfer(
     pipe: AudioLDM2, sound: Source, prompt: str | Sequence[str] | None, *, strength: float = 0.6,
     sample_rate: int | None = None, channel: int | None = None, keep_format: bool = False, **settings,
@@ -69,6 +71,7 @@ def variations(
     return transfer(pipe, sound, prompt, strength=strength, num_waveforms=num_waveforms, **settings)
 
 
+@usual_numpy
 def inpaint(
     pipe: AudioLDM2, sound: Source, prompt: str | Sequence[str] | None, *, times: Sequence[Range] | None = None,
     bands: Sequence[Range] | None = None, soft_seconds: float = 0.0, soft_hz: float = 0.0,
@@ -100,6 +103,7 @@ def inpaint(
     return job.masked(opened.mono, ranges | soft, join, keep_format)
 
 
+@usual_numpy
 def extend(
     pipe: AudioLDM2, sound: Source, prompt: str | Sequence[str] | None, *, seconds: float = 10.0, side: str = "after",
     crossfade: float = CROSSFADE_SECONDS, paste: bool = True, sample_rate: int | None = None,
@@ -124,6 +128,7 @@ def extend(
     return job.masked(mirrored, {"times": times}, join, keep_format)
 
 
+@usual_numpy
 def super_resolution(
     pipe: AudioLDM2, sound: Source, prompt: str | Sequence[str] | None = None, *, above: float, soft_hz: float = 0.0,
     paste: bool = True, sample_rate: int | None = None, channel: int | None = None, keep_format: bool = False,

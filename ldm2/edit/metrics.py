@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm2.mel import MelConfig, log_mel
+from ldm2.runtime.host import usual_numpy
 
 Distances = tuple[float, float]                            # spectral convergence, and of the log magnitudes
 
@@ -49,6 +50,7 @@ def level(waveform: np.ndarray) -> float:
     return 20 * math.log10(max(float(np.sqrt(np.mean(np.square(waveform, dtype=np.float64)))), FLOOR))
 
 
+@usual_numpy
 def compare(reference: np.ndarray, estimate: np.ndarray, config: MelConfig) -> dict[str, float]:
     """All of them by their names; level_difference is in dB, above zero where the estimate is louder.
 

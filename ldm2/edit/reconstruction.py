@@ -13,6 +13,7 @@ from ldm2.edit import metrics
 from ldm2.edit.edits import transfer
 from ldm2.edit.masks import start_step
 from ldm2.edit.sound import analyse, encode_audio, mel_config, open_sound
+from ldm2.runtime.host import usual_numpy
 
 if TYPE_CHECKING:
     from ldm2.pipeline import AudioLDM2
@@ -30,6 +31,7 @@ class Reconstruction:
     distances: dict[str, float]
 
 
+@usual_numpy
 def reconstruct(
     pipe: AudioLDM2, sound: str | Path | np.ndarray | Tensor, stage: str = "vae", *, strength: float = 0.3,
     prompt: str | None = None, sample_rate: int | None = None, channel: int | None = None, **settings,

@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm2 import audio
 from ldm2.mel import MelConfig, config_for, log_mel
 from ldm2.noise import SeededNoise
+from ldm2.runtime.host import usual_numpy
 from ldm2.runtime.inference import inference
 from ldm2.runtime.memory import in_stage
 from ldm2.settings import check_seeds
@@ -52,6 +53,7 @@ class Sound:
         return audio.resample(self.mono, self.sample_rate, sample_rate)
 
 
+@usual_numpy
 def open_sound(
     source: str | Path | np.ndarray | Tensor, sample_rate: int | None = None, channel: int | None = None
 ) -> Sound:
@@ -87,10 +89,11 @@ def _samples(source: np.ndarray | Tensor) -> np.ndarray:
     if samples.ndim not in (1, 2) or samples.size == 0:
         raise ValueError(f"a sound must be (N,) or (channels, N) with at least one sample, got {samples.shape}")
     audio.check_rows(samples)
+    samples = samples.astype(np.float32)
     bad = np.count_nonzero(~np.isfinite(samples))
     if bad:
-        raise ValueError(f"the sound holds {bad} NaN or infinite samples")
-    return samples.astype(np.float32)
+        raise ValueError(f"the sound holds {bad} samples that are NaN, infinite or beyond float32")
+    return samples
 
 
 def _rate(sample_rate: int | None) -> int:
@@ -117,6 +120,7 @@ def analyse(pipe: AudioLDM2, waveforms: np.ndarray) -> Tensor:
     return log_mel(padded.to(pipe.device), mel_config(pipe))
 
 
+@usual_numpy
 @in_stage("vae")
 @inference
 def encode_audio(

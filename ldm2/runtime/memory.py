@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ldm2 import weights
 from ldm2.runtime import weight_layout
+from ldm2.runtime.inference import ordinary
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ class Stage:
 
     def _wake(self) -> None:
         if self._load is not None:
-            _take_over(self.module, self._load(self.device))
+            with ordinary():
+                _take_over(self.module, self._load(self.device))
             weight_layout.arrange(self.module)
             while self._guards:
                 self._guards.pop().remove()

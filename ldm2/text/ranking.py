@@ -18,6 +18,7 @@ from transformers.models.clap import modeling_clap
 
 from ldm2 import weights
 from ldm2.audio import check_rows, resample
+from ldm2.runtime.host import usual_numpy
 from ldm2.runtime.inference import inference
 from ldm2.text.encoder import Parts
 from ldm2.text.encoders import ClapText, clap_config
@@ -106,6 +107,7 @@ class Ranker:
             text = ClapText.load(fields, tensors, tokenizer, device=device, dtype=torch.float32, source=source)
         return cls(text, ClapAudio.load(fields, tensors, extractor, device=device, source=source))
 
+    @usual_numpy
     @inference
     def scores(self, prompts: Sequence[str], waveforms: np.ndarray | Tensor, sample_rate: int) -> Tensor:
         """Similarity of each candidate with its own prompt: (P, n) float32 on the CPU, -1 to 1.

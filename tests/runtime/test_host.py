@@ -29,28 +29,13 @@ FAST = {"steps": 2, "seed": 3}
 
 
 @contextlib.contextmanager
-def setting(change, back):
-    before = change()
+def changed(change, value, before):
+    """change(value), and change(before) at the end."""
+    change(value)
     try:
         yield
     finally:
-        back(before)
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    with setting(lambda: torch.set_default_dtype(dtype), lambda _: torch.set_default_dtype(before)):
-        yield
-
-
-@contextlib.contextmanager
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+        change(before)
 
 
 @contextlib.contextmanager
@@ -81,26 +66,6 @@ def warnings_are_errors():
 
 
 @contextlib.contextmanager
-def recursion_limit(limit):
-    before = sys.getrecursionlimit()
-    sys.setrecursionlimit(limit)
-    try:
-        yield
-    finally:
-        sys.setrecursionlimit(before)
-
-
-@contextlib.contextmanager
-def c_locale():
-    before = locale.setlocale(locale.LC_ALL)
-    locale.setlocale(locale.LC_ALL, "C")
-    try:
-        yield
-    finally:
-        locale.setlocale(locale.LC_ALL, before)
-
-
-@contextlib.contextmanager
 def folder_that_is_gone(tmp_path):
     before, gone = os.getcwd(), tmp_path / "gone"
     gone.mkdir()
@@ -113,23 +78,36 @@ def folder_that_is_gone(tmp_path):
 
 
 HOSTS = {
-    "float64": lambda tmp: default_dtype(torch.float64),
-    "float16": lambda tmp: default_dtype(torch.float16),
-    "bfloat16": lambda tmp: default_dtype(torch.bfloat16),
+    "float64": lambda tmp: changed(torch.set_default_dtype, torch.float64, torch.float32),
+    "float16": lambda tmp: changed(torch.set_default_dtype, torch.float16, torch.float32),
+    "bfloat16": lambda tmp: changed(torch.set_default_dtype, torch.bfloat16, torch.float32),
     "device": lambda tmp: torch.device("meta"),
     "inference_mode": lambda tmp: torch.inference_mode(),
     "no_grad": lambda tmp: torch.no_grad(),
     "autocast": lambda tmp: torch.autocast("cpu", torch.bfloat16),
-    "deterministic": lambda tmp: deterministic(),
+    "deterministic": lambda tmp: changed(torch.use_deterministic_algorithms, True, False),
+    "anomalies": lambda tmp: torch.autograd.set_detect_anomaly(True),
     "numpy": lambda tmp: np.errstate(all="raise"),
     "warnings": lambda tmp: warnings_are_errors(),
     "logging": lambda tmp: debug_logging(),
-    "recursion": lambda tmp: recursion_limit(250),
+    "recursion": lambda tmp: changed(sys.setrecursionlimit, 250, sys.getrecursionlimit()),
     "no_stdout": lambda tmp: no_streams(None),
     "closed_stdout": lambda tmp: no_streams(_closed()),
-    "locale": lambda tmp: c_locale(),
+    "locale": lambda tmp: changed(set_locale, "C", locale.setlocale(locale.LC_ALL)),
     "folder": folder_that_is_gone,
 }
+
+
+# How the processor computes is the host's to choose: the last bits are another's, not the sound.
+ARITHMETIC = {
+    "denormals": lambda: changed(torch.set_flush_denormal, True, False),
+    "threads": lambda: changed(torch.set_num_threads, 2, 1),
+    "precision": lambda: changed(torch.set_float32_matmul_precision, "medium", "highest"),
+}
+
+
+def set_locale(name: str) -> None:
+    locale.setlocale(locale.LC_ALL, name)
 
 
 def _closed() -> io.StringIO:
@@ -263,6 +241,15 @@ def test_a_setting_of_the_host_changes_nothing(calls, expected, tmp_path, host, 
     with HOSTS[host](tmp_path):
         got = getattr(calls, name)(tmp_path)
     assert [bits(value) for value in got] == alone
+
+
+@pytest.mark.parametrize("host", ARITHMETIC)
+def test_arithmetic_is_the_hosts_to_choose(calls, tmp_path, host):
+    alone = calls.inpaint(tmp_path)
+    with ARITHMETIC[host]():
+        got = calls.inpaint(tmp_path)
+    for a, b in zip(got, alone, strict=True):
+        torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", CALLS)
