@@ -92,7 +92,7 @@ def _samples(source: np.ndarray | Tensor) -> np.ndarray:
     samples = samples.astype(np.float32)
     bad = np.count_nonzero(~np.isfinite(samples))
     if bad:
-        raise ValueError(f"the sound holds {bad} samples that are NaN, infinite or beyond float32")
+        raise ValueError(f"the sound holds {bad} NaN or infinite samples in float32")
     return samples
 
 
