@@ -25,12 +25,13 @@ import torch
 import ldm2
 from benchmarks import report, timing
 from benchmarks.arguments import count, positive
-from benchmarks.rows import COMPILED, PROMPT, SUBJECTS, Bench
+from benchmarks.bench import Bench
+from benchmarks.rows import COMPILED, PROMPT, SUBJECTS
 from benchmarks.timing import Timed
-from ldm2 import loading, profiling
+from ldm2 import loading
 from ldm2.checkpoints import random_models
 from ldm2.pipeline import AudioLDM2
-from ldm2.runtime import memory
+from ldm2.runtime import memory, profiling
 
 SIZES = {"base": "audioldm2", "large": "audioldm2-large", "tiny": "tiny"}
 PROCESSES = ("ldm2", "ldm2, low_memory", "diffusers")

@@ -6,7 +6,7 @@ import torch
 
 from ldm2.conditioning import Conditioning
 from ldm2.pipeline import AudioLDM2
-from ldm2.profiling import flop_of
+from ldm2.runtime.profiling import flop_of
 from ldm2.unet import UNet
 from ldm2.vae import VAE
 from ldm2.vocoder import Vocoder

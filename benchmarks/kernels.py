@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from benchmarks.bench import Bench
 from benchmarks.timing import Make, Row, Run
 from ldm2 import ops
 from ldm2.runtime.graphs import CudaCapture
-
-if TYPE_CHECKING:
-    from benchmarks.rows import Bench
 
 REPEAT = 20
 REPLAYS = 10

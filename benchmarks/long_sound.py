@@ -28,7 +28,7 @@ def measure(model: str, seconds: float, steps: int, device: str) -> dict:
     import torch
 
     import ldm2
-    from ldm2 import profiling
+    from ldm2.runtime import profiling
 
     torch.set_num_threads(1)
     pipe = ldm2.load(model, device=device)

@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.timing import Timed, ratio
 from ldm2 import __version__, atomic
-from ldm2.profiling import Limits
 from ldm2.runtime import machine
+from ldm2.runtime.profiling import Limits
 
 PACKAGES = ("diffusers", "transformers", "triton")
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import ldm2
-from benchmarks.flop import Flop
+from benchmarks.bench import Bench
 from benchmarks.kernels import kernels
 from benchmarks.timing import Make, Row, Run
 from ldm2 import ops
 from ldm2.conditioning import Conditioning
-from ldm2.pipeline import AudioLDM2
 from ldm2.runtime.compilation import compile_step
 from ldm2.runtime.graphs import GraphedUNet, accelerated
 from ldm2.settings import recipe
@@ -29,46 +25,6 @@ LENGTHS = (5.0, 10.0, 20.0, 40.0)
 BATCHES = (1, 2, 4, 8)
 SCALE = 3.5
 STEPS = 10                                                 # of the UNet for one measurement on CUDA
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What all rows share. make_theirs: loads diffusers' pipeline, None to do without. folder: the checkpoint of both.
-
-    steps: of the generation; sweep_steps: of those of several lengths and batches.
-    """
-
-    ours: AudioLDM2
-    make_theirs: Callable[[], Any] | None
-    folder: Path | None
-    seconds: float
-    steps: int
-    sweep_steps: int
-    their_dtype: torch.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.ours.device
-
-    @functools.cached_property
-    def flop(self) -> Flop:
-        return Flop(self.ours)
-
-    @functools.cached_property
-    def theirs(self) -> Any:
-        """diffusers' pipeline, loaded when a variant first needs it: if that fails, it is a failure of that variant."""
-        return self.make_theirs()
-
-    @functools.cached_property
-    def theirs_compiled(self) -> Any:
-        """diffusers' pipeline with a compiled UNet, and all else shared."""
-        pipe = copy.copy(self.theirs)
-        pipe.unet = torch.compile(self.theirs.unet)
-        return pipe
-
-    def beside(self, ours: dict[str, Make], theirs: Make) -> dict[str, Make]:
-        """Our variants and, where it is there, diffusers, which they are compared with."""
-        return ours if self.make_theirs is None else ours | {"diffusers": theirs}
 
 
 def unet(bench: Bench) -> Iterator[Row]:

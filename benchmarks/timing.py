@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ldm2 import profiling
+from ldm2.runtime import profiling
 
 Run = Callable[[], object]
 Make = Callable[[], Run]

@@ -36,7 +36,7 @@ from ldm2.checkpoints.random_models import SIZES, UNET
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig
 from ldm2.noise import SeededNoise
-from ldm2.profiling import flop_of, synchronise
+from ldm2.runtime.profiling import flop_of, synchronise
 from ldm2.samplers import SAMPLERS
 from ldm2.settings import PRESETS, WHOLE_RUN, check_count
 from ldm2.unet import UNet

@@ -177,6 +177,11 @@ def resolve(
     return _fetch(model, revision, local_files_only, cache_dir, token, variant)
 
 
+def is_cached(model: Model, cache_dir: str | Path | None = None) -> bool:
+    """Whether all files of a model are on this machine. Looks at the disk, never at the network."""
+    return find_cached(model, cache_dir=cache_dir) is not None
+
+
 def _looks_local(name: str) -> bool:
     starts, ends = (".", "/", "~"), (".pth", ".ckpt", ".safetensors", "/")
     return name.startswith(starts) or name.endswith(ends) or name.count("/") > 1 or "\\" in name

@@ -54,7 +54,7 @@ def generate(args: argparse.Namespace) -> None:
 
 def models(args: argparse.Namespace) -> None:
     """Table of known checkpoints."""
-    from ldm2.checkpoints.known import table
+    from ldm2.cli.models import table
 
     print(table())
 

@@ -19,7 +19,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Examine and print. Raises ArithmeticError if a kernel does not compute what it should."""
-    from ldm2 import doctor
+    from ldm2.runtime import doctor
 
     found = doctor.examine()
     print(json.dumps(found, indent=1) if args.json else "\n".join(lines(found)))

@@ -13,7 +13,7 @@ from ldm2.cli import options
 
 if TYPE_CHECKING:
     from ldm2.pipeline import AudioLDM2
-    from ldm2.profiling import Limits, Measured, Operation
+    from ldm2.runtime.profiling import Limits, Measured, Operation
 
 RANDOM = ("tiny", "audioldm2", "audioldm2-large")
 PROMPT = "a dog barking in the rain"
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     recipe(PROMPT, **settings)                             # a wrong value is told before gigabytes are loaded
     if args.low_memory:
         raise ValueError("ldm2 profile measures parts that are in memory: leave --low-memory away")
-    from ldm2 import profiling
+    from ldm2.runtime import profiling
 
     pipe = _pipeline(args)
     asked = recipe(PROMPT, defaults=pipe.defaults, **settings)

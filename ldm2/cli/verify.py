@@ -66,11 +66,12 @@ def _known(name: str) -> known.Model:
 
 def _by_default(all_of_them: bool) -> list[known.Model]:
     """Published checkpoints: all, or those with pinned samples and those in the cache."""
+    from ldm2.checkpoints import hub
     from ldm2.checkpoints.verify import PINS
 
     pinned = {pin.model for pin in PINS}
     published = [model for model in known.MODELS if model.repo is not None]
-    return [model for model in published if all_of_them or model.name in pinned or known.cached(model)]
+    return [model for model in published if all_of_them or model.name in pinned or hub.is_cached(model)]
 
 
 def report(model: known.Model, local_files_only: bool = False) -> dict:

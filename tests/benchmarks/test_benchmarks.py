@@ -18,16 +18,16 @@ import ldm2
 from benchmarks import __main__ as benchmarks
 from benchmarks import kernels as kernel_rows
 from benchmarks import on_gpu, parity, report, rows, timing
+from benchmarks.bench import Bench
 from benchmarks.flop import Flop
 from benchmarks.kernels import kernels
-from benchmarks.rows import Bench
 from benchmarks.timing import Row, Timed
-from ldm2 import ops, profiling
+from ldm2 import ops
 from ldm2.checkpoints import random_models
 from ldm2.pipeline import NonFiniteError
-from ldm2.profiling import Limits
-from ldm2.runtime import graphs
+from ldm2.runtime import graphs, profiling
 from ldm2.runtime.graphs import GraphedUNet
+from ldm2.runtime.profiling import Limits
 from ldm2.settings import recipe
 from tests.runtime.test_graphs import Tape
 

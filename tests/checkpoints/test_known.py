@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ldm2.checkpoints import hub, known
+from ldm2.cli.models import table
 
 COMMIT = "c8e7e189d324425c05c4c2f81214041ef4107983"
 
@@ -78,19 +79,19 @@ def test_an_unknown_name_lists_the_known_ones_closest_first():
 
 
 def test_cached_looks_at_the_cache_only(cache, tmp_path):
-    assert known.cached(known.find("audioldm2"), cache)
-    assert not known.cached(known.find("audioldm2-large"), cache)
-    assert not known.cached(known.find("audioldm2"), tmp_path / "empty")
+    assert hub.is_cached(known.find("audioldm2"), cache)
+    assert not hub.is_cached(known.find("audioldm2-large"), cache)
+    assert not hub.is_cached(known.find("audioldm2"), tmp_path / "empty")
 
 
 def test_a_checkpoint_that_lacks_a_part_is_not_cached(cache):
     index = next(cache.glob("*/snapshots/*/model_index.json"))
     index.write_text(json.dumps({"unet": ["audioldm2", "AudioLDM2UNet2DConditionModel"]}))
-    assert not known.cached(known.find("audioldm2"), cache)
+    assert not hub.is_cached(known.find("audioldm2"), cache)
 
 
 def test_the_table_has_a_line_for_each_checkpoint(cache):
-    head, *lines = known.table(cache).splitlines()
+    head, *lines = table(cache).splitlines()
     assert head.split()[:4] == ["name", "task", "rate", "parameters"]
     assert [line.split()[0] for line in lines] == [model.name for model in known.MODELS]
     line = next(line for line in lines if line.startswith("audioldm2 "))

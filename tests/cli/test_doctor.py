@@ -13,10 +13,11 @@ import torch
 from ldm2_kernels import cpu
 
 import ldm2
-from ldm2 import doctor, ops
+from ldm2 import ops
 from ldm2.cli.commands import main
 from ldm2.cli.doctor import lines
-from ldm2.profiling import Limits
+from ldm2.runtime import doctor
+from ldm2.runtime.profiling import Limits
 
 CPU = torch.device("cpu")
 
@@ -117,7 +118,7 @@ def test_a_wrong_kernel_ends_in_exit_code_1_and_a_line(quick, kernels, capsys):
 
 
 def test_a_hub_that_does_not_answer_is_told_and_no_fault():
-    code = "from ldm2 import doctor; print(doctor._answer())"
+    code = "from ldm2.runtime import doctor; print(doctor._answer())"
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     for settings, words in (({"HF_ENDPOINT": "http://127.0.0.1:9"}, "does not answer ("),
                             ({"HF_HUB_OFFLINE": "1"}, "not asked, HF_HUB_OFFLINE is set")):

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import ldm2
-from ldm2 import profiling
 from ldm2.cli import profile
 from ldm2.cli.commands import main
-from ldm2.profiling import Limits, Measured, Work
+from ldm2.runtime import profiling
+from ldm2.runtime.profiling import Limits, Measured, Work
 from ldm2.settings import recipe
 from ldm2.unet import UNet
 
