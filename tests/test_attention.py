@@ -7,10 +7,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from benchmarks.checkpoints import randomise
 from ldm2.attention import Attention, Transformer2D, TransformerBlock, mask_bias
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from tests.helpers import draw
 
 
 @pytest.mark.parametrize("context_dim", [None, 12])

@@ -12,7 +12,7 @@ import torch
 import ldm2
 from ldm2.compat import AudioLDM2Pipeline
 from ldm2.pipeline import AudioLDM2
-from tests.test_pipeline import relative
+from tests.helpers import relative
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 
 import ldm2
 from benchmarks import checkpoints, full_size
-from tests.test_pipeline import relative
+from tests.helpers import relative
 
 pytestmark = pytest.mark.slow
 

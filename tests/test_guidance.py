@@ -15,7 +15,7 @@ from ldm2.guidance import Guidance
 from ldm2.noise import SeededNoise
 from ldm2.schedules import Schedule
 from ldm2.unet import UNet
-from tests.test_schedules import PUBLISHED
+from tests.helpers import PUBLISHED
 
 SCHEDULE = Schedule.from_dict(PUBLISHED)
 

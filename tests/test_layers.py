@@ -9,10 +9,7 @@ from diffusers.models import embeddings, resnet
 
 from benchmarks.checkpoints import randomise
 from ldm2.layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, repeat_rows, timestep_embedding
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from tests.helpers import draw
 
 
 def test_repeat_rows_tiles_the_batch():

@@ -23,6 +23,7 @@ from ldm2.mel import (
     normalize_waveform,
     num_mel_frames,
 )
+from tests.helpers import draw
 
 VARIANTS = {"training": "mel_train_style", "inference": "mel"}
 SILENCE = math.log(1e-5)
@@ -32,10 +33,6 @@ TINY = MelConfig(n_fft=64, hop_length=16, num_mels=8)
 @pytest.fixture(scope="module")
 def golden():
     return load_file(Path(__file__).parent / "data" / "golden_mel.safetensors")
-
-
-def noise(*shape, seed=0, dtype=torch.float32):
-    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -72,7 +69,7 @@ def test_filters_equal_transformers(config):
 
 
 def test_mel_equals_a_float64_sum_over_the_definition():
-    waveform = noise(1, 100, dtype=torch.float64)
+    waveform = 0.1 * draw(1, 100, dtype=torch.float64)
     margin, n_fft = (TINY.n_fft - TINY.hop_length) // 2, TINY.n_fft
     mirrored = torch.cat([waveform[0, 1:margin + 1].flip(0), waveform[0], waveform[0, -margin - 1:-1].flip(0)])
     n = torch.arange(n_fft, dtype=torch.float64)
@@ -106,26 +103,26 @@ def test_edges_reach_from_f_min_to_f_max():
 @pytest.mark.parametrize("num_samples", [160, 161, 319, 432, 433, 1000, 1600])
 @pytest.mark.parametrize("variant, extra", [("training", 0), ("inference", 1)])
 def test_number_of_frames(num_samples, variant, extra):
-    mel = log_mel(noise(2, num_samples), variant=variant)
+    mel = log_mel(0.1 * draw(2, num_samples), variant=variant)
     assert mel.shape == (2, 1, num_samples // 160 + extra, 64)
     assert num_mel_frames(num_samples, variant=variant) == mel.shape[2]
 
 
 def test_a_short_waveform_is_continued_with_zeros():
-    waveform = noise(1, 200)
+    waveform = 0.1 * draw(1, 200)
     assert torch.equal(log_mel(waveform), log_mel(F.pad(waveform, (0, 433 - 200)))[:, :, :1])
 
 
 @pytest.mark.parametrize("variant", ["training", "inference"])
 def test_the_pieces_of_a_long_waveform_join(monkeypatch, variant):
-    waveform = noise(2, 160 * 50 + 7)
+    waveform = 0.1 * draw(2, 160 * 50 + 7)
     whole = log_mel(waveform, MEL_16KHZ, variant)
     monkeypatch.setattr(mel, "_FRAMES_AT_ONCE", 12)
     torch.testing.assert_close(log_mel(waveform, MEL_16KHZ, variant), whole, atol=1e-5, rtol=0)
 
 
 def test_the_two_variants_are_half_a_hop_apart():
-    waveform = noise(1, 3200)
+    waveform = 0.1 * draw(1, 3200)
     half_a_hop_later = log_mel(waveform[:, 80:], variant="inference")[:, :, 5:15]
     torch.testing.assert_close(half_a_hop_later, log_mel(waveform)[:, :, 5:15], atol=1e-4, rtol=0)
 
@@ -144,7 +141,7 @@ def test_a_tone_lights_the_filter_around_its_frequency():
 
 
 def test_twice_the_amplitude_adds_log_2():
-    waveform = noise(1, 1600)
+    waveform = 0.1 * draw(1, 1600)
     torch.testing.assert_close(log_mel(2 * waveform), log_mel(waveform) + math.log(2), atol=1e-5, rtol=0)
 
 
@@ -153,28 +150,28 @@ def test_silence_is_the_floor_everywhere():
 
 
 def test_rows_of_a_batch_do_not_meet():
-    waveform = noise(3, 1600)
+    waveform = 0.1 * draw(3, 1600)
     alone = torch.cat([log_mel(row[None]) for row in waveform])
     torch.testing.assert_close(log_mel(waveform), alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("level", [0.0, 1e-30, 1e-12, 1e-7, 1e-4, 1.0])
 def test_gradients_are_finite_at_any_level(level):
-    waveform = (level * noise(1, 800)).requires_grad_()
+    waveform = (level * 0.1 * draw(1, 800)).requires_grad_()
     log_mel(waveform).sum().backward()
     assert waveform.grad.isfinite().all()
 
 
 def test_gradient_equals_finite_differences():
-    waveform = noise(1, 48, dtype=torch.float64).requires_grad_()
+    waveform = (0.1 * draw(1, 48, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(lambda w: log_mel(w, TINY), waveform)
 
 
 def test_tables_made_in_inference_mode_serve_a_later_backward_pass():
     config = dataclasses.replace(TINY, num_mels=7)                           # a layout that no other test has cached
     with torch.inference_mode():
-        log_mel(noise(1, 100), config)
-    waveform = noise(1, 100).requires_grad_()
+        log_mel(0.1 * draw(1, 100), config)
+    waveform = (0.1 * draw(1, 100)).requires_grad_()
     log_mel(waveform, config).sum().backward()
     assert waveform.grad.isfinite().all()
 
@@ -182,11 +179,11 @@ def test_tables_made_in_inference_mode_serve_a_later_backward_pass():
 @pytest.mark.parametrize("dtype, expected", [(torch.float16, torch.float32), (torch.bfloat16, torch.float32),
                                              (torch.float32, torch.float32), (torch.float64, torch.float64)])
 def test_result_is_float32_or_the_wider_type_of_the_waveform(dtype, expected):
-    assert log_mel(noise(1, 800).to(dtype)).dtype == expected
+    assert log_mel((0.1 * draw(1, 800)).to(dtype)).dtype == expected
 
 
 def test_autocast_does_not_lower_the_precision():
-    waveform = noise(1, 1600)
+    waveform = 0.1 * draw(1, 1600)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = log_mel(waveform)
     assert torch.equal(inside, log_mel(waveform))
@@ -195,12 +192,12 @@ def test_autocast_does_not_lower_the_precision():
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_agrees_with_the_cpu():
-    waveform = noise(2, 16_000)
+    waveform = 0.1 * draw(2, 16_000)
     torch.testing.assert_close(log_mel(waveform.cuda()).cpu(), log_mel(waveform), atol=1e-4, rtol=0)
 
 
 def test_normalized_waveform_has_mean_0_and_peak_one_half():
-    waveform = normalize_waveform(3 + noise(2, 1000))
+    waveform = normalize_waveform(3 + 0.1 * draw(2, 1000))
     torch.testing.assert_close(waveform.mean(1), torch.zeros(2), atol=1e-6, rtol=0)
     torch.testing.assert_close(waveform.abs().amax(1), torch.full((2,), 0.5), atol=1e-6, rtol=0)
 

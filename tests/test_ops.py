@@ -13,13 +13,10 @@ import torch.nn.functional as F
 from ldm2_kernels.cases import cases
 
 from ldm2 import ops
+from tests.helpers import draw
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 CLOSE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-
-
-def draw(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def normalised(x, axes, eps):

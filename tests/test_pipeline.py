@@ -16,8 +16,8 @@ from ldm2.checkpoints import hub
 from ldm2.loading import choose_device, choose_dtype
 from ldm2.pipeline import NonFiniteError
 from ldm2.settings import PRESETS
+from tests.helpers import PROMPT, relative
 
-PROMPT = "a dog barking in the rain"
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
@@ -42,13 +42,6 @@ def pipe(tiny_checkpoint):
 def like_diffusers(tiny_checkpoint):
     """ldm2 on the tiny checkpoint with diffusers' arithmetic."""
     return ldm2.load(tiny_checkpoint, reference="diffusers")
-
-
-def relative(a, b) -> float:
-    """Largest difference over the largest value of b."""
-    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
-    assert a.shape == b.shape
-    return float((a - b).abs().max() / b.abs().max())
 
 
 @pytest.mark.parametrize("low_memory", [False, True])

@@ -12,29 +12,10 @@ from safetensors.torch import load_file
 
 from ldm2.samplers import SAMPLERS, timesteps
 from ldm2.schedules import BETA_SCHEDULES, SPACINGS, Schedule
+from tests.helpers import PUBLISHED
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")   # in diffusers
 
-PUBLISHED = {
-    "_class_name": "DDIMScheduler",
-    "_diffusers_version": "0.20.0.dev0",
-    "beta_end": 0.0195,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.0015,
-    "clip_sample": False,
-    "clip_sample_range": 1.0,
-    "dynamic_thresholding_ratio": 0.995,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
-    "sample_max_value": 1.0,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "thresholding": False,
-    "timestep_spacing": "leading",
-    "trained_betas": None,
-}
 SCHEDULE = Schedule.from_dict(PUBLISHED)
 
 

@@ -10,58 +10,7 @@ from benchmarks import checkpoints
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig
 from ldm2.unet import UNet
-
-FILM = {
-    "class_embed_type": "simple_projection",
-    "class_embeddings_concat": True,
-    "projection_class_embeddings_input_dim": 20,
-}
-KINDS = {
-    "base": {},
-    "large": {"cross_attention_dim": [[None, 24, 32, None]] * 3, "transformer_layers_per_block": 2},
-    "speech": {"cross_attention_dim": [[None, 24]] * 3},
-    "one context, no self-attention": {"cross_attention_dim": 24},
-    "48 kHz": {"cross_attention_dim": [[None, None]] * 3} | FILM,
-    "four levels, heads listed": {
-        "block_out_channels": (32, 64, 96, 160),
-        "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",),
-        "cross_attention_dim": [[None, 24, 32]] * 4,
-        "attention_head_dim": (4, 8, 12, 20),
-    },
-    "sizes that differ between levels": {
-        "layers_per_block": (2, 1, 2),
-        "transformer_layers_per_block": (1, 2, 1),
-        "cross_attention_dim": [[None], [None, 24, 32], [None, 24]],
-    },
-    "attention at all levels": {
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 3,
-    },
-}
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def ours_of(theirs, **changes):
-    """Our UNet with the weights of diffusers' module, loaded as from a file: no initialisation, strictly."""
-    fields = dict(theirs.config) | {"_class_name": type(theirs).__name__} | changes
-    with torch.device("meta"):
-        unet = UNet(UNetConfig.from_dict(fields, reference="diffusers"))
-    unet.load_state_dict(theirs.state_dict(), strict=True, assign=True)
-    return unet.eval()
-
-
-def condition(config, rows, seed=1):
-    """Random contexts of 8 and 5 tokens; the last two tokens of the last context are masked in row 0."""
-    contexts = tuple(draw(rows, 8 - 3 * i, width, seed=seed + i) for i, width in enumerate(config.context_widths))
-    mask = torch.ones(rows, 5)
-    mask[0, 3:] = 0
-    masks = (None, mask)[: len(contexts)]
-    film = None if config.film_dim is None else draw(rows, config.film_dim, seed=seed + 9)
-    return Conditioning(contexts, masks, film)
+from tests.helpers import FILM, UNETS, assert_near, condition, draw, our_unet
 
 
 def published(theirs, x_t, t, conditioning):
@@ -74,27 +23,22 @@ def published(theirs, x_t, t, conditioning):
         return theirs(x_t, t, class_labels=conditioning.film, **arguments).sample
 
 
-def assert_near(got, expected, tolerance=2e-5):
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= tolerance * max(1.0, expected.abs().max().item())
-
-
-@pytest.fixture(scope="module", params=sorted(KINDS))
+@pytest.fixture(scope="module", params=sorted(UNETS))
 def pair(request):
-    theirs = checkpoints.unet(**KINDS[request.param])
-    return theirs, ours_of(theirs)
+    theirs = checkpoints.unet(**UNETS[request.param])
+    return theirs, our_unet(theirs)
 
 
 @pytest.fixture(scope="module")
 def base():
     theirs = checkpoints.unet()
-    return theirs, ours_of(theirs)
+    return theirs, our_unet(theirs)
 
 
 @pytest.fixture(scope="module")
 def film():
-    theirs = checkpoints.unet(**KINDS["48 kHz"])
-    return theirs, ours_of(theirs)
+    theirs = checkpoints.unet(**UNETS["48 kHz"])
+    return theirs, our_unet(theirs)
 
 
 # Equal to the published implementations
@@ -134,7 +78,7 @@ def test_audioldm_1_equals_diffusers_plain_unet():
         cross_attention_dim=(32, 64, 96), **FILM,
     )
     checkpoints.randomise(theirs, seed=0)
-    unet = ours_of(theirs)
+    unet = our_unet(theirs)
     x_t, t, conditioning = draw(2, 4, 13, 4), torch.tensor([7, 901]), condition(unet.config, 2)
     assert conditioning.contexts == ()
     assert_near(unet(x_t, t, conditioning), published(theirs, x_t, t, conditioning))
@@ -144,8 +88,8 @@ def test_audioldm_1_equals_diffusers_plain_unet():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["base", "48 kHz"])
 def test_half_precision_is_as_near_to_float64_as_diffusers_is(kind, dtype):
-    theirs = checkpoints.unet(**KINDS[kind])
-    unet = ours_of(theirs)
+    theirs = checkpoints.unet(**UNETS[kind])
+    unet = our_unet(theirs)
     x_t, conditioning = draw(2, 4, 12, 8), condition(unet.config, 2)
     exact = copy.deepcopy(unet).double()(x_t.double(), 500, conditioning.to(dtype=torch.float64))
     half, cast = conditioning.to(dtype=dtype), copy.deepcopy(theirs).to(dtype)

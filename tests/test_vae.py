@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import checkpoints
-from ldm2.config import VAEConfig
-from ldm2.vae import VAE, Posterior
+from ldm2.vae import Posterior
+from tests.helpers import assert_near, draw, our_vae
 
 FOUR_LEVELS = {
     "block_out_channels": (16, 16, 32, 64),
@@ -19,31 +19,15 @@ FOUR_LEVELS = {
 }
 
 
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def ours_of(theirs):
-    with torch.device("meta"):
-        vae = VAE(VAEConfig.from_dict(dict(theirs.config)))
-    vae.load_state_dict(theirs.state_dict(), strict=True, assign=True)
-    return vae.eval()
-
-
-def assert_near(got, expected, tolerance=2e-5):
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= tolerance * max(1.0, expected.abs().max().item())
-
-
 @pytest.fixture(scope="module", params=[{}, FOUR_LEVELS], ids=["three levels", "four levels"])
 def pair(request):
     theirs = checkpoints.vae(**request.param)
-    return theirs, ours_of(theirs)
+    return theirs, our_vae(theirs)
 
 
 @pytest.fixture(scope="module")
 def vae():
-    return ours_of(checkpoints.vae())
+    return our_vae(checkpoints.vae())
 
 
 @torch.no_grad()
@@ -71,7 +55,7 @@ def test_the_decoder_equals_diffusers(pair, num_frames):
 @torch.no_grad()
 def test_half_precision_is_as_near_to_float64_as_diffusers_is():
     theirs = checkpoints.vae()
-    vae = ours_of(theirs)
+    vae = our_vae(theirs)
     latents, mel = draw(1, 4, 6, 4), draw(1, 1, 24, 16)
     double = copy.deepcopy(vae).double()
     exact = double.decode(latents.double()), double.encode(mel.double()).mean

@@ -8,6 +8,7 @@ import torch
 from benchmarks import checkpoints
 from ldm2.config import VocoderConfig
 from ldm2.vocoder import Vocoder
+from tests.helpers import draw
 
 AT_48_KHZ = {
     "sampling_rate": 48000,
@@ -17,10 +18,6 @@ AT_48_KHZ = {
     "resblock_dilation_sizes": [[1, 3, 5]] * 4,
 }
 STANDARDISED = {"normalize_before": True, "leaky_relu_slope": 0.2}
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def ours_of(theirs, folder):

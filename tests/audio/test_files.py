@@ -17,18 +17,11 @@ import soundfile
 
 from ldm2.audio import files as audio
 from ldm2.edit import paste
+from tests.helpers import noise, tone
 
 FORMATS = [".wav", ".flac", ".ogg", ".opus", ".mp3"]
 LOSSLESS = [(".wav", "pcm16", 16), (".wav", "pcm24", 24), (".flac", "pcm16", 16), (".flac", "pcm24", 24)]
 SETTINGS = json.dumps({"prompt": 'ein "Hund" bellt,\n雨が降る', "seed": 0, "seconds": 10.24, "notes": "x" * 1500})
-
-
-def noise(*shape, seed=0, level=0.1):
-    return (level * np.random.default_rng(seed).standard_normal(shape)).clip(-1, 1).astype(np.float32)
-
-
-def tone(seconds, sample_rate, hz=440.0, level=0.5):
-    return (level * np.sin(2 * math.pi * hz * np.arange(round(seconds * sample_rate)) / sample_rate)).astype(np.float32)
 
 
 # --- lengths ---------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from ldm2.runtime import graphs, profiling
 from ldm2.runtime.graphs import GraphedUNet
 from ldm2.runtime.profiling import Limits
 from ldm2.settings import recipe
-from tests.runtime.test_graphs import Tape
+from tests.helpers import Tape
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

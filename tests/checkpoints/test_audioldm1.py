@@ -13,9 +13,7 @@ import transformers
 import ldm2
 from benchmarks import checkpoints
 from ldm2.config import UNetConfig
-from tests.test_pipeline import relative
-
-PROMPT = "a dog barking in the rain"
+from tests.helpers import PROMPT, relative
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from benchmarks import checkpoints
 from ldm2.checkpoints import convert as conversion
 from ldm2.checkpoints.convert import convert, licence_notice
 from tests import authors
+from tests.helpers import PROMPT
 
 KINDS = ("sound", "speech", "film", "t5")
-PROMPT = "a dog barking in the rain"
 SETTINGS = {"seconds": 0.3, "steps": 3, "seed": 1, "guidance_scale": 3.5}
 
 

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,16 +19,7 @@ from ldm2.cli import options
 from ldm2.cli.commands import main
 from ldm2.pipeline import AudioLDM2
 from ldm2.settings import PRESETS
-
-ROOT = Path(__file__).parents[2]
-PROMPT = "a dog barking in the rain"
-
-
-def ldm2(*arguments, cwd, **keywords) -> subprocess.CompletedProcess:
-    """Run `python -m ldm2 ARGUMENTS` in the folder `cwd`."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "ldm2", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, **keywords)
+from tests.helpers import PROMPT, ROOT, run_ldm2
 
 
 def _raise(error: Exception):
@@ -41,7 +31,7 @@ def generate(tiny_checkpoint, tmp_path):
     """Run `ldm2 generate` on the tiny checkpoint with one step, in an empty folder."""
     def run(*arguments, prompt=PROMPT):
         fixed = ("--model", tiny_checkpoint, "--steps", 1, "--seconds", 0.2)
-        return ldm2("generate", prompt, *fixed, *arguments, cwd=tmp_path)
+        return run_ldm2("generate", prompt, *fixed, *arguments, cwd=tmp_path)
     return run
 
 
@@ -259,14 +249,14 @@ def test_help_lists_the_spacings_that_exist():
 
 
 def test_info_tells_parts_parameters_and_heads(tiny_checkpoint, tmp_path):
-    done = ldm2("info", tiny_checkpoint, cwd=tmp_path)
+    done = run_ldm2("info", tiny_checkpoint, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for word in ("unet", "vae", "vocoder", "float32", "heads"):
         assert word in done.stdout
 
 
 def test_models_lists_the_published_checkpoints(tmp_path):
-    done = ldm2("models", cwd=tmp_path)
+    done = run_ldm2("models", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for name in ("audioldm2", "audioldm2-large", "audioldm2-music", "cvssp/audioldm2", "tiny"):
         assert name in done.stdout

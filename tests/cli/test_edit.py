@@ -14,8 +14,7 @@ import ldm2
 from ldm2 import audio
 from ldm2.cli.commands import main
 from ldm2.settings import PRESETS
-from tests.cli.test_commands import ROOT
-from tests.cli.test_commands import ldm2 as run_process
+from tests.helpers import ROOT, run_ldm2
 
 RATE = 16_000
 ONE = ("--steps", 1, "--seed", 1)
@@ -52,7 +51,7 @@ def read(path):
 def test_inpaint_as_a_process_keeps_what_it_was_not_to_change(tiny_checkpoint, tmp_path):
     soundfile.write(tmp_path / "in.wav", SOUND, 22_050, subtype="PCM_24")
     before = (tmp_path / "in.wav").read_bytes()
-    done = run_process("inpaint", "in.wav", "rain", "--time", "0.1:0.2", "--time", "0.4:", "--keep-format", "-o",
+    done = run_ldm2("inpaint", "in.wav", "rain", "--time", "0.1:0.2", "--time", "0.4:", "--keep-format", "-o",
                        "out.wav", "--model", tiny_checkpoint, *ONE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["out.wav"]

@@ -22,6 +22,7 @@ from ldm2.edit.masks import masked
 from ldm2.pipeline import AudioLDM2
 from ldm2.settings import PRESETS
 from tests import authors
+from tests.helpers import noise
 
 RATE = 16_000
 RAIN = "rain"
@@ -32,10 +33,6 @@ ONE = {"steps": 1, "seed": 1, "guidance_scale": 1.0}
 @pytest.fixture(scope="module")
 def pipe(tiny_checkpoint):
     return ldm2.load(tiny_checkpoint)
-
-
-def noise(*shape, seed=0, level=0.1):
-    return (level * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
 
 
 def inside(times, num_samples, rate=RATE):

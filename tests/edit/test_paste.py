@@ -7,16 +7,9 @@ import pytest
 
 from ldm2.edit import paste
 from ldm2.edit.masks import merge_ranges
+from tests.helpers import noise, tone
 
 RATE = 16_000
-
-
-def noise(*shape, seed=0, level=0.1):
-    return (level * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
-
-
-def tone(hz, seconds=1.0, rate=RATE):
-    return np.sin(2 * math.pi * hz * np.arange(round(seconds * rate)) / rate).astype(np.float32)
 
 
 TIMES = [(0.25, 0.5), (0.7, 0.9)]
@@ -103,9 +96,10 @@ def test_what_cannot_be_pasted_is_named(length, times, crossfade, message):
 
 
 def test_bands_come_from_the_edited_sound_and_the_rest_from_the_original():
-    original, edited = tone(1000) + tone(6000), 0.5 * tone(1500) + 0.25 * tone(5000)
-    result = paste.blend_bands(original, edited, [(4000, None)], RATE)
-    np.testing.assert_allclose(result[2000:-2000], (tone(1000) + 0.25 * tone(5000))[2000:-2000], atol=1e-3)
+    original = tone(1, hz=1000, level=1) + tone(1, hz=6000, level=1)
+    low, high = tone(1, hz=1500), tone(1, hz=5000, level=0.25)
+    result = paste.blend_bands(original, low + high, [(4000, None)], RATE)
+    np.testing.assert_allclose(result[2000:-2000], (tone(1, hz=1000, level=1) + high)[2000:-2000], atol=1e-3)
 
 
 def test_an_equal_sound_is_blended_to_itself():

@@ -13,6 +13,7 @@ import ldm2
 from ldm2.edit import sound
 from ldm2.mel import MEL_48KHZ, MelConfig, config_for, log_mel
 from ldm2.windows import plan
+from tests.helpers import noise, relative
 
 RATE = 16_000
 
@@ -20,14 +21,6 @@ RATE = 16_000
 @pytest.fixture(scope="module")
 def pipe(tiny_checkpoint):
     return ldm2.load(tiny_checkpoint)
-
-
-def noise(*shape, seed=0, level=0.1):
-    return (level * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
-
-
-def relative(a, b) -> float:
-    return float((a - b).abs().max() / b.abs().max())
 
 
 # --- the way to the latents ------------------------------------------------------------------------------------------

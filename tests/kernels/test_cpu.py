@@ -17,6 +17,7 @@ from ldm2_kernels.check import measure, verdict
 
 import ldm2
 from ldm2 import ops
+from tests.helpers import draw
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +33,6 @@ def library(tmp_path_factory):
         patch.setattr(ops, "_kernels", {})
         cpu.load()
         yield torch.ops.ldm2_cpu
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def conv_inputs(batch, ins, outs, num_frames, num_bins):

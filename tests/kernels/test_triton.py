@@ -18,6 +18,7 @@ from ldm2_kernels import MODULES, check, convolution, geglu, group_norm, layer_n
 from ldm2_kernels.cases import TALL, cases  # noqa: E402
 
 from ldm2 import ops  # noqa: E402
+from tests import helpers  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -25,7 +26,7 @@ FLOOR = 4                                                  # roundings of the la
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+    return helpers.draw(*shape, seed=seed, dtype=dtype).to(DEVICE)
 
 
 def assert_as_exact_as_pytorch(kernel, reference, *args, formula=None):

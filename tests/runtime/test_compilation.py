@@ -9,7 +9,7 @@ import ldm2
 from benchmarks import checkpoints
 from ldm2 import loading
 from ldm2.runtime import compilation
-from tests.test_unet import condition, draw, ours_of
+from tests.helpers import condition, draw, our_unet
 
 TWO_LEVELS = {
     "block_out_channels": (32, 64),
@@ -27,7 +27,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, ON_CUDA])]
 @pytest.mark.parametrize("device", DEVICES)
 @torch.inference_mode()
 def test_a_compiled_step_predicts_the_same_at_any_length_and_is_compiled_once(device):
-    plain, compiled = (ours_of(checkpoints.unet(**TWO_LEVELS)).to(device) for _ in range(2))
+    plain, compiled = (our_unet(checkpoints.unet(**TWO_LEVELS)).to(device) for _ in range(2))
     compiled.load_state_dict(plain.state_dict())
     compilation.compile_step(compiled)
     torch._dynamo.reset()

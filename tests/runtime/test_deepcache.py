@@ -12,17 +12,14 @@ from ldm2.guidance import Guidance
 from ldm2.runtime import deepcache
 from ldm2.schedules import Schedule
 from ldm2.unet import UNet
-from tests.test_pipeline import relative
-from tests.test_schedules import PUBLISHED
-from tests.test_unet import KINDS, condition, draw, ours_of
+from tests.helpers import PROMPT, PUBLISHED, UNETS, condition, draw, our_unet, relative
 
 SCHEDULE = Schedule.from_dict(PUBLISHED)
-PROMPT = "a dog barking in the rain"
 
 
 @pytest.fixture(scope="module")
 def unet():
-    return ours_of(checkpoints.unet())
+    return our_unet(checkpoints.unet())
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +46,10 @@ def guidance(unet, **settings):
                     **settings)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", UNETS)
 @torch.no_grad()
 def test_the_first_level_on_the_features_of_the_same_call_is_the_whole_unet(kind):
-    unet = ours_of(checkpoints.unet(**KINDS[kind]))
+    unet = our_unet(checkpoints.unet(**UNETS[kind]))
     x_t, conditioning = draw(2, 4, 10, 7), condition(unet.config, 4)
     plain = unet(x_t, 501, conditioning)
     result, features = unet.with_features(x_t, 501, conditioning)

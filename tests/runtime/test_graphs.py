@@ -21,32 +21,14 @@ from ldm2.runtime.deepcache import reusing
 from ldm2.runtime.graphs import GraphedUNet, Graphs, accelerated, lengthened, tensors
 from ldm2.unet import UNet
 from ldm2.vae import VAE
-from tests.test_unet import KINDS, condition, draw, ours_of
+from tests.helpers import UNETS, Tape, condition, draw, our_unet
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
-class Tape:
-    """Records on any device: replaying calls the function again, on the tensors that it was recorded with."""
-
-    def __init__(self):
-        self.recorded = 0
-
-    def __call__(self, run):
-        self.recorded += 1
-        results = run()
-
-        @torch.inference_mode()                            # which may write to tensors made in any mode
-        def replay():
-            for result, new in zip(results, run()):
-                result.copy_(new)
-
-        return replay, results
-
-
 @pytest.fixture(scope="module", params=["base", "48 kHz"])
 def unet(request):
-    return ours_of(checkpoints.unet(**KINDS[request.param]))
+    return our_unet(checkpoints.unet(**UNETS[request.param]))
 
 
 @pytest.fixture
@@ -151,7 +133,7 @@ def test_graphs_recorded_in_inference_mode_serve_outside_of_it(unet, tape):
 
 @torch.no_grad()
 def test_lengthened_contexts_do_not_change_the_prediction():
-    unet = ours_of(checkpoints.unet())
+    unet = our_unet(checkpoints.unet())
     conditioning = condition(unet.config, 2)
     conditioning.masks[1][1] = 0                           # a row that keeps nothing attends to all it has
     plain, long = unet.prepare(conditioning), lengthened(unet.prepare(conditioning))
@@ -197,7 +179,7 @@ def test_attention_of_published_sizes_is_fused_on_cuda(reference, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [1, 8, 11])
 def test_a_bias_is_aligned_for_cuda_however_long_the_prompt(tokens):
-    unet = ours_of(checkpoints.unet())
+    unet = our_unet(checkpoints.unet())
     short = condition(unet.config, 2)
     mask = torch.arange(tokens) < torch.tensor([[tokens], [tokens // 2]])
     contexts = short.contexts[0], draw(2, tokens, unet.config.context_widths[1])
@@ -228,7 +210,7 @@ def test_on_the_cpu_the_unet_is_its_own_acceleration(unet):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-3), (torch.float16, 2e-2)])
 def test_a_cuda_graph_answers_as_the_unet_does(dtype, atol):
-    unet = ours_of(checkpoints.unet()).to("cuda", dtype)
+    unet = our_unet(checkpoints.unet()).to("cuda", dtype)
     conditioning = unet.prepare(condition(unet.config, 2).to("cuda", dtype))
     graphed = accelerated(unet)
     for frames in (8, 12, 8):
@@ -291,7 +273,7 @@ def test_a_recording_that_fails_leaves_the_stream_as_it_was(monkeypatch):
 @pytest.mark.cuda
 @on_cuda
 def test_graphs_on_cuda_are_gone_with_the_weights_they_read():
-    unet = ours_of(checkpoints.unet()).to("cuda")
+    unet = our_unet(checkpoints.unet()).to("cuda")
     assert accelerated(unet).graphs is accelerated(unet).graphs
     before = len(graphs._graphs)
     unet.to("meta")

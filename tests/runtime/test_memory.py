@@ -18,9 +18,7 @@ from benchmarks import checkpoints
 from ldm2.runtime.graphs import tensors
 from ldm2.runtime.memory import Stage, gigabytes, peak_bytes
 from tests import authors
-from tests.cli.test_commands import ROOT
-from tests.cli.test_commands import ldm2 as command
-from tests.test_pipeline import PROMPT
+from tests.helpers import PROMPT, ROOT, run_ldm2
 
 PARTS = ("text", "unet", "vae", "vocoder")
 SOUND = np.sin(np.arange(4000) / 20).astype(np.float32)
@@ -189,8 +187,8 @@ def test_gigabytes_are_rounded():
 
 
 def test_the_command_line_tells_time_and_memory_of_each_stage(tiny_checkpoint, tmp_path):
-    done = command("generate", PROMPT, "--model", tiny_checkpoint, "--steps", 1, "--seconds", 0.2, "--low-memory", "-v",
-                   "-o", "x.wav", cwd=tmp_path)
+    done = run_ldm2("generate", PROMPT, "--model", tiny_checkpoint, "--steps", 1, "--seconds", 0.2, "--low-memory",
+                    "-v", "-o", "x.wav", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout == "x.wav\n"
     for stage in PARTS:
         assert re.search(rf"^ldm2: {stage}: \d+\.\d\d s, peak memory \d+\.\d\d GB$", done.stderr, re.MULTILINE)

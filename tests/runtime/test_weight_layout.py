@@ -10,8 +10,7 @@ from benchmarks import checkpoints
 from ldm2 import ops
 from ldm2.attention import Attention
 from ldm2.runtime import weight_layout
-from tests.test_unet import KINDS, condition, draw, ours_of
-from tests.test_vae import ours_of as our_vae_of
+from tests.helpers import UNETS, condition, draw, our_unet, our_vae
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +20,10 @@ def attention():
     return attention
 
 
-@pytest.fixture(scope="module", params=sorted(KINDS))
+@pytest.fixture(scope="module", params=sorted(UNETS))
 def pair(request):
     """A UNet as it is loaded, and one laid out for tensor cores."""
-    plain = ours_of(checkpoints.unet(**KINDS[request.param]))
+    plain = our_unet(checkpoints.unet(**UNETS[request.param]))
     arranged = copy.deepcopy(plain)
     weight_layout.for_tensor_cores(arranged)
     return plain, arranged
@@ -44,7 +43,7 @@ def test_the_layout_changes_no_number(pair, rows):
 
 @torch.no_grad()
 def test_a_decoder_is_the_same():
-    plain = our_vae_of(checkpoints.vae())
+    plain = our_vae(checkpoints.vae())
     arranged = copy.deepcopy(plain)
     weight_layout.for_tensor_cores(arranged)
     latents = draw(1, plain.config.latent_channels, 9, 4)
@@ -109,7 +108,7 @@ def test_projections_of_a_context_stay_apart():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_cpu_keeps_the_layout_of_the_file(dtype):
-    unet = ours_of(checkpoints.unet()).to(dtype)
+    unet = our_unet(checkpoints.unet()).to(dtype)
     before = {name: parameter.stride() for name, parameter in unet.named_parameters()}
     assert weight_layout.arrange(unet) is unet
     assert before == {name: parameter.stride() for name, parameter in unet.named_parameters()}

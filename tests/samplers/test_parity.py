@@ -1,7 +1,6 @@
 """Samplers against diffusers, step by step, and against the authors' trajectories (tests/data/golden_samplers.md)."""
 
 import functools
-import inspect
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,8 @@ from ldm2.noise import SeededNoise
 from ldm2.samplers import SAMPLERS, sample
 from ldm2.samplers.core import preserving
 from ldm2.schedules import Schedule
-from tests.samplers.test_samplers import SCHEDULE, SHAPE, STOCHASTIC, draw, error, model
-from tests.test_schedules import PUBLISHED
+from tests.helpers import PUBLISHED
+from tests.samplers.toy import SCHEDULE, SHAPE, STOCHASTIC, diffusers_walk, draw_latents, error, model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")   # in diffusers
 
@@ -51,18 +50,6 @@ def diffusers_scheduler(name, config, steps):
     scheduler = make(diffusers.DDIMScheduler.from_config(config).config)
     scheduler.set_timesteps(steps)
     return scheduler
-
-
-def diffusers_walk(scheduler, x, timesteps, generator, eta=0.0):
-    """[(timestep, state after the model call at it)] of a diffusers pipeline's loop."""
-    accepted = inspect.signature(scheduler.step).parameters
-    extra = {key: value for key, value in {"eta": eta, "generator": generator}.items() if key in accepted}
-    walk = []
-    for t in timesteps:
-        prediction = model(scheduler.scale_model_input(x, t), t)
-        x = scheduler.step(prediction, t, x, **extra).prev_sample
-        walk.append((float(t), x))
-    return walk
 
 
 def step_ends(name, walk):
@@ -145,7 +132,7 @@ def test_many_steps_equal_diffusers(name):
 def test_starting_late_equals_diffusers(name, start):
     # not lms and pndm: diffusers' LMS then weighs one slope as if it had four, its PNDM skips a timestep
     generator = torch.Generator().manual_seed(7)
-    scheduler, x0 = diffusers_scheduler(name, PUBLISHED, 10), draw(1)
+    scheduler, x0 = diffusers_scheduler(name, PUBLISHED, 10), draw_latents(1)
     timesteps = scheduler.timesteps[start * scheduler.order:]
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start * scheduler.order)
@@ -158,15 +145,15 @@ def test_starting_late_equals_diffusers(name, start):
 
 @pytest.mark.parametrize("name", ["lms", "pndm"])
 def test_multistep_samplers_that_start_late_begin_without_history(name):
-    x0, calls = draw(1), []
+    x0, calls = draw_latents(1), []
 
     def denoiser(x, t):
         calls.append(t)
         return model(x, t)
 
-    late = sample(name, denoiser, draw(2), SCHEDULE, 10, x0=x0, start=9)
+    late = sample(name, denoiser, draw_latents(2), SCHEDULE, 10, x0=x0, start=9)
     alpha, sigma = preserving(SCHEDULE.sigma(1))
-    x_t = alpha * x0 + sigma * draw(2)
+    x_t = alpha * x0 + sigma * draw_latents(2)
     one_step = (x_t - sigma * model(x_t, 1)) / alpha
     if name == "pndm":                                    # which ends at alphas_cumprod[0]
         a = SCHEDULE.alpha_cumprod(0)

@@ -11,36 +11,7 @@ from ldm2.noise import SeededNoise
 from ldm2.samplers import SAMPLERS, Cancelled, sample
 from ldm2.samplers.core import preserving
 from ldm2.samplers.ode import adams_bashforth
-from ldm2.schedules import Schedule
-from tests.test_schedules import PUBLISHED
-
-SCHEDULE = Schedule.from_dict(PUBLISHED)
-STOCHASTIC = ("ddpm", "euler-ancestral", "dpmpp-2m-sde")
-SHAPE = (4, 5, 3)
-MIX = 0.5 * torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
-
-
-def model(x, t):
-    """A smooth, bounded denoiser that mixes channels and depends on time."""
-    t = float(t) / 1000
-    return 0.8 * torch.tanh((1 + t) * torch.einsum("ij,bjtf->bitf", MIX, x)) + 0.3 * t * x + 0.1
-
-
-def error(got, wanted):
-    return float((got - wanted).norm() / wanted.norm())
-
-
-def knowing(x0, schedule=SCHEDULE):
-    """A denoiser that knows the answer: eps = (x_t - alpha x_0) / sigma."""
-    def denoiser(x, t):
-        sigma = schedule.sigma(t)
-        return (x * math.hypot(1, sigma) - x0) / sigma
-    return denoiser
-
-
-def draw(seed, rows=1):
-    return torch.randn((rows, *SHAPE), generator=torch.Generator().manual_seed(seed))
-
+from tests.samplers.toy import SCHEDULE, SHAPE, STOCHASTIC, draw_latents, error, knowing, model
 
 # ------------------------------------------------------------------------------------------------ what must come out
 
@@ -48,8 +19,9 @@ def draw(seed, rows=1):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_model_that_knows_x0_leads_to_x0(name, start):
     schedule = replace(SCHEDULE, set_alpha_to_one=True)
-    x0 = draw(1, rows=2)
-    latents = sample(name, knowing(x0), draw(2, rows=2), schedule, 6, x0=x0, start=start, noise=SeededNoise([0, 1]))
+    x0 = draw_latents(1, rows=2)
+    latents = sample(name, knowing(x0), draw_latents(2, rows=2), schedule, 6, x0=x0, start=start,
+                     noise=SeededNoise([0, 1]))
     assert error(latents, x0) < 1e-4
 
 
@@ -85,7 +57,7 @@ def state_at_301(name, steps):
         return step.x_t
 
     start = timesteps.index(801)
-    sample(name, two_points, draw(2), SCHEDULE, steps, x0=torch.zeros(1, *SHAPE), start=start, edit=edit)
+    sample(name, two_points, draw_latents(2), SCHEDULE, steps, x0=torch.zeros(1, *SHAPE), start=start, edit=edit)
     return states[301]
 
 
@@ -114,7 +86,7 @@ def test_adams_bashforth_integrates_cubics_on_uneven_nodes_exactly():
 
 
 def test_ddim_in_one_step_is_the_closed_form():
-    x_T = draw(2)
+    x_T = draw_latents(2)
     a, a_prev = SCHEDULE.alpha_cumprod(1), SCHEDULE.alpha_cumprod(0)
     x0 = (x_T - math.sqrt(1 - a) * model(x_T, 1)) / math.sqrt(a)
     wanted = math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev) * model(x_T, 1)
@@ -128,8 +100,8 @@ def test_v_prediction_gives_what_eps_prediction_gives(name):
         return (model(x, t) - sigma * x) / alpha
 
     schedule = replace(SCHEDULE, prediction_type="v_prediction")
-    latents = sample(name, velocity, draw(2), schedule, 5, noise=SeededNoise([0]))
-    assert error(latents, sample(name, model, draw(2), SCHEDULE, 5, noise=SeededNoise([0]))) < 1e-4
+    latents = sample(name, velocity, draw_latents(2), schedule, 5, noise=SeededNoise([0]))
+    assert error(latents, sample(name, model, draw_latents(2), SCHEDULE, 5, noise=SeededNoise([0]))) < 1e-4
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -137,7 +109,7 @@ def test_as_many_steps_as_timesteps_are_finite(name):
     # diffusers divides by zero or indexes out of its table in most of these
     for steps in (39, 40):
         schedule = replace(SCHEDULE, num_train_timesteps=40)
-        latents = sample(name, model, draw(2), schedule, steps, noise=SeededNoise([0]))
+        latents = sample(name, model, draw_latents(2), schedule, steps, noise=SeededNoise([0]))
         assert latents.isfinite().all(), steps
 
 
@@ -151,7 +123,7 @@ def watch(name, steps, **settings):
         seen.append(step)
         return step.x_t
 
-    sample(name, model, draw(2), SCHEDULE, steps, noise=SeededNoise([0]), edit=edit, **settings)
+    sample(name, model, draw_latents(2), SCHEDULE, steps, noise=SeededNoise([0]), edit=edit, **settings)
     return seen
 
 
@@ -174,7 +146,7 @@ def test_the_model_sees_variance_one_and_listed_timesteps_only(name):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_edit_is_called_once_before_each_step(name):
-    steps = watch(name, 6, x0=draw(1), start=2)
+    steps = watch(name, 6, x0=draw_latents(1), start=2)
     assert [step.index for step in steps] == [2, 3, 4, 5]
     assert tuple(step.t for step in steps) == samplers.timesteps(name, SCHEDULE, 6)[2:]
 
@@ -188,10 +160,10 @@ def test_a_step_tells_its_levels_in_the_samplers_coordinates(name):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_what_edit_returns_is_what_the_model_sees(name):
-    x0, expected = draw(1), []
+    x0, expected = draw_latents(1), []
 
     def edit(step):
-        x_t = step.signal * x0 + step.sigma * draw(5)
+        x_t = step.signal * x0 + step.sigma * draw_latents(5)
         expected.append(x_t / math.hypot(step.signal, step.sigma))
         return x_t
 
@@ -200,13 +172,13 @@ def test_what_edit_returns_is_what_the_model_sees(name):
             torch.testing.assert_close(x, expected.pop())
         return model(x, t)
 
-    sample(name, denoiser, draw(2), SCHEDULE, 4, noise=SeededNoise([0]), edit=edit)
+    sample(name, denoiser, draw_latents(2), SCHEDULE, 4, noise=SeededNoise([0]), edit=edit)
     assert not expected
 
 
 def hold(name, draw_noise):
     """Latents of a run in which the first three frames are held at x0 and the model is right about them; and x0."""
-    x0, mask = draw(1), torch.zeros(1, 1, 5, 1)
+    x0, mask = draw_latents(1), torch.zeros(1, 1, 5, 1)
     mask[:, :, :3] = 1
     right, schedule = knowing(x0), replace(SCHEDULE, set_alpha_to_one=True)
 
@@ -216,12 +188,12 @@ def hold(name, draw_noise):
     def edit(step):
         return mask * (step.signal * x0 + step.sigma * draw_noise()) + (1 - mask) * step.x_t
 
-    return sample(name, denoiser, draw(2), schedule, 8, noise=SeededNoise([0]), edit=edit), x0
+    return sample(name, denoiser, draw_latents(2), schedule, 8, noise=SeededNoise([0]), edit=edit), x0
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_masked_editing_with_one_noise_keeps_the_masked_part(name):
-    latents, x0 = hold(name, lambda: draw(3))
+    latents, x0 = hold(name, lambda: draw_latents(3))
     torch.testing.assert_close(latents[:, :, :3], x0[:, :, :3], rtol=0, atol=1e-4)
 
 
@@ -236,20 +208,20 @@ def test_masked_editing_with_fresh_noise_keeps_the_masked_part(name):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_masked_editing_leaves_the_rest_alone(name):
     schedule = replace(SCHEDULE, set_alpha_to_one=True)
-    latents, _ = hold(name, lambda: draw(3))
-    free = sample(name, model, draw(2), schedule, 8, noise=SeededNoise([0]))
+    latents, _ = hold(name, lambda: draw_latents(3))
+    free = sample(name, model, draw_latents(2), schedule, 8, noise=SeededNoise([0]))
     torch.testing.assert_close(latents[:, :, 3:], free[:, :, 3:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_start_at_the_end_returns_x0(name):
-    x0 = draw(1)
-    assert torch.equal(sample(name, model, draw(2), SCHEDULE, 5, x0=x0, start=5, noise=SeededNoise([0])), x0)
+    x0 = draw_latents(1)
+    assert torch.equal(sample(name, model, draw_latents(2), SCHEDULE, 5, x0=x0, start=5, noise=SeededNoise([0])), x0)
 
 
 def test_start_at_the_beginning_without_x0_is_pure_noise():
-    latents = sample("euler", model, draw(2), SCHEDULE, 5)
-    assert torch.equal(sample("euler", model, draw(2), SCHEDULE, 5, x0=None, start=0), latents)
+    latents = sample("euler", model, draw_latents(2), SCHEDULE, 5)
+    assert torch.equal(sample("euler", model, draw_latents(2), SCHEDULE, 5, x0=None, start=0), latents)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -259,7 +231,7 @@ def test_the_state_is_float32_for_models_of_half_precision(name, dtype):
         assert x.dtype == torch.float32
         return model(x, t).to(dtype)
 
-    latents = sample(name, half, draw(2).to(dtype), SCHEDULE, 3, noise=SeededNoise([0]))
+    latents = sample(name, half, draw_latents(2).to(dtype), SCHEDULE, 3, noise=SeededNoise([0]))
     assert latents.dtype == torch.float32
 
 
@@ -272,18 +244,18 @@ def test_the_callback_stops_the_run_by_returning_false(name):
         return done < 2
 
     with pytest.raises(Cancelled, match="stopped after step 2 of 5"):
-        sample(name, model, draw(2), SCHEDULE, 5, noise=SeededNoise([0]), callback=callback)
+        sample(name, model, draw_latents(2), SCHEDULE, 5, noise=SeededNoise([0]), callback=callback)
     assert seen == [(1, 5), (2, 5)]
 
 
 def test_a_callback_that_returns_nothing_does_not_stop_the_run():
-    sample("ddim", model, draw(2), SCHEDULE, 3, callback=lambda done, total, latents: None)
+    sample("ddim", model, draw_latents(2), SCHEDULE, 3, callback=lambda done, total, latents: None)
 
 
 def test_the_start_is_not_changed_in_place():
-    x_T = draw(2)
+    x_T = draw_latents(2)
     sample("euler", model, x_T, SCHEDULE, 2)
-    assert torch.equal(x_T, draw(2))
+    assert torch.equal(x_T, draw_latents(2))
 
 
 # ----------------------------------------------------------------------------------------------------------- errors
@@ -292,13 +264,13 @@ def test_the_start_is_not_changed_in_place():
 def test_an_unknown_sampler_lists_the_known_ones(name):
     with pytest.raises(ValueError, match="choose from ddim, ddpm, pndm, lms, euler, euler-ancestral, heun, dpmpp-2m, "
                                          "dpmpp-2m-sde, unipc"):
-        sample(name, model, draw(2), SCHEDULE, 5)
+        sample(name, model, draw_latents(2), SCHEDULE, 5)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1.5, True, 1001, "5", None])
 def test_a_bad_number_of_steps_is_refused(steps):
     with pytest.raises(ValueError, match=r"steps must be .*, got "):
-        sample("ddim", model, draw(2), SCHEDULE, steps)
+        sample("ddim", model, draw_latents(2), SCHEDULE, steps)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1.5, True, "5", None])
@@ -310,37 +282,37 @@ def test_a_bad_number_of_steps_is_refused_without_a_schedule(steps):
 @pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan, math.inf, True, "1", None])
 def test_a_bad_eta_is_refused(eta):
     with pytest.raises(ValueError, match="eta must be a number from 0 to 1, got "):
-        sample("ddim", model, draw(2), SCHEDULE, 5, eta=eta, noise=SeededNoise([0]))
+        sample("ddim", model, draw_latents(2), SCHEDULE, 5, eta=eta, noise=SeededNoise([0]))
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "ddim"])
 def test_eta_is_refused_where_it_means_nothing(name):
     with pytest.raises(ValueError, match=f"only the sampler ddim takes an eta above 0, got eta 0.5 with {name}"):
-        sample(name, model, draw(2), SCHEDULE, 5, eta=0.5, noise=SeededNoise([0]))
+        sample(name, model, draw_latents(2), SCHEDULE, 5, eta=0.5, noise=SeededNoise([0]))
 
 
 @pytest.mark.parametrize("name, eta", [("ddim", 0.5), *((name, 0.0) for name in STOCHASTIC)])
 def test_stochastic_samplers_need_noise(name, eta):
     with pytest.raises(ValueError, match="draws noise"):
-        sample(name, model, draw(2), SCHEDULE, 5, eta=eta)
+        sample(name, model, draw_latents(2), SCHEDULE, 5, eta=eta)
 
 
 @pytest.mark.parametrize("start", [-1, 6, 1.0, True, None])
 def test_start_must_be_one_of_the_steps(start):
     with pytest.raises(ValueError, match=r"start must be a whole number from 0 to steps \(5\), got "):
-        sample("ddim", model, draw(2), SCHEDULE, 5, x0=draw(1), start=start)
+        sample("ddim", model, draw_latents(2), SCHEDULE, 5, x0=draw_latents(1), start=start)
 
 
 def test_starting_late_needs_x0():
     with pytest.raises(ValueError, match="start 2 needs the latents x0"):
-        sample("ddim", model, draw(2), SCHEDULE, 5, start=2)
+        sample("ddim", model, draw_latents(2), SCHEDULE, 5, start=2)
 
 
 def test_x0_must_have_the_shape_of_the_noise():
     with pytest.raises(ValueError, match=r"x0 \(1, 4, 5, 3\) must have the shape of x_T \(2, 4, 5, 3\)"):
-        sample("ddim", model, draw(2, rows=2), SCHEDULE, 5, x0=draw(1), start=2)
+        sample("ddim", model, draw_latents(2, rows=2), SCHEDULE, 5, x0=draw_latents(1), start=2)
 
 
 def test_a_denoiser_must_return_the_shape_of_its_input():
     with pytest.raises(ValueError, match=r"the denoiser returned \(2, 4, 5, 3\) for x_t \(1, 4, 5, 3\)"):
-        sample("ddim", lambda x, t: torch.cat([x, x]), draw(2), SCHEDULE, 5)
+        sample("ddim", lambda x, t: torch.cat([x, x]), draw_latents(2), SCHEDULE, 5)

@@ -12,9 +12,8 @@ import torch
 from ldm2.noise import SeededNoise
 from ldm2.samplers import SAMPLERS, sample
 from ldm2.schedules import Schedule
-from tests.samplers.test_parity import diffusers_walk
-from tests.samplers.test_samplers import SHAPE, draw, error, knowing, model
-from tests.test_schedules import PUBLISHED
+from tests.helpers import PUBLISHED
+from tests.samplers.toy import SHAPE, diffusers_walk, draw_latents, error, knowing, model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")   # in diffusers
 
@@ -169,8 +168,8 @@ def test_limits_of_ddim_leave_the_direction_of_its_noise(options):
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_unipc_with_bh1_ends_at_x0_where_diffusers_ends_in_nan(order):
     config = PUBLISHED | {"solver_order": order, "solver_type": "bh1"}
-    x0 = draw(1)
-    latents = sample("unipc", knowing(x0), draw(2), Schedule.from_dict(config), 9)
+    x0 = draw_latents(1)
+    latents = sample("unipc", knowing(x0), draw_latents(2), Schedule.from_dict(config), 9)
     assert error(latents, x0) < 1e-4
 
 
