@@ -135,7 +135,7 @@ def test_a_file_is_opened_with_all_its_channels(tmp_path):
     opened = sound.open_sound(tmp_path / "x.wav")
     assert np.array_equal(opened.channels, stereo)
     assert (opened.sample_rate, opened.encoding, opened.path) == (22_050, "float32", tmp_path / "x.wav")
-    np.testing.assert_allclose(sound.mono, stereo.mean(axis=0), atol=1e-7)
+    np.testing.assert_allclose(opened.mono, stereo.mean(axis=0), atol=1e-7)
     assert np.array_equal(sound.open_sound(str(tmp_path / "x.wav"), channel=1).mono, stereo[1])
 
 

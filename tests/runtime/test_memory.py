@@ -176,7 +176,7 @@ def test_the_peak_counts_what_is_gone():
 
 
 def test_the_peak_is_not_that_of_the_process_that_started_this_one():
-    script = "import torch; from ldm2 import memory; print(memory.peak_bytes(torch.device('cpu')))"
+    script = "import torch; from ldm2.runtime import memory; print(memory.peak_bytes(torch.device('cpu')))"
     size = 2 * int(subprocess.check_output([sys.executable, "-c", script], cwd=ROOT))
     held = torch.ones(size // 4)
     assert int(subprocess.check_output([sys.executable, "-c", script], cwd=ROOT)) < held.nbytes
