@@ -28,10 +28,10 @@ from benchmarks.arguments import count, positive
 from benchmarks.bench import Bench
 from benchmarks.rows import COMPILED, PROMPT, SUBJECTS
 from benchmarks.timing import Timed
-from ldm2 import loading
 from ldm2.checkpoints import random_models
 from ldm2.pipeline import AudioLDM2
 from ldm2.runtime import memory, profiling
+from ldm2.runtime.device import choose_device, choose_dtype
 
 SIZES = {"base": "audioldm2", "large": "audioldm2-large", "tiny": "tiny"}
 PROCESSES = ("ldm2", "ldm2, low_memory", "diffusers")
@@ -70,9 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown rows {', '.join(unknown)}, choose from {', '.join(ROWS)}")
     try:
-        device = loading.choose_device(args.device)
-        dtype = loading.choose_dtype(args.dtype, device)
-        their_dtype = dtype if args.their_dtype is None else loading.choose_dtype(args.their_dtype, device)
+        device = choose_device(args.device)
+        dtype = choose_dtype(args.dtype, device)
+        their_dtype = dtype if args.their_dtype is None else choose_dtype(args.their_dtype, device)
     except ValueError as error:
         parser.error(str(error))
     if args.threads is not None:

@@ -25,11 +25,12 @@ from benchmarks import report
 from benchmarks.__main__ import SIZES, checkpoint
 from benchmarks.arguments import count, positive
 from benchmarks.rows import PROMPT, SCALE
-from ldm2 import loading, ops
+from ldm2 import ops
 from ldm2.conditioning import Conditioning
 from ldm2.noise import SeededNoise
 from ldm2.pipeline import AudioLDM2
-from ldm2.settings import recipe
+from ldm2.runtime.device import choose_device, choose_dtype
+from ldm2.settings import Sampling, Settings
 
 
 def as_dtype(pipe: AudioLDM2, dtype: torch.dtype) -> AudioLDM2:
@@ -64,14 +65,14 @@ def measure(folder: Path, device: torch.device, dtypes: list[torch.dtype], secon
     from benchmarks import checkpoints
 
     pipe = ldm2.load(folder, reference="diffusers", device=str(device), dtype="float32")
-    asked = recipe(PROMPT, seconds=seconds, steps=steps, guidance_scale=SCALE, seed=0)
-    sides = pipe.conditionings(asked)
+    sampling = Sampling(steps=steps, guidance_scale=SCALE)
+    sides = pipe.conditionings(Settings(PROMPT, guidance_scale=SCALE).resolved())
     noise = SeededNoise([0]).draw(*pipe.latent_shape(seconds))
 
     def ours(dtype: torch.dtype, backend: str) -> Tensor:
         tell(f"{str(dtype)[6:]}, {backend} ...")
         with ops.backend(backend):
-            made = as_dtype(pipe, dtype).denoise(*sides, latents=noise, steps=steps, guidance_scale=SCALE)
+            made = as_dtype(pipe, dtype).denoise(*sides, noise, sampling)
         return made.cpu()
 
     exact = ours(torch.float64, "reference")
@@ -114,8 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/parity.md"))
     args = parser.parse_args(arguments)
     try:
-        device = loading.choose_device(args.device)
-        dtypes = [loading.choose_dtype(name, device) for name in args.dtypes.split(",")]
+        device = choose_device(args.device)
+        dtypes = [choose_dtype(name, device) for name in args.dtypes.split(",")]
     except ValueError as error:
         parser.error(str(error))
     if args.threads is not None:

@@ -17,7 +17,7 @@ from ldm2 import ops
 from ldm2.conditioning import Conditioning
 from ldm2.runtime.compilation import compile_step
 from ldm2.runtime.graphs import GraphedUNet, accelerated
-from ldm2.settings import recipe
+from ldm2.settings import Settings
 from ldm2.unet import UNet
 
 PROMPT = "a dog barking in the rain"
@@ -69,9 +69,9 @@ def _step_row(bench: Bench, subject: str, variants: dict[str, Make], rows: int =
 def _our_step(bench: Bench, rows: int, unet: UNet | GraphedUNet, backend: str = "auto") -> Run:
     """ldm2's step, called as in its pipeline: both branches, then guidance."""
     pipe = bench.ours
-    asked = recipe(PROMPT, num_waveforms=rows, seconds=bench.seconds, guidance_scale=SCALE, seed=0)
+    settings = Settings(PROMPT, num_waveforms=rows, seconds=bench.seconds, guidance_scale=SCALE, seed=0).resolved()
     with torch.inference_mode():
-        both = Conditioning.join(pipe.conditionings(asked)[::-1])
+        both = Conditioning.join(pipe.conditionings(settings)[::-1])
         prepared = pipe.unet.prepare(both.to(pipe.device, pipe.dtype))
         time = pipe.unet.embed_time(1.0)
         x = torch.randn(rows, *pipe.latent_shape(bench.seconds)).to(pipe.device, pipe.dtype)
@@ -133,10 +133,10 @@ def vocoder(bench: Bench) -> Iterator[Row]:
 
 def text(bench: Bench) -> Iterator[Row]:
     """Prompt -> both sides of guidance."""
-    asked = recipe(PROMPT, guidance_scale=SCALE, seed=0)
+    settings = Settings(PROMPT, guidance_scale=SCALE, seed=0).resolved()
 
     def ours() -> Run:
-        return lambda: bench.ours.conditionings(asked)
+        return lambda: bench.ours.conditionings(settings)
 
     def theirs() -> Run:
         pipe = bench.theirs

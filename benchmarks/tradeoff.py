@@ -3,7 +3,7 @@
     python -m benchmarks.tradeoff [--model tiny] [--prompts N] [--seeds N] [--out FILE] [--plot FILE]
 
 Every sampler at several numbers of steps, timesteps that start at the last one of the training, guidance in a part of
-the run, feature reuse, and the presets. Two distances: of the latents, relative to the norm of the reference's, and of
+the run, DeepCache, and the presets. Two distances: of the latents, relative to the norm of the reference's, and of
 the log-mel spectrograms (mean absolute difference, in natural logarithms). Both also grow where a sound is as good but
 another one; so a judge of sounds that were made by formulas says which share of them is what the prompt asked for. It
 is meant for the bundled tiny model.
@@ -36,12 +36,14 @@ from ldm2.checkpoints.random_models import SIZES, UNET
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig
 from ldm2.noise import SeededNoise
+from ldm2.options import check_integer
 from ldm2.runtime.profiling import flop_of, synchronise
 from ldm2.samplers import SAMPLERS
-from ldm2.settings import PRESETS, WHOLE_RUN, check_count
+from ldm2.settings import PRESETS, Sampling, Settings
 from ldm2.unet import UNet
 
-REFERENCE = {"sampler": "ddim", "steps": 200, "guidance_interval": WHOLE_RUN, "reuse": 1, "spacing": None}
+WHOLE_RUN = (0.0, 1.0)
+REFERENCE = {"sampler": "ddim", "steps": 200, "guidance_interval": WHOLE_RUN, "cache_interval": 1, "spacing": None}
 STEPS = (10, 20, 50)
 TRAILING = ("ddim", "dpmpp-2m")
 INTERVALS = ((0.0, 0.4), (0.0, 0.6), (0.0, 0.8), (0.1, 0.8), (0.2, 0.8), (0.2, 1.0), (0.4, 1.0), (0.3, 0.7))
@@ -72,22 +74,22 @@ class Row:
 def ways() -> list[tuple[str, dict]]:
     """(kind, settings) of everything that is compared with the reference. The kind is the colour in the plot."""
     fast = REFERENCE | PRESETS["fast"]
-    plain = fast | {"guidance_interval": WHOLE_RUN, "reuse": 1}
+    plain = fast | {"guidance_interval": WHOLE_RUN, "cache_interval": 1}
     rows = [(name, REFERENCE | {"sampler": name, "steps": steps}) for name in SAMPLERS for steps in STEPS]
     trailing = REFERENCE | {"spacing": "trailing"}
     rows += [("trailing", trailing | {"sampler": name, "steps": steps}) for name in TRAILING for steps in STEPS]
     rows += [("guidance interval", plain | {"guidance_interval": interval}) for interval in INTERVALS]
     for way in (REFERENCE | {"steps": 50}, trailing | {"steps": 50}, plain, fast):
-        rows += [("reuse", way | {"reuse": n}) for n in (2, 3, 4)]
+        rows += [("DeepCache", way | {"cache_interval": n}) for n in (2, 3, 4)]
     presets = [(f"preset {name}", REFERENCE | settings) for name, settings in PRESETS.items()]
     return [row for row in rows if row[1] not in [settings for _, settings in presets]] + presets
 
 
 def name_of(settings: dict) -> str:
-    """For example "dpmpp-2m 25, trailing, guidance 0.1:0.8, reuse 2"."""
+    """For example "dpmpp-2m 25, trailing, guidance 0.1:0.8, DeepCache 2"."""
     start, end = settings["guidance_interval"]
     guided = "" if (start, end) == WHOLE_RUN else f", guidance {start:g}:{end:g}"
-    reused = "" if settings["reuse"] == 1 else f", reuse {settings['reuse']}"
+    reused = "" if settings["cache_interval"] == 1 else f", DeepCache {settings['cache_interval']}"
     spaced = "" if settings["spacing"] is None else f", {settings['spacing']}"
     return f"{settings['sampler']} {settings['steps']}{spaced}{guided}{reused}"
 
@@ -144,7 +146,7 @@ def calls_of(pipe: ldm2.AudioLDM2, settings: dict) -> Counter[Call]:
     counting = copy.copy(pipe)
     counting.unet = Tally()
     side, latents = Conditioning((torch.zeros(1, 1, 1),), (None,)), torch.zeros(1, 1, 1, 1)
-    counting.denoise(side, side, latents=latents, noise=torch.zeros_like, guidance_scale=2.0, **settings)
+    counting.denoise(side, side, latents, Sampling(guidance_scale=2.0, **settings), noise=torch.zeros_like)
     return counting.unet.calls
 
 
@@ -165,12 +167,10 @@ class Comparison:
     def run(self, settings: dict) -> tuple[Tensor, float]:
         """Latents of all sounds, and the time for one."""
         noise = SeededNoise(self.seeds)
-        x_T = noise.draw(*self.pipe.latent_shape(self.pipe.defaults["seconds"]))
+        x_T = noise.draw(*self.pipe.latent_shape(Settings("any").resolved(self.pipe.defaults).seconds))
         clock = clock_of(self.pipe.device)
         started = clock()
-        latents = self.pipe.denoise(
-            *self.sides, latents=x_T, noise=noise, guidance_scale=self.pipe.defaults["guidance_scale"], **settings
-        )
+        latents = self.pipe.denoise(*self.sides, x_T, Sampling(**settings), noise=noise)
         return latents, (clock() - started) / len(self.seeds)
 
     def row(self, kind: str, settings: dict) -> Row:
@@ -259,10 +259,10 @@ def draw(rows: list[Row], path: Path) -> None:
 
 def facts(comparison: Comparison, model: str) -> dict:
     """Machine, versions, command, and what was compared."""
-    pipe = comparison.pipe
+    pipe, settings = comparison.pipe, Settings("any").resolved(comparison.pipe.defaults)
     return report.about(f"python -m benchmarks.tradeoff {shlex.join(sys.argv[1:])}".strip(), pipe.device, {
         "model": model, "sounds": len(comparison.seeds), "kinds": list(dict.fromkeys(comparison.kinds)),
-        "guidance_scale": pipe.defaults["guidance_scale"], "seconds": pipe.defaults["seconds"],
+        "guidance_scale": settings.guidance_scale, "seconds": settings.seconds,
         "dtype": str(pipe.dtype)[6:],
     })
 
@@ -289,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curve")
     args = parser.parse_args(arguments)
     pipe = ldm2.load(args.model, device=args.device, dtype=args.dtype)
-    prompts, seeds = check_count("prompts", args.prompts), check_count("seeds", args.seeds)
+    prompts, seeds = check_integer("prompts", args.prompts), check_integer("seeds", args.seeds)
     comparison = Comparison(pipe, prompts, seeds, judged=not args.no_judge)
     rows = [comparison.row("reference", REFERENCE)]
     for kind, settings in ways():

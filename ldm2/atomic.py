@@ -38,24 +38,41 @@ def check_place(path: str | Path, overwrite: bool = False, inputs: Sequence[str 
 @contextmanager
 def whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """`with whole(path) as temporary:` gives an empty file in the same folder to write to; it becomes `path` at the end
-    of the block, and is gone if the block raises.
+    of the block, and is gone if the block raises. See `together`."""
+    with together([path], overwrite) as [temporary]:
+        yield temporary
+
+
+@contextmanager
+def together(paths: Sequence[Path], overwrite: bool = False) -> Iterator[list[Path]]:
+    """As `whole`, for several files: all of them get their names at the end, or none does.
 
     An existing file is never replaced without `overwrite`, even if it appears in the meantime: FileExistsError. Other
-    OSErrors about the temporary file come with the name `path`, the only one that anybody knows.
+    OSErrors about a temporary file come with the name from `paths`, the only one that anybody knows.
     """
-    temporary = path.with_name(f".ldm2-{secrets.token_hex(8)}.tmp")
+    temporaries = {path.with_name(f".ldm2-{secrets.token_hex(8)}.tmp"): path for path in paths}
+    published: list[Path] = []
     try:
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        yield temporary
-        with open(temporary, "r+b") as file:               # on the disk, before the name says that it is complete
-            os.fsync(file.fileno())
-        _publish(temporary, path, overwrite)
-    except OSError as error:
-        if str(error.filename) == str(temporary):
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        for temporary in temporaries:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield list(temporaries)
+        for temporary in temporaries:
+            with open(temporary, "r+b") as file:           # on the disk, before the name says that it is complete
+                os.fsync(file.fileno())
+        for temporary, path in temporaries.items():
+            _publish(temporary, path, overwrite)
+            published.append(path)
+    except BaseException as error:
+        if len(published) < len(paths) and not overwrite:
+            for path in published:
+                path.unlink(missing_ok=True)
+        named = temporaries.get(Path(str(error.filename))) if isinstance(error, OSError) else None
+        if named is not None:
+            raise OSError(error.errno, error.strerror, str(named)) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
 
 
 def _publish(temporary: Path, path: Path, overwrite: bool) -> None:

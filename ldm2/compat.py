@@ -21,11 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm2 import loading, pipeline, samplers
+from ldm2 import loading, samplers, stages
 from ldm2.checkpoints import hub
 from ldm2.conditioning import Conditioning
+from ldm2.runtime.device import choose_device, choose_dtype
 from ldm2.runtime.inference import inference
 from ldm2.schedules import Schedule
+from ldm2.settings import Sampling
 from ldm2.text.encoder import TextEncoder
 
 # The scheduler classes of diffusers and the samplers that compute the same.
@@ -134,8 +136,8 @@ class AudioLDM2Pipeline:
         model = self._model
         for target in targets:
             device, dtype = (device, target) if isinstance(target, torch.dtype) else (target, dtype)
-        device = model.device if device is None else loading.choose_device(str(device))
-        dtype = model.dtype if dtype is None else loading.choose_dtype(str(dtype).removeprefix("torch."), device)
+        device = model.device if device is None else choose_device(str(device))
+        dtype = model.dtype if dtype is None else choose_dtype(str(dtype).removeprefix("torch."), device)
         if dtype != model.dtype:
             text = TextEncoder.from_folder(self._folder, reference=self._reference, device=device, dtype=dtype)
             model.move(device, dtype, text)
@@ -197,8 +199,7 @@ class AudioLDM2Pipeline:
         if latents is None:
             latents = noise.draw(conditioning.batch_size, *self._model.latent_shape_of(num_frames))
         latents = self._model.denoise(
-            conditioning, unconditional, latents=latents, steps=num_inference_steps, guidance_scale=guidance_scale,
-            sampler=self._sampler, eta=eta if self._sampler == "ddim" else 0.0, noise=noise,
+            conditioning, unconditional, latents, self._sampling(num_inference_steps, guidance_scale, eta), noise=noise,
             callback=callback and self._after_step(callback, callback_steps, num_inference_steps),
             progress=self._progress,
         )
@@ -211,6 +212,11 @@ class AudioLDM2Pipeline:
         if output_type == "np":
             audios = audios.numpy()
         return AudioPipelineOutput(audios) if return_dict else (audios,)
+
+    def _sampling(self, steps: int, guidance_scale: float, eta: float) -> Sampling:
+        """How diffusers' pipeline would sample: eta counts for DDIM alone."""
+        return Sampling(steps=steps, guidance_scale=guidance_scale, sampler=self._sampler,
+                        eta=eta if self._sampler == "ddim" else 0.0)
 
     def encode_prompt(
         self, prompt: str | list[str], device: str | torch.device | None = None, num_waveforms_per_prompt: int = 1,
@@ -267,7 +273,7 @@ class AudioLDM2Pipeline:
             raise ValueError(f"audio_length_in_s must be at least {factor * frame} and finite, got {seconds}")
         return math.ceil(int(seconds / frame) / factor) * factor, int(seconds * config.sample_rate)
 
-    def _after_step(self, callback: Callable, every: int, steps: int) -> pipeline.Callback:
+    def _after_step(self, callback: Callable, every: int, steps: int) -> stages.Callback:
         """diffusers' callback(step, timestep, latents) as one of ours."""
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"callback_steps must be a whole number from 1 up, got {every!r}")

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from ldm2.conditioning import Conditioning
-from ldm2.runtime.deepcache import reusing
-from ldm2.runtime.graphs import accelerated
 from ldm2.samplers.core import Guided
 from ldm2.unet import PreparedConditioning, UNet
 
@@ -60,14 +58,12 @@ class Guidance:
         times = torch.tensor(visited, dtype=torch.float32, device="cpu")
         self.times = dict(zip(visited, unet.embed_time(times).split(1))) if visited else {}
 
-    def denoiser(self, reuse: int = 1) -> Guided:
+    def denoiser(self, predict: Callable[..., Tensor] | None = None) -> Guided:
         """A denoiser(x_t, t) -> prediction for `samplers.sample`, float32 (B, C, T, F) -> float32.
 
-        reuse: the deep features of the UNet are computed at every so many timesteps and kept in between, by this
-        denoiser and no other (see `reusing`): one denoiser serves one run, of one window.
+        predict: called as unet(x_t, t, prepared, time=...), in place of the UNet itself.
         """
-        unet = accelerated(self.unet)
-        predict = unet if reuse == 1 else reusing(unet, reuse)
+        predict = self.unet if predict is None else predict
 
         def branches(x: Tensor, t: float) -> tuple[Tensor, float | None]:
             guided = self.scale > 1 and self.acts_at(t)

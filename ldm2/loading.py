@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,14 +15,16 @@ from torch import nn
 from ldm2 import weights
 from ldm2.checkpoints import hub, original
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
+from ldm2.options import options_of
 from ldm2.pipeline import AudioLDM2
 from ldm2.result import Result
 from ldm2.runtime import weight_layout
 from ldm2.runtime.compilation import check_compiler, compile_step
+from ldm2.runtime.device import choose_device, choose_dtype
 from ldm2.runtime.inference import ordinary
 from ldm2.runtime.memory import Load, Stage
 from ldm2.schedules import Schedule
-from ldm2.settings import DEFAULTS
+from ldm2.settings import Settings
 from ldm2.text.encoder import TextEncoder
 from ldm2.text.ranking import Ranker
 from ldm2.unet import UNet
@@ -30,7 +33,6 @@ from ldm2.vocoder import Vocoder
 
 DEFAULT_MODEL = "cvssp/audioldm2"
 REFERENCES = ("authors", "diffusers")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def load(
@@ -72,6 +74,7 @@ def load(
     settings = {
         "device": place,
         "dtype": precision,
+        "reference": reference,
         "origin": {"model": str(model), "revision": revision, "reference": reference, "dtype": str(precision)[6:]},
     }
     if path.is_dir() and tokenizers is not None:
@@ -163,38 +166,6 @@ def generate(
     return pipe.generate(prompt, **settings)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" takes the best there is. Raises ValueError if it is unknown or absent."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"unknown device {name!r}, choose from auto, cpu, cuda, cuda:N, mps") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: torch finds {torch.cuda.device_count()} CUDA devices")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device 'mps' is not there: it needs macOS on Apple silicon")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"unknown device {name!r}, choose from auto, cpu, cuda, cuda:N, mps")
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called `name`; "auto" is float16 on CUDA and float32 elsewhere. Raises ValueError if it is unknown."""
-    if name == "auto":
-        name = "float16" if device.type == "cuda" else "float32"
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}, choose from auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device is a CPU with instructions for bfloat16, with which a model is faster than in float32."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()                   # an old PyTorch cannot tell
-    return device.type == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
 def _part(
     build: type[nn.Module], config, folder: Path, device: torch.device | str, *, dtype: torch.dtype,
     variant: str | None,
@@ -206,8 +177,8 @@ def _part(
     return weights.load(module, tensors, device=device, dtype=dtype, source=folder)
 
 
-def _checkpoint_defaults(folder: Path) -> dict:
-    """What a checkpoint asks for in its ldm2.json: any of seconds, steps, guidance_scale and sampler."""
+def _checkpoint_defaults(folder: Path) -> dict[str, Any]:
+    """What a checkpoint asks for in its ldm2.json, such as its length and number of steps. Raises ValueError."""
     path = folder / "ldm2.json"
     if not path.exists():
         return {}
@@ -215,7 +186,11 @@ def _checkpoint_defaults(folder: Path) -> dict:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    unknown = set(values) - set(DEFAULTS) if isinstance(values, dict) else {"no object"}
+    known = {name: each for name, each in options_of(Settings).items() if each.of_checkpoint}
+    unknown = set(values) - set(known) if isinstance(values, dict) else {"no object"}
     if unknown:
-        raise ValueError(f"{path} may hold {', '.join(DEFAULTS)}, found {', '.join(sorted(unknown))}")
-    return values
+        raise ValueError(f"{path} may hold {', '.join(known)}, found {', '.join(sorted(unknown))}")
+    try:
+        return {name: known[name].kind.check(name, value) for name, value in values.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -6,17 +6,21 @@ The decoder has group norms and an attention over the whole length; there pieces
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ldm2.config import VocoderConfig
-from ldm2.vae import VAE
+from ldm2.vae import VAE, Posterior
 from ldm2.vocoder import Vocoder
 from ldm2.windows import Window
 
 CHUNK_FRAMES = 512                                         # mel frames for the vocoder: few beside them are context
+
+
+def nothing() -> None:
+    """Nobody wants to know."""
 
 
 def receptive_field(config: VocoderConfig) -> tuple[int, int]:
@@ -36,7 +40,9 @@ def receptive_field(config: VocoderConfig) -> tuple[int, int]:
     return 3 - first, 3 + last                             # conv_pre
 
 
-def vocode(vocoder: Vocoder, mel: Tensor, chunk: int, loop: bool = False) -> Tensor:
+def vocode(
+    vocoder: Vocoder, mel: Tensor, chunk: int, loop: bool = False, after_chunk: Callable[[], object] = nothing
+) -> Tensor:
     """Log-mel (B, 1, T, F) -> waveform (B, N), `chunk` frames at a time; equal to vocoder(mel) within rounding.
 
     With loop=True the frames behind the end are those at the start and the other way round, at each layer: the result
@@ -54,6 +60,7 @@ def vocode(vocoder: Vocoder, mel: Tensor, chunk: int, loop: bool = False) -> Ten
         waveform = vocoder(mel[:, :, torch.arange(begin, begin + size, device=mel.device) % num_frames])
         stop = hop * end + (beyond if end == num_frames else 0)
         result[:, hop * start : stop] = waveform[:, hop * (start - begin) : stop - hop * begin]
+        after_chunk()
     return result
 
 
@@ -65,7 +72,9 @@ def _samples_beyond(config: VocoderConfig) -> int:
     return samples
 
 
-def decode(vae: VAE, latents: Tensor, tiles: Sequence[Window]) -> Tensor:
+def decode(
+    vae: VAE, latents: Tensor, tiles: Sequence[Window], after_tile: Callable[[], object] = nothing
+) -> Tensor:
     """Unscaled latents (B, C, T, F) -> log-mel (B, 1, f * T, f * F), the weighted mean of tiles (see `windows.plan`).
 
     An approximation of vae.decode(latents): the group norms and the attention see a tile in place of everything. On
@@ -80,4 +89,23 @@ def decode(vae: VAE, latents: Tensor, tiles: Sequence[Window]) -> Tensor:
         frames = (factor * tile.frames[:, None] + torch.arange(factor, device="cpu")).flatten().to(mel.device)
         weights = tile.weights.repeat_interleave(factor).to(mel.device)[:, None]
         mel.index_add_(2, frames, vae.decode(latents[:, :, tile.frames.to(mel.device)]).float() * weights)
+        after_tile()
     return mel.to(latents.dtype)
+
+
+def encode(vae: VAE, mel: Tensor, tiles: Sequence[Window]) -> Posterior:
+    """Log-mel (B, 1, f * T, f * F) -> posterior of unscaled latents, the weighted mean of tiles (see `windows.plan`).
+
+    One tile is the VAE's own encoding; of several it is an approximation, as in `decode`. Float32.
+    """
+    factor = vae.config.downsampling
+    batch, _, num_frames, num_bins = mel.shape
+    mean, logvar = mel.new_zeros(2, batch, vae.config.latent_channels, num_frames // factor, num_bins // factor,
+                                 dtype=torch.float32)
+    for tile in tiles:
+        latent_frames, weights = tile.frames.to(mel.device), tile.weights.to(mel.device)[:, None]
+        frames = (factor * latent_frames[:, None] + torch.arange(factor, device=mel.device)).flatten()
+        part = vae.encode(mel[:, :, frames])
+        mean.index_add_(2, latent_frames, part.mean.float() * weights)
+        logvar.index_add_(2, latent_frames, part.logvar.float() * weights)
+    return Posterior(mean, logvar)

@@ -15,6 +15,7 @@ import torch
 import ldm2
 from benchmarks.long_sound import joint_ranks, measure, table
 from ldm2.cli.commands import main
+from ldm2.settings import Sampling
 from ldm2.windows import plan
 
 PROMPT, OTHER = "a dog barking in the rain", "techno music with a strong beat"
@@ -184,7 +185,7 @@ def test_costs_of_two_lengths_are_compared_second_by_second():
     ({"overlap": 0.32}, "overlap.*0.32"),
     ({"window": None, "overlap": 2.0}, "overlap.*1.28 seconds.*2"),
     ({"prompt_at": [(2.0, "x")]}, "inside the 1.6 seconds"),
-    ({"prompt_at": [(0, "x")]}, "after 0"),
+    ({"prompt_at": [(0, "x")]}, "prompt_at.*above 0, got 0"),
     ({"prompt_at": [(0.8, "x"), (0.4, "y")]}, "in order"),
     ({"prompt_at": [(0.8, " ")]}, "empty"),
     ({"prompt_at": [("a", "x")]}, "finite number"),
@@ -200,7 +201,7 @@ def test_impossible_windows_and_prompts_are_refused_in_one_line(pipe, settings, 
 def test_windows_need_a_conditioning_for_each_prompt(pipe):
     windows = plan(20, 8, 2, borders=[0, 10])
     with pytest.raises(ValueError, match="2 rows"):
-        pipe.denoise(pipe.encode(PROMPT), latents=torch.zeros(1, 4, 20, 8), steps=1, windows=windows)
+        pipe.denoise(pipe.encode(PROMPT), None, torch.zeros(1, 4, 20, 8), Sampling(steps=1), windows=windows)
 
 
 def command(tiny_checkpoint, path, *arguments) -> int:

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm2 import weights
+from ldm2.checkpoints.describe import describe
 from tests import authors
 
 TENSORS = {"linear.weight": torch.arange(6.0).reshape(2, 3), "linear.bias": torch.tensor([7.0, 8.0])}
@@ -489,7 +490,7 @@ def test_a_buffer_on_meta_that_no_file_fills_is_a_mistake_of_the_caller():
 
 
 def test_a_description_names_parts_sizes_and_heads(tiny_checkpoint):
-    found = weights.describe(tiny_checkpoint)
+    found = describe(tiny_checkpoint)
     parts = {part.name: part for part in found.parts}
     assert parts.keys() == {
         "language_model", "projection_model", "text_encoder", "text_encoder_2", "unet", "vae", "vocoder"
@@ -503,7 +504,7 @@ def test_a_description_names_parts_sizes_and_heads(tiny_checkpoint):
 
 
 def test_a_description_prints_a_line_for_each_part_and_reference(tiny_checkpoint):
-    text = str(weights.describe(tiny_checkpoint))
+    text = str(describe(tiny_checkpoint))
     assert re.search(r"^vae +AutoencoderKL +\d+\.\d+ M +float32 +\d+\.\d+ MB$", text, re.M)
     assert "heads per level of the UNet, reference authors: - 2 3 (-: no attention)\n" in text
     assert text.endswith("sample rate: 16000 Hz")
@@ -511,7 +512,7 @@ def test_a_description_prints_a_line_for_each_part_and_reference(tiny_checkpoint
 
 def test_an_authors_file_is_described_by_its_parts(tmp_path):
     path = authors.save(authors.golden_state("base"), tmp_path / "model.pth")
-    found = weights.describe(path)
+    found = describe(path)
     assert {"unet", "vae", "vocoder"} <= {part.name for part in found.parts}
     assert found.heads["authors"] == found.heads["diffusers"]
 
@@ -521,11 +522,11 @@ def test_tied_tensors_count_once(tiny_checkpoint, tmp_path):
     tensors = weights.read_tensors(folder / "text_encoder_2")
     torch.save(tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, folder / "text_encoder_2/model.bin")
     (folder / "text_encoder_2/model.safetensors").unlink()
-    assert weights.describe(folder).parts == weights.describe(tiny_checkpoint).parts
+    assert describe(folder).parts == describe(tiny_checkpoint).parts
 
 
 def test_a_broken_config_is_named(tiny_checkpoint, tmp_path):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
     (folder / "vocoder/config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"vocoder/config\.json"):
-        weights.describe(folder)
+        describe(folder)

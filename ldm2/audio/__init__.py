@@ -3,7 +3,9 @@
 from ldm2.audio.files import (
     FORMATS,
     FileInfo,
+    as_samples,
     check_output,
+    check_rate,
     check_rows,
     describe,
     mix,
@@ -15,9 +17,11 @@ from ldm2.audio.files import (
     samples_to_seconds,
     seconds_to_samples,
     write,
+    write_all,
 )
 
 __all__ = [
-    "FORMATS", "FileInfo", "check_output", "check_rows", "describe", "mix", "nearest_encoding", "read",
-    "read_channels", "read_metadata", "resample", "samples_to_seconds", "seconds_to_samples", "write",
+    "FORMATS", "FileInfo", "as_samples", "check_output", "check_rate", "check_rows", "describe", "mix",
+    "nearest_encoding", "read", "read_channels", "read_metadata", "resample", "samples_to_seconds",
+    "seconds_to_samples", "write", "write_all",
 ]

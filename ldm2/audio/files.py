@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -58,6 +58,38 @@ def check_rows(waveform: np.ndarray) -> None:
         rows, samples = waveform.shape
         raise ValueError(f"sounds stand in rows, (channels, N), got {rows} rows of {samples} samples: hand over the "
                          f"transpose, sound.T, of (N, channels)")
+
+
+@usual_numpy
+def as_samples(source: Any) -> np.ndarray:
+    """Floating-point samples (N,) or (channels, N) of a numpy array or a tensor, as float32.
+
+    Raises ValueError for another shape or order, no samples, integers, and NaN or infinite samples.
+    """
+    samples = source.detach().cpu().float().numpy() if _is_floating_tensor(source) else source
+    if not isinstance(samples, np.ndarray) or not np.issubdtype(samples.dtype, np.floating):
+        found = getattr(samples, "dtype", type(samples).__name__)
+        raise ValueError(f"a sound must be a path or floating-point samples with full scale at -1..1, got {found}")
+    if samples.ndim not in (1, 2) or samples.size == 0:
+        raise ValueError(f"a sound must be (N,) or (channels, N) with at least one sample, got {samples.shape}")
+    check_rows(samples)
+    samples = samples.astype(np.float32)
+    bad = np.count_nonzero(~np.isfinite(samples))
+    if bad:
+        raise ValueError(f"the sound holds {bad} NaN or infinite samples in float32")
+    return samples
+
+
+def _is_floating_tensor(source: Any) -> bool:
+    """Whether this is a tensor of PyTorch with fractions; PyTorch itself is not imported for it."""
+    return bool(getattr(source, "is_floating_point", bool)())
+
+
+def check_rate(sample_rate: Any) -> int:
+    """The rate of an array of samples in Hz. Raises ValueError."""
+    if isinstance(sample_rate, bool) or not isinstance(sample_rate, Integral) or sample_rate < 1:
+        raise ValueError(f"samples need their sample_rate, a positive integer of Hz, got {sample_rate!r}")
+    return int(sample_rate)
 
 
 def mix(waveform: np.ndarray, channel: int | None = None) -> np.ndarray:
@@ -278,17 +310,25 @@ def write(path: str | Path, waveform: np.ndarray, sample_rate: int, overwrite: b
     if it appears in the meantime. Raises what `check_output` raises; ValueError for another shape, no samples, integer
     or non-finite samples, and for unknown tags; OSError if the file cannot be written.
     """
-    path = Path(path)
-    waveform = _checked_waveform(waveform, np.float64 if encoding in _WIDE else np.float32)
-    check_output(path, overwrite, sample_rate=sample_rate, channels=len(waveform), encoding=encoding)
-    kind = _format_of(path, encoding)
+    write_all([Path(path)], [waveform], sample_rate, overwrite, [metadata or {}], encoding)
+    return Path(path)
+
+
+@usual_numpy
+def write_all(paths: Sequence[Path], waveforms: Sequence[np.ndarray], sample_rate: int, overwrite: bool,
+              metadata: Sequence[Mapping[str, str]], encoding: str | None = None) -> None:
+    """As `write`, for several files of one format: all of them appear, or none does."""
+    waveforms = [_checked_waveform(waveform, np.float64 if encoding in _WIDE else np.float32) for waveform in waveforms]
+    for path, waveform in zip(paths, waveforms, strict=True):
+        check_output(path, overwrite, sample_rate=sample_rate, channels=len(waveform), encoding=encoding)
+    kind = _format_of(paths[0], encoding)
     subtype = kind.subtypes[encoding or next(iter(kind.subtypes))]
-    metadata = tags.check(metadata or {})
+    checked = [tags.check(each) for each in metadata]
     if subtype not in ("FLOAT", "DOUBLE"):
-        waveform = _clipped(waveform, path)
-    with atomic.whole(path, overwrite) as temporary:
-        _encode(temporary, waveform, int(sample_rate), kind.container, subtype, metadata)
-    return path
+        waveforms = [_clipped(waveform, path) for waveform, path in zip(waveforms, paths)]
+    with atomic.together(paths, overwrite) as temporaries:
+        for temporary, waveform, each, path in zip(temporaries, waveforms, checked, paths):
+            _encode(temporary, waveform, int(sample_rate), kind.container, subtype, each, path)
 
 
 def _checked_waveform(waveform: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
@@ -328,8 +368,8 @@ def _as_stored(block: np.ndarray, subtype: str) -> np.ndarray:
 
 
 def _encode(path: Path, waveform: np.ndarray, sample_rate: int, container: str, subtype: str,
-            metadata: dict[str, str]) -> None:
-    """Fill the file `path`."""
+            metadata: dict[str, str], name: Path) -> None:
+    """Fill the file `path`, which will be called `name`."""
     import soundfile
 
     channels, num_samples = waveform.shape
@@ -342,9 +382,9 @@ def _encode(path: Path, waveform: np.ndarray, sample_rate: int, container: str, 
                 file.write(_as_stored(waveform[:, start:start + _BLOCK], subtype).T)
         written = soundfile.info(path).frames
     except soundfile.LibsndfileError as error:
-        raise OSError(f"{path.parent}: writing failed: {error.error_string}") from error
+        raise OSError(f"{name}: writing failed ({error.error_string}): is the disk full?") from error
     if written != num_samples:
-        raise OSError(f"{path.parent}: only {written} of {num_samples} samples could be written")
+        raise OSError(f"{name}: only {written} of {num_samples} samples could be written: is the disk full?")
     if container == "WAV" and metadata:
         with open(path, "r+b") as file:
             tags.append_wav(file, metadata)

@@ -92,7 +92,7 @@ def pipeline(
         weight_layout.arrange(weights.load(module, random_tensors(module), source="random weights", **where))
     schedule = Schedule.from_json(BUNDLED / "tiny/scheduler/scheduler_config.json")
     return AudioLDM2(
-        **modules, text=_text(config, reference, where), schedule=schedule, **where,
+        **modules, text=_text(config, reference, where), schedule=schedule, reference=reference, **where,
         origin={"model": f"random {name}", "revision": None, "reference": reference, "dtype": str(dtype)[6:]},
     )
 

@@ -8,48 +8,29 @@ import logging
 import os
 import sys
 import time
-from pathlib import Path
 
-from ldm2 import __version__, audio
-from ldm2.cli import doctor, edit, options, profile, verify
-from ldm2.settings import DEFAULTS
+from ldm2 import __version__
+from ldm2.cli import doctor, edit, options, output, profile, verify
+from ldm2.settings import GENERATE, Settings
 
-_LESS_MEMORY = {"low_memory": "--low-memory", "dtype": "--dtype float16 or bfloat16", "batch": "a smaller --batch",
+_LESS_MEMORY = {"low_memory": "--low-memory", "dtype": "--dtype bfloat16", "batch": "a smaller --batch",
                 "num_waveforms": "fewer --num-waveforms", "seconds": "shorter --seconds"}
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "bad_alloc")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, as all our errors are."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def generate(args: argparse.Namespace) -> None:
     """Prompt -> sound file(s)."""
-    prompt, prompt_at = options.prompts(args)
-    target = Path(args.output) if args.output else options.name_for(prompt, args.overwrite)
-    from ldm2.result import output_paths
-
-    for path in output_paths(target, max(1, args.num_waveforms)):
-        audio.check_output(path, overwrite=args.overwrite)
-
-    from ldm2.settings import recipe
-
-    settings = options.sampling(args) | {"prompt_at": prompt_at}
-    names = ("seconds", "window", "overlap", "loop", "transcription", "phonemes")
-    settings |= {name: getattr(args, name) for name in names}
-    recipe(prompt, **settings)                             # a wrong value is told before gigabytes are loaded
+    given = options.given(args, Settings, GENERATE)
+    given["prompt"] = options.one_prompt(args.prompt)
+    if given["prompt"] is None and given.get("prompt_at", [(1, "")])[0][0] == 0:
+        (_, given["prompt"]), *given["prompt_at"] = given["prompt_at"]       # the prompt to begin with
+    settings = Settings(**given).resolved()                # a wrong value is refused before gigabytes are loaded
+    target = output.Target.of(args, settings.prompts[0], settings.candidates)
     pipe = options.load(args)
     start = time.perf_counter()
-    result = pipe.generate(prompt, **settings, progress=options.progress(args))
-    elapsed = time.perf_counter() - start
-    paths = result.save(target, overwrite=args.overwrite)
-    if not args.quiet:
-        options.report(result, pipe, elapsed, args.dtype)
-    for path in paths:
-        print(path)
+    with output.watched(pipe, args, Settings(**given).resolved(pipe.defaults).steps) as progress:
+        result = pipe.generate(**given, progress=progress)
+    output.write(result, target, args, time.perf_counter() - start)
 
 
 def models(args: argparse.Namespace) -> None:
@@ -68,11 +49,11 @@ def download(args: argparse.Namespace) -> None:
 
 def info(args: argparse.Namespace) -> None:
     """Parts, parameters, dtypes and heads of a checkpoint, read from its configs and headers."""
-    from ldm2 import weights
     from ldm2.checkpoints import hub
+    from ldm2.checkpoints.describe import describe
 
     path = hub.resolve(args.model, args.revision, args.local_files_only, variant=args.variant)
-    print(weights.describe(path, args.variant))
+    print(describe(path, args.variant))
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -90,18 +71,16 @@ def convert(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    top = Parser(prog="ldm2", description="AudioLDM2: text in, sound, music or speech out.")
+    top = options.Parser(prog="ldm2", description="AudioLDM 2: text to sound effects, music and speech.",
+                         epilog="For example: ldm2 generate \"a rising sweep\" --model tiny")
     top.add_argument("--version", action="version", version=f"ldm2 {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=options.Parser)
 
     command = commands.add_parser("generate", help="make sound from a prompt", description="Make sound from a prompt.")
-    command.add_argument("prompt", nargs="?", help="what to hear, for example \"a dog barking in the rain\"")
-    options.add_output_options(command, "prompt")
+    options.add_prompt(command)
+    options.add_settings(command, GENERATE)
+    options.add_output(command, "prompt")
     options.add_model_options(command)
-    command.add_argument("--seconds", type=float, help=f"length (default: {DEFAULTS['seconds']}, or the model's own)")
-    options.add_speech_options(command)
-    options.add_time_options(command)
-    options.add_sampling_options(command)
     command.set_defaults(run=generate)
 
     edit.add(commands)
@@ -121,7 +100,8 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("convert", help="write a checkpoint as a folder of safetensors")
     command.add_argument("source", help="authors' .pth file, folder with pickles, or a name that ldm2 knows")
-    command.add_argument("folder", help="where to; grows as FOLDER.partial, and a second call takes up what is there")
+    command.add_argument("folder", help="output folder; written as FOLDER.partial and renamed when complete; rerun to "
+                         "resume")
     options.add_source_options(command)
     command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as in the source")
     command.add_argument("--config", metavar="FILE", help="the authors' configuration, YAML or JSON (default: "
@@ -158,7 +138,11 @@ def main(argv: list[str] | None = None) -> int:
     # model's sound beside one other process. To be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logging.basicConfig(format="ldm2: %(message)s", level=logging.WARNING)
-    args = parser().parse_args(argv)
+    parse = parser()
+    args = parse.parse_args(argv)
+    if args.command is None:
+        parse.print_help()
+        return 0
     try:
         args.run(args)
     except KeyboardInterrupt:

@@ -1,232 +1,164 @@
-"""What the commands of the command line have in common: options, and what they say when they are done.
-
-Nothing heavy is imported before a command runs.
-"""
+"""The options of the command line. Those of a request are made from `ldm2.settings`; nothing heavy is imported."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
-import re
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from ldm2.settings import DEFAULTS, PRESETS
+from ldm2.options import Option, default_value, options_of
+from ldm2.settings import Output, Settings
 
 if TYPE_CHECKING:
-    import torch
-
     from ldm2.pipeline import AudioLDM2
-    from ldm2.result import Result
 
-TOY = (
-    "tiny is a toy trained on formulas; for the real sound leave --model away: cvssp/audioldm2 (4.5 GB, non-commercial "
-    "licence) is then fetched once. `ldm2 models` lists others."
-)
-BFLOAT16 = "this CPU has instructions for bfloat16: --dtype bfloat16 is likely to be faster, at half the memory"
-KERNELS = ("the kernels for the CPU are not built, with which ldm2 is about 1.8 times as fast: run python -m "
-           "ldm2.build_kernels once (a minute, needs g++), or set LDM2_KERNELS=auto")
-SAMPLERS = ("ddim", "ddpm", "pndm", "lms", "euler", "euler-ancestral", "heun", "dpmpp-2m", "dpmpp-2m-sde", "unipc")
-SPACINGS = ("leading", "trailing", "linspace")
+# Headings of the help text by the groups of options, in their order.
+HEADINGS = {
+    "sound": "the sound", "edit": "the edit", "sampling": "how the diffusion runs",
+    "long sound": "long sounds, loops and prompts over time", "speech models": "speech models",
+    "output": "how the file is written",
+}
+NOT_OPTIONS = ("prompt", "task")           # arguments and commands instead
 
 
-def add_output_options(command: argparse.ArgumentParser, source: str) -> None:
-    """Where the result goes, and how much is said."""
-    command.add_argument("-o", "--output", metavar="FILE", help="file to write; the suffix names the format "
-                         f"(default: a name made from the {source}, .wav, in the current folder)")
-    command.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, as all our errors are."""
+
+    def error(self, message: str):
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        hint = "; a prompt that begins with - goes after --" if unknown and words.startswith("-") else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint}\n")
+
+
+def add_settings(command: argparse.ArgumentParser, task: str) -> None:
+    """Every option of a task, under the heading of its group."""
+    known = options_of(Settings, task)
+    for group, heading in HEADINGS.items():
+        names = [name for name, each in known.items() if each.group == group and name not in NOT_OPTIONS]
+        if names:
+            section = command.add_argument_group(heading)
+            for name in names:
+                add_option(section, Settings, name, known[name], task)
+
+
+def add_output(command: argparse.ArgumentParser, source: str) -> None:
+    """Where the result goes, how it is written, and how much is said. source: what names the file by default."""
+    section = command.add_argument_group(HEADINGS["output"])
+    section.add_argument("-o", "--output", metavar="FILE", help="file to write, whose suffix names the format; a "
+                         f"folder, for a name made from the {source} in it; or - for WAV on stdout (default: a name "
+                         f"made from the {source}, .wav, in the current folder)")
+    section.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    for name, each in options_of(Output).items():
+        add_option(section, Output, name, each, "")
     how_much = command.add_mutually_exclusive_group()
     how_much.add_argument("-q", "--quiet", action="store_true", help="print the written path only")
-    how_much.add_argument("-v", "--verbose", action="store_true", help="tell the time and the memory of each stage")
+    how_much.add_argument("-v", "--verbose", action="store_true", help="report device, dtype, kernels, and the time "
+                          "and memory of each stage")
+
+
+def add_option(section: argparse._ActionsContainer, cls: type, name: str, each: Option, task: str) -> None:
+    """One option of a dataclass."""
+    flags = [each.flag or f"--{name.replace('_', '-')}", *(f"--{word.replace('_', '-')}" for word in each.words)]
+    value, kind = default_value(cls, name), each.kind.schema
+    if kind.get("type") == "boolean":
+        section.add_argument(*flags, dest=name, action="store_false" if value else "store_true", help=each.help)
+        return
+    default = each.default_for(task)
+    told = [] if default is None else [_word(default)]
+    told += ["the model's own"] if each.of_checkpoint and default == each.default else []
+    told = f" (default: {', or '.join(told)})" if told else ""
+    repeated = {"action": "append"} if kind.get("type") == "array" and "maxItems" not in kind else {}
+    section.add_argument(*flags, dest=name, type=_reader(name, each, bool(repeated)), metavar=each.metavar,
+                         help=(each.help + told).replace("%", "%%"), **repeated)
+
+
+def _word(value: Any) -> str:
+    """A default as it is written on a command line."""
+    if isinstance(value, tuple):
+        return ":".join(map(_word, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _reader(name: str, each: Option, repeated: bool) -> Callable[[str], Any]:
+    """What argparse reads a value with; it is checked at once, a repeated one when all of them are there."""
+
+    def read(text: str) -> Any:
+        try:
+            value = each.kind.parse(text)
+            return value if repeated else each.kind.check(name, value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
+def given(args: argparse.Namespace, cls: type, task: str | None = None) -> dict[str, Any]:
+    """The options of a dataclass that stand on the command line, by their names."""
+    named = {name: getattr(args, name, None) for name in options_of(cls, task) if name not in NOT_OPTIONS}
+    return {name: value for name, value in named.items() if value is not None and value != default_value(cls, name)}
 
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
     """Which checkpoint, and where and how it runs."""
-    command.add_argument("--model", default="cvssp/audioldm2", help="short name, hub name or folder; \"tiny\" is "
-                         "bundled and needs no network (default: cvssp/audioldm2)")
-    add_source_options(command)
-    command.add_argument("--tokenizers", metavar="FOLDER", help="for authors' .pth files: a folder with tokenizer and "
+    section = command.add_argument_group("the model")
+    section.add_argument("--model", default="cvssp/audioldm2", help="short name, hub name, folder or authors' file; "
+                         "\"tiny\" is bundled and needs no network (default: %(default)s)")
+    add_source_options(section)
+    section.add_argument("--tokenizers", metavar="FOLDER", help="for authors' .pth files: a folder with tokenizer and "
                          "tokenizer_2 (default: their own hub repositories)")
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    command.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: auto)")
-    command.add_argument("--reference", default="authors", help="whose arithmetic to reproduce: authors or diffusers "
+    section.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    section.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: auto)")
+    section.add_argument("--reference", default="authors", help="whose arithmetic to reproduce: authors or diffusers "
                          "(default: authors; see weights.md)")
-    command.add_argument("--low-memory", action="store_true", help="hold only the part of the model in memory that is "
-                         "at work: the same sound, and the time to read each part anew")
-    command.add_argument("--compile", action="store_true", help="compile the model's step with torch.compile at its "
+    section.add_argument("--low-memory", action="store_true", help="keep only the part of the model in memory that is "
+                         "running: the same sound, plus the time to read each part again")
+    section.add_argument("--compile", action="store_true", help="compile the UNet's step with torch.compile at its "
                          "first call, which takes minutes")
 
 
-def add_source_options(command: argparse.ArgumentParser) -> None:
+def add_source_options(command: argparse._ActionsContainer) -> None:
     """Which version of a checkpoint on the hub."""
     add_revision_options(command)
     command.add_argument("--local-files-only", action="store_true", help="use the cache, never the network")
 
 
-def add_revision_options(command: argparse.ArgumentParser) -> None:
+def add_revision_options(command: argparse._ActionsContainer) -> None:
     """Which of the files that a repository holds."""
     command.add_argument("--revision", help="branch, tag or commit on the hub")
     command.add_argument("--variant", metavar="WORD", help="in the names of the weight files to take, for example fp16 "
                          "for model.fp16.safetensors")
 
 
-def add_speech_options(command: argparse.ArgumentParser) -> None:
-    """What speech models say."""
-    command.add_argument("--transcription", metavar="TEXT", help="what a speech model says, in English; needs "
-                         "phonemizer and espeak-ng")
-    command.add_argument("--phonemes", metavar="IPA", help="the same as ready phonemes, which need neither")
+def add_prompt(command: argparse.ArgumentParser, help: str | None = None) -> None:
+    """The prompt as an argument."""
+    help = options_of(Settings)["prompt"].help if help is None else help
+    command.add_argument("prompt", nargs="*", metavar="PROMPT", help=f"{help}; - reads it from stdin")
 
 
-def add_sampling_options(command: argparse.ArgumentParser, candidates: int | None = 1) -> None:
-    """How the diffusion runs. candidates: the default of --num-waveforms, None for a command without it."""
-    command.add_argument("--steps", type=int, help=f"sampler steps (default: {DEFAULTS['steps']}, or the model's own)")
-    command.add_argument("--guidance-scale", type=float, metavar="SCALE",
-                         help=f"how strictly to follow the prompt; 1 or less: not at all (default: "
-                         f"{DEFAULTS['guidance_scale']}, or the model's own)")
-    command.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from")
-    command.add_argument("--sampler", choices=SAMPLERS, metavar="NAME",
-                         help=f"one of: {', '.join(SAMPLERS)} (default: {DEFAULTS['sampler']})")
-    command.add_argument("--preset", choices=PRESETS, metavar="NAME", help="values for what is not given here: "
-                         f"{'; '.join(map(_told, PRESETS))}")
-    command.add_argument("--guidance-interval", type=interval, metavar="FROM:TO", help="guidance in this part of the "
-                         "run only, which goes from 0 (noise) to 1 (sound), for example 0.1:0.8; other steps cost half "
-                         "(default: all of it)")
-    command.add_argument("--reuse", type=int, metavar="N", help="compute the deep part of the model in every N-th step "
-                         "and reuse it in between: faster and less exact (default: 1)")
-    command.add_argument("--spacing", choices=SPACINGS, metavar="NAME", help="of the timesteps: leading, trailing "
-                         "(starts at the last one of the training, which leading misses the more the fewer the steps) "
-                         "or linspace (default: the model's own)")
-    command.add_argument("--eta", type=float, default=0.0, help="share of fresh noise in ddim, 0 to 1 (default: 0)")
-    command.add_argument("--seed", type=int, help="number that fixes the noise, 0 to 2**64 - 1; -1 is "
-                         "2**64 - 1, as in torch (default: drawn, and printed)")
-    if candidates is not None:
-        command.add_argument("--num-waveforms", type=int, default=candidates, metavar="N", help="candidates, written "
-                             "best first by CLAP similarity with the prompt (default: %(default)s)")
-
-
-def add_time_options(command: argparse.ArgumentParser) -> None:
-    """Sounds longer than the model's own length, prompts over time, loops."""
-    command.add_argument("--prompt-at", type=prompt_at, action="append", default=[], metavar="SECONDS:PROMPT",
-                         help="from this time on the sound follows another prompt; may be given several times; "
-                         "0:PROMPT takes the place of PROMPT")
-    command.add_argument("--loop", action="store_true", help="make the end go on at the start; the length is rounded "
-                         "to whole frames of the model (0.04 s at 16 kHz)")
-    add_window_options(command)
-
-
-def add_window_options(command: argparse.ArgumentParser) -> None:
-    """How sounds longer than the model's own length are split."""
-    command.add_argument("--window", type=float, metavar="SECONDS", help="longer sounds are made in overlapping "
-                         "windows of this length (default: the length that the model was trained on)")
-    command.add_argument("--overlap", type=float, metavar="SECONDS",
-                         help="what neighbouring windows share (default: a quarter of a window)")
-
-
-def prompt_at(text: str) -> tuple[float, str]:
-    """"20:thunder" -> (20.0, "thunder"), for argparse."""
-    start, _, prompt = text.partition(":")
-    try:
-        return float(start), prompt
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be SECONDS:PROMPT, for example 20:thunder, got {text!r}") from None
-
-
-def _told(preset: str) -> str:
-    """A preset in words."""
-    values = PRESETS[preset]
-    start, end = values["guidance_interval"]
-    return (f"{preset} is {values['sampler']} in {values['steps']} steps, {values['spacing']}, "
-            f"with guidance in {start:g}:{end:g}")
-
-
-def interval(text: str) -> tuple[float, float]:
-    """"0.1:0.8" -> (0.1, 0.8), for argparse; the ends of the run where nothing stands before or after the colon."""
-    start, colon, end = text.partition(":")
-    try:
-        return float(start or 0), float(end if end or not colon else 1)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be FROM:TO, for example 0.1:0.8, got {text!r}") from None
-
-
-def prompts(args: argparse.Namespace) -> tuple[str, list[tuple[float, str]]]:
-    """The prompt to begin with, and those that follow. Raises ValueError if there is none for the beginning."""
-    if args.prompt is not None:
-        return args.prompt, args.prompt_at
-    if not args.prompt_at or args.prompt_at[0][0] != 0:
-        raise ValueError("a prompt is needed for the beginning: PROMPT, or --prompt-at 0:PROMPT")
-    return args.prompt_at[0][1], args.prompt_at[1:]
-
-
-def sampling(args: argparse.Namespace) -> dict:
-    """The settings of add_sampling_options as arguments of AudioLDM2.generate and of the edits."""
-    names = ("steps", "guidance_scale", "negative_prompt", "sampler", "eta", "seed", "num_waveforms", "preset",
-             "guidance_interval", "reuse", "spacing")
-    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+def one_prompt(words: list[str]) -> str | None:
+    """The prompt that stands on a command line; None where there is none. Raises ValueError for several words."""
+    if len(words) > 1:
+        raise ValueError(f"one prompt, please: put quotes around it, \"{' '.join(words)}\"")
+    if words == ["-"]:
+        return sys.stdin.read().strip()
+    return words[0] if words else None
 
 
 def load(args: argparse.Namespace) -> AudioLDM2:
     """The checkpoint of add_model_options. With --verbose its stages report to stderr from here on."""
     import ldm2
 
-    if args.verbose:
+    if getattr(args, "verbose", False):
         logging.getLogger("ldm2").setLevel(logging.INFO)
-    return ldm2.load(
+    start = time.perf_counter()
+    pipe = ldm2.load(
         args.model, device=args.device, dtype=args.dtype, reference=args.reference, revision=args.revision,
-        local_files_only=args.local_files_only, tokenizers=args.tokenizers, low_memory=args.low_memory,
-        compile=args.compile, variant=args.variant,
+        variant=args.variant, local_files_only=args.local_files_only, tokenizers=args.tokenizers,
+        low_memory=args.low_memory, compile=args.compile,
     )
-
-
-def lacks_kernels(device: torch.device) -> bool:
-    """Whether a model runs at half speed there because the kernels for the CPU, which could be built, are not."""
-    from ldm2 import ops
-
-    if device.type != "cpu" or sys.platform != "linux" or os.environ.get("LDM2_KERNELS"):
-        return False
-    if ops.ldm2_kernels is None:
-        return True
-    from ldm2_kernels import cpu
-
-    return cpu.library() is None
-
-
-def progress(args: argparse.Namespace) -> bool:
-    """Whether to show a progress bar."""
-    return sys.stderr.isatty() and not args.quiet
-
-
-def report(result: Result, pipe: AudioLDM2, elapsed: float, dtype: str) -> None:
-    """One line on stderr: what was written, how long it is, how fast it was made; one more for each advice.
-
-    dtype: what --dtype was.
-    """
-    from ldm2.loading import multiplies_bfloat16
-
-    count, seconds = len(result.waveforms), result.waveforms.shape[-1] / result.sample_rate
-    order = ", best first," if result.scores is not None else ""
-    what = "1 waveform" if count == 1 else f"{count} waveforms{order}"
-    if result.settings.get("loop"):
-        what += ", seamless loop," if count == 1 else " seamless loops,"
-    seeds = ", ".join(map(str, result.seeds))
-    print(
-        f"wrote {what} of {seconds:.2f} s at {result.sample_rate} Hz (model {pipe.origin['model']}, seed {seeds}) "
-        f"in {elapsed:.1f} s, {elapsed / (count * seconds):.2f} s per second of sound",
-        file=sys.stderr,
-    )
-    if pipe.origin["model"] == "tiny":
-        print(TOY, file=sys.stderr)
-    elif dtype == "auto" and multiplies_bfloat16(pipe.device):
-        print(BFLOAT16, file=sys.stderr)
-    if lacks_kernels(pipe.device):
-        print(KERNELS, file=sys.stderr)
-
-
-def name_for(text: str, overwrite: bool, suffix: str = ".wav") -> Path:
-    """A file name in the current folder made from a text; with a number if that one is taken and is to be kept."""
-    stem = "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:60].strip("-") or "sound"
-    path, number = Path(stem + suffix), 2
-    while path.exists() and not overwrite:
-        path, number = Path(f"{stem}-{number}{suffix}"), number + 1
-    return path
+    logging.getLogger("ldm2").info("loaded %s in %.1f s: %s on %s", args.model, time.perf_counter() - start,
+                                   pipe.origin["dtype"], pipe.device)
+    return pipe

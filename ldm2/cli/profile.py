@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from ldm2 import __version__, atomic
 from ldm2.cli import options
+from ldm2.options import check_integer
+from ldm2.settings import Settings
 
 if TYPE_CHECKING:
     from ldm2.pipeline import AudioLDM2
@@ -42,28 +44,26 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure and print."""
-    from ldm2.settings import check_count, recipe
-
     trace = None if args.trace is None else check_trace(args.trace, args.overwrite)
-    check_count("repeats", args.repeats)
-    check_count("batch", args.batch)
-    settings = {"seconds": args.seconds, "steps": args.steps, "num_waveforms": args.batch, "seed": 0}
-    recipe(PROMPT, **settings)                             # a wrong value is told before gigabytes are loaded
+    check_integer("repeats", args.repeats)
+    check_integer("batch", args.batch)
+    given = Settings(PROMPT, seconds=args.seconds, steps=args.steps, num_waveforms=args.batch, seed=0)
+    given.resolved()                                       # a wrong value is refused before gigabytes are loaded
     if args.low_memory:
-        raise ValueError("ldm2 profile measures parts that are in memory: leave --low-memory away")
+        raise ValueError("--low-memory cannot be profiled: the parts have to be in memory")
     from ldm2.runtime import profiling
 
     pipe = _pipeline(args)
-    asked = recipe(PROMPT, defaults=pipe.defaults, **settings)
+    settings = given.resolved(pipe.defaults)
     limits = profiling.limits(pipe.device, pipe.dtype)
-    works = profiling.works(pipe, asked)
+    works = profiling.works(pipe, settings)
     rows = [profiling.measure(work, pipe.device, args.repeats) for work in works]
     if trace is None:
         top = profiling.operations(works, pipe.device)
     else:
         with atomic.whole(trace, args.overwrite) as temporary:
             top = profiling.operations(works, pipe.device, temporary)
-    about = _about(pipe, asked.seconds, asked.steps, args.batch)
+    about = _about(pipe, settings.seconds, settings.steps, args.batch)
     if args.json:
         print(json.dumps(as_json(about, limits, rows, top) | {"trace": args.trace}, indent=1))
         return
@@ -86,15 +86,16 @@ def _pipeline(args: argparse.Namespace) -> AudioLDM2:
     from ldm2 import loading
     from ldm2.checkpoints import random_models
     from ldm2.runtime.compilation import check_compiler, compile_step
+    from ldm2.runtime.device import choose_device, choose_dtype
 
     if args.random is None:
         args.model = args.model or loading.DEFAULT_MODEL
         return options.load(args)
     for name in ("model", "revision", "variant", "tokenizers"):
         if getattr(args, name) is not None:
-            raise ValueError(f"--random {args.random} stands for a model: leave --{name} {getattr(args, name)} away")
-    device = loading.choose_device(args.device)
-    dtype = loading.choose_dtype(args.dtype, device)
+            raise ValueError(f"--random {args.random} and --{name} {getattr(args, name)} exclude each other")
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
     if args.compile:
         check_compiler(device)
     pipe = random_models.pipeline(args.random, device=device, dtype=dtype, reference=args.reference)

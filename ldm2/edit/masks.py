@@ -17,22 +17,8 @@ import torch
 from torch import Tensor
 
 from ldm2.mel import MelConfig, hz_to_mel, mel_to_hz
+from ldm2.options import Range, check_number
 from ldm2.samplers import Step
-
-Range = tuple[float | None, float | None]  # from, to; None is the beginning or the end
-
-
-# --- ranges ----------------------------------------------------------------------------------------------------------
-
-def parse_range(text: str) -> Range:
-    """"2.5:4" -> (2.5, 4.0); a side that is left out is None. Raises ValueError for anything else."""
-    start, colon, end = text.partition(":")
-    try:
-        if colon:
-            return (float(start) if start.strip() else None), (float(end) if end.strip() else None)
-    except ValueError:
-        pass
-    raise ValueError(f"a range is written FROM:TO, for example 2.5:4, got {text!r}")
 
 
 def merge_ranges(ranges: Sequence[Range], end: float, unit: str = "s") -> tuple[tuple[float, float], ...]:
@@ -66,16 +52,8 @@ def start_step(strength: float, steps: int) -> int:
 
     Raises ValueError if the strength is out of range.
     """
-    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 <= strength <= 1:
-        raise ValueError(f"strength must be a number from 0 to 1, got {strength!r}")
+    check_number("strength", strength, 0, 1)
     return steps - round(strength * steps)
-
-
-def check_not_negative(name: str, value: float) -> float:
-    """A length in seconds or Hz, or a frequency: a finite number from 0 up. Raises ValueError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be a finite number from 0 up, got {value!r}")
-    return float(value)
 
 
 # --- the latent grid -------------------------------------------------------------------------------------------------
@@ -97,8 +75,8 @@ def keep_mask(num_frames: int, seconds: float, config: MelConfig, vae_factor: in
     """
     if config.num_mels % vae_factor:
         raise ValueError(f"num_mels must be a multiple of vae_factor, got {config.num_mels} and {vae_factor}")
-    check_not_negative("soft_seconds", soft_seconds)
-    check_not_negative("soft_hz", soft_hz)
+    check_number("soft_seconds", soft_seconds, 0)
+    check_number("soft_hz", soft_hz, 0)
     anew = np.ones((num_frames, config.num_mels // vae_factor))
     if times is not None:
         frame_edges = np.arange(num_frames + 1) * (vae_factor * config.hop_length / config.sample_rate)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ldm2.audio import check_rows, seconds_to_samples
-from ldm2.edit.masks import Range, check_not_negative, merge_ranges, share_of, without_outer_borders
-
-CROSSFADE_SECONDS = 0.02
+from ldm2.edit.masks import merge_ranges, share_of, without_outer_borders
+from ldm2.options import Range, check_number
+from ldm2.settings import CROSSFADE_SECONDS
 
 
 def paste(original: np.ndarray, edited: np.ndarray, times: Sequence[Range], sample_rate: int,
@@ -30,7 +30,7 @@ def paste(original: np.ndarray, edited: np.ndarray, times: Sequence[Range], samp
     num_samples = original.shape[-1]
     if edited.shape[-1] != num_samples:
         raise ValueError(f"edited must have the {num_samples} samples of original, got {edited.shape[-1]}")
-    fade = seconds_to_samples(check_not_negative("crossfade", crossfade), sample_rate)
+    fade = seconds_to_samples(check_number("crossfade", crossfade, 0), sample_rate)
     result = original.copy()
     for start, stop in merge_ranges(times, num_samples / sample_rate):
         first, last = seconds_to_samples(start, sample_rate), seconds_to_samples(stop, sample_rate)

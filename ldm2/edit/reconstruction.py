@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
+from ldm2.call import Call, takes_settings
 from ldm2.edit import metrics
-from ldm2.edit.edits import transfer
-from ldm2.edit.masks import start_step
-from ldm2.edit.sound import analyse, encode_audio, mel_config, open_sound
+from ldm2.edit.edits import Source, check_duration, through_diffusion
+from ldm2.edit.sound import open_sound
 from ldm2.runtime.host import usual_numpy
+from ldm2.runtime.progress import shown
+from ldm2.settings import RECONSTRUCT
 
 if TYPE_CHECKING:
-    from ldm2.pipeline import AudioLDM2
-
-STAGES = ("vocoder", "vae", "diffusion")
+    from ldm2.stages import Stages
 
 
 @dataclass(frozen=True)
@@ -31,33 +29,32 @@ class Reconstruction:
     distances: dict[str, float]
 
 
+@takes_settings(RECONSTRUCT, Call)
 @usual_numpy
-def reconstruct(
-    pipe: AudioLDM2, sound: str | Path | np.ndarray | Tensor, stage: str = "vae", *, strength: float = 0.3,
-    prompt: str | None = None, sample_rate: int | None = None, channel: int | None = None, **settings,
-) -> Reconstruction:
+def reconstruct(stages: Stages, sound: Source, stage: str | None = None, *args: Any, **options: Any) -> Reconstruction:
     """A sound after the way to a stage and back.
 
+    sound: a file, or samples (N,) or (channels, N) with their sample_rate (Hz)
     stage: "vocoder"    log-mel -> waveform
            "vae"        log-mel -> latents -> log-mel -> waveform
            "diffusion"  log-mel -> latents, noised to `strength` and denoised -> log-mel -> waveform
-    strength, prompt, settings: of the last, as for `transfer`; without a prompt nothing but the input guides it
-    sound, sample_rate, channel: as for `transfer`
 
-    Raises ValueError or OSError, one line, for what cannot be read and for values out of range.
+    The other options are for the stage diffusion; without a prompt nothing but the input guides it. Raises ValueError
+    or OSError, one line, for what cannot be read and for values out of range.
     """
-    if stage not in STAGES:
-        raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
-    start_step(strength, 1)                                # refuse an impossible one in any stage
-    opened = open_sound(sound, sample_rate, channel)
-    original = opened.at(pipe.sample_rate).astype(np.float32, copy=False)
-    if stage == "vocoder":
-        waveform = pipe.vocode(analyse(pipe, original[None]))[0]
-    elif stage == "vae":
-        waveform = pipe.vocode(pipe.decode(encode_audio(pipe, opened.mono, opened.sample_rate)))[0]
-    else:
-        made = transfer(pipe, opened.mono, prompt, strength=strength, sample_rate=opened.sample_rate, **settings)
-        waveform = made.waveforms[0]
+    call = Call.of(RECONSTRUCT, stages.origin, *args, stage=stage, **options)
+    opened = open_sound(sound, call.sample_rate, call.channel)
+    check_duration(opened.seconds)
+    call = call.resolved(stages.defaults, duration=opened.seconds)
+    original = opened.at(stages.sample_rate).astype(np.float32, copy=False)
+    with shown(call.progress) as report:
+        if call.stage == "vocoder":
+            waveform = stages.vocode(stages.log_mel(original[None]), progress=report)[0]
+        elif call.stage == "vae":
+            latents = stages.encode_audio(opened.mono, opened.sample_rate)
+            waveform = stages.vocode(stages.decode(latents, progress=report), progress=report)[0]
+        else:
+            waveform = through_diffusion(stages, opened, call, report)
     waveform = np.asarray(waveform)[: len(original)]
-    distances = metrics.compare(original, waveform, mel_config(pipe))
-    return Reconstruction(original, waveform, pipe.sample_rate, distances)
+    distances = metrics.compare(original, waveform, stages.mel_config)
+    return Reconstruction(original, waveform, stages.sample_rate, distances)

@@ -13,8 +13,9 @@ import torch
 
 from ldm2 import __version__, ops
 from ldm2.checkpoints import known
-from ldm2.loading import multiplies_bfloat16
+from ldm2.checkpoints.hub import is_cached
 from ldm2.runtime import machine, profiling
+from ldm2.runtime.device import multiplies_bfloat16
 
 PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "soundfile", "soxr", "tqdm",
             "triton", "diffusers", "phonemizer", "matplotlib", "scipy")
@@ -146,7 +147,7 @@ def hub() -> dict[str, object]:
     """Where the cache is, which known checkpoints are in it, and whether the hub answers."""
     from huggingface_hub import constants
 
-    names = [model.name for model in known.MODELS if model.repo is not None and hub.is_cached(model)]
+    names = [model.name for model in known.MODELS if model.repo is not None and is_cached(model)]
     return {"cache": constants.HF_HUB_CACHE, "endpoint": constants.ENDPOINT, "checkpoints": names,
             "state": _answer()}
 

@@ -19,11 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm2 import ops, samplers
 from ldm2.conditioning import Conditioning
 from ldm2.noise import SeededNoise
-from ldm2.pipeline import AudioLDM2
 from ldm2.runtime.graphs import accelerated
 from ldm2.runtime.memory import process_bytes
 from ldm2.samplers.core import Guided
-from ldm2.settings import Recipe
+from ldm2.settings import Settings
+from ldm2.stages import Stages
 
 COPY_BYTES = 256_000_000
 WIDE = 1.15                                                # slowest over median: above it a row is marked
@@ -187,13 +187,13 @@ def weight_bytes(part: nn.Module | None) -> int:
 # A generation
 
 
-def works(pipe: AudioLDM2, asked: Recipe) -> list[Work]:
-    """The stages of the generation `asked`, in order; each can be run alone, any number of times."""
-    conditioning, unconditional = pipe.conditionings(asked)
-    both = Conditioning.join([unconditional, conditioning]) if asked.guided else conditioning
+def works(pipe: Stages, settings: Settings) -> list[Work]:
+    """The stages of a generation after resolved settings, in order; each can be run alone, any number of times."""
+    conditioning, unconditional = pipe.conditionings(settings)
+    both = Conditioning.join([unconditional, conditioning]) if settings.guided else conditioning
     both = both.to(pipe.device, pipe.dtype)
-    timesteps = samplers.timesteps(asked.sampler, pipe.schedule, asked.steps)
-    latents = SeededNoise(asked.seeds).draw(*pipe.latent_shape(asked.seconds)).to(pipe.device)
+    timesteps = samplers.timesteps(settings.sampler, pipe.schedule, settings.steps)
+    latents = SeededNoise(settings.seeds).draw(*pipe.latent_shape(settings.seconds)).to(pipe.device)
 
     @torch.inference_mode()
     def prepare() -> tuple:
@@ -208,15 +208,15 @@ def works(pipe: AudioLDM2, asked: Recipe) -> list[Work]:
 
     prediction = step()
 
-    guided = Guided(lambda x, t: (prediction, asked.guidance_scale if asked.guided else None))
+    guided = Guided(lambda x, t: (prediction, settings.guidance_scale if settings.guided else None))
 
     @torch.inference_mode()
     def walk() -> Tensor:
-        return samplers.sample(asked.sampler, guided, latents, pipe.schedule, asked.steps, noise=torch.zeros_like)
+        return samplers.sample(settings.sampler, guided, latents, pipe.schedule, settings.steps, noise=torch.zeros_like)
 
     mel = pipe.decode(latents)
     return [
-        Work("text", lambda: pipe.conditionings(asked), part=pipe.text),
+        Work("text", lambda: pipe.conditionings(settings), part=pipe.text),
         Work("keys, values, times", prepare),
         Work("UNet step", step, calls=len(timesteps), part=pipe.unet),
         Work("guidance, sampler", walk),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ldm2 import weights
 from ldm2.conditioning import Conditioning
+from ldm2.options import check_text
 from ldm2.runtime.inference import inference
 from ldm2.text.encoders import ClapText, T5Text
 from ldm2.text.gpt2 import Projection, continue_sequence, load_gpt2, load_projection
@@ -129,7 +130,7 @@ class TextEncoder(nn.Module):
         if not prompts:
             raise ValueError("there is no prompt")
         for prompt in prompts:
-            check_text(prompt, "prompt")
+            check_text("prompt", prompt)
         lines = self._lines(prompts, transcription, phonemes)
         num_vectors = self.num_vectors if num_vectors is None else num_vectors
         if self.reference == "diffusers":
@@ -150,7 +151,7 @@ class TextEncoder(nn.Module):
         rows = conditioning.batch_size
         negatives = _spread("" if negative_prompts is None else negative_prompts, rows, "negative prompt")
         for negative in negatives:
-            check_text(negative, "negative prompt", may_be_empty=True)
+            check_text("negative_prompt", negative, may_be_empty=True)
         if self.reference == "diffusers":
             return _once(negatives, lambda distinct: self._negative_as_diffusers(distinct, conditioning))
         num_vectors = conditioning.contexts[0].shape[1] if self.gpt2 is not None else 0
@@ -159,6 +160,15 @@ class TextEncoder(nn.Module):
             lines = self._lines(negatives, transcription, phonemes)
         lines = [line if line.prompt.strip() else UNCONDITIONAL for line in lines]
         return _once(lines, lambda distinct: self._each_alone(distinct, num_vectors))
+
+    @inference
+    def unconditional(self, rows: int) -> Conditioning:
+        """The unconditional model for rows that have no prompt beside them."""
+        if self.reference == "authors":
+            return self._unconditional(self.num_vectors).repeat(rows)
+        if self.phonemes is None:
+            return self._together([UNCONDITIONAL], self.num_vectors).repeat(rows)
+        return self._speechless([""], self.num_vectors).repeat(rows)
 
     def generate(self, clap: Tensor, states: Tensor, mask: Tensor, num_vectors: int) -> Tensor:
         """clap (B, D0), states (B, L, D1) of T5 or phonemes, mask (B, L) bool -> GPT-2's (B, num_vectors, D)."""
@@ -180,7 +190,7 @@ class TextEncoder(nn.Module):
         [(name, words)] = given.items()
         words = _spread(words, len(prompts), name)
         for text in words:
-            check_text(text, name)
+            check_text(name, text)
         read = self.phonemes.read if name == "transcription" else self.phonemes.spell
         ids = {text: read(text) for text in dict.fromkeys(words)}
         return [Line(prompt, ids[text]) for prompt, text in zip(prompts, words)]
@@ -230,22 +240,14 @@ class TextEncoder(nn.Module):
         num_vectors = conditioning.contexts[0].shape[1]
         if self.phonemes is None:
             return self._together(lines, num_vectors, length=conditioning.contexts[-1].shape[1])
+        return self._speechless(negatives, num_vectors)
+
+    def _speechless(self, negatives: list[str], num_vectors: int) -> Conditioning:
+        """Rows of a speech model in which nothing is said: no place of the phonemes counts."""
         clap = self.clap(negatives)
         states = clap.new_zeros(len(negatives), self.phonemes.max_length, self.projection.config.text_dim)
         nothing = states.new_zeros(states.shape[:2], dtype=torch.bool)
         return Conditioning((self.generate(clap, states, nothing, num_vectors),), (None,))
-
-
-def check_text(text: object, name: str, may_be_empty: bool = False) -> None:
-    """Raises ValueError unless `text` is a string with something in it; `name` says what it is for."""
-    if not isinstance(text, str):
-        raise ValueError(f"{name} must be a string, got {type(text).__name__}")
-    if not text.strip() and not may_be_empty:
-        raise ValueError(f"{name} must not be empty, got {text!r}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} holds half a character at {error.start}: {text[error.start]!a}") from error
 
 
 def _spread(texts: str | Sequence[str], rows: int, name: str) -> list[str]:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers.models.clap import modeling_clap
 
 from ldm2 import weights
+from ldm2.text.configs import transformers_config
 from ldm2.text.tokenizers import LazyTokenizer, TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -137,11 +137,3 @@ def clap_config(fields: Mapping[str, Any], branch: str, source: str) -> transfor
         if not isinstance(fields.get(name), Mapping):
             raise ValueError(f"{source}: {name} is missing: the file does not describe a whole CLAP model")
     return getattr(transformers_config(transformers.ClapConfig, fields, source), branch)
-
-
-def transformers_config(kind: type, fields: Mapping[str, Any], source: str) -> transformers.PreTrainedConfig:
-    """A transformers config from the fields of a config.json. Raises ValueError naming `source`."""
-    try:
-        return kind.from_dict(dict(fields))
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{source}: {' '.join(str(error).split())}") from error

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from ldm2 import weights
-from ldm2.text.encoders import transformers_config
+from ldm2.text.configs import transformers_config
 
 # Names of GPT-2 with its word head (GPT2LMHeadModel) -> names without; the head is not used.
 WITHOUT_HEAD = {r"lm_head\.weight": None, **weights.OLD_NAMES, r"transformer\.(.*)": r"\1"}

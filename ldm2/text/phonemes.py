@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.models.vits import modeling_vits
 
 from ldm2 import weights
-from ldm2.text.encoders import transformers_config
+from ldm2.text.configs import transformers_config
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from ldm2.pipeline import NonFiniteError
 from ldm2.runtime import graphs, profiling
 from ldm2.runtime.graphs import GraphedUNet
 from ldm2.runtime.profiling import Limits
-from ldm2.settings import recipe
+from ldm2.settings import Settings
 from tests.helpers import Tape
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -123,7 +123,8 @@ def test_the_cpu_is_told_by_name_and_vector_units(monkeypatch):
 
 def test_flop_from_sizes_is_flop_of_a_run(pipe):
     flop = Flop(pipe)
-    works = {work.name: work for work in profiling.works(pipe, recipe("a low tone", seconds=0.64, steps=2, seed=0))}
+    settings = Settings("a low tone", seconds=0.64, steps=2, seed=0).resolved()
+    works = {work.name: work for work in profiling.works(pipe, settings)}
     assert flop.decode(0.64) == profiling.flop_of(works["VAE"].run)
     assert flop.vocode(0.64) == profiling.flop_of(works["vocoder"].run)
     step = profiling.flop_of(works["UNet step"].run)

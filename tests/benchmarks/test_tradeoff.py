@@ -13,7 +13,7 @@ import ldm2
 from benchmarks import tradeoff
 from benchmarks.tradeoff import Comparison, Row, calls_of, name_of, operations, pareto, ways
 from ldm2.samplers import SAMPLERS
-from ldm2.settings import DEFAULTS, PRESETS
+from ldm2.settings import PRESETS, Sampling
 from ldm2.training.tiny.sounds import make_waveform
 from ldm2.unet import UNet
 
@@ -40,8 +40,8 @@ def row(seconds, mel, name="x"):
 
 
 def test_the_reference_is_what_is_made_without_any_option():
-    plain = {name: DEFAULTS[name] for name in ("sampler", "steps", "guidance_interval", "reuse", "spacing")}
-    assert plain == tradeoff.REFERENCE
+    plain = Sampling().resolved()
+    assert {name: getattr(plain, name) for name in tradeoff.REFERENCE} == tradeoff.REFERENCE
 
 
 def test_all_samplers_and_presets_are_compared_and_nothing_twice():
@@ -72,7 +72,7 @@ def test_branches_and_work_are_those_of_the_calls_that_were_made(comparison):
     half = comparison.row("ddim", REFERENCE | {"guidance_interval": (0.0, 0.5)})
     assert half.branches == 2 * 2 + 4                      # the timesteps 831 and 665 of 831, 665, 499, 333, 167, 1
     assert half.work == pytest.approx((2 + 4 * operations()[1, True] / operations()[2, True]) / 6)
-    reused = comparison.row("ddim", REFERENCE | {"reuse": 3})
+    reused = comparison.row("ddim", REFERENCE | {"cache_interval": 3})
     assert reused.branches == 12
     assert reused.work == pytest.approx((2 + 4 * operations()[2, False] / operations()[2, True]) / 6)
     assert half.latents > 0 and reused.latents > 0
@@ -88,8 +88,8 @@ def test_the_first_level_is_a_small_part_of_the_published_model():
     ({}, {(2, True): 6}),
     ({"sampler": "heun"}, {(2, True): 11}),
     ({"guidance_interval": (0.0, 0.5)}, {(2, True): 2, (1, True): 4}),
-    ({"reuse": 3}, {(2, True): 2, (2, False): 4}),
-    ({"sampler": "dpmpp-2m-sde", "guidance_interval": (0.0, 0.5), "reuse": 2},
+    ({"cache_interval": 3}, {(2, True): 2, (2, False): 4}),
+    ({"sampler": "dpmpp-2m-sde", "guidance_interval": (0.0, 0.5), "cache_interval": 2},
      {(2, True): 2, (2, False): 1, (1, True): 2, (1, False): 1}),
 ])
 def test_calls_are_counted_by_branches_and_depth(pipe, settings, calls):
@@ -98,7 +98,7 @@ def test_calls_are_counted_by_branches_and_depth(pipe, settings, calls):
     assert pipe.unet is unet
 
 
-@pytest.mark.parametrize("settings", [{"sampler": "heun"}, {"guidance_interval": (0.3, 0.8), "reuse": 2}])
+@pytest.mark.parametrize("settings", [{"sampler": "heun"}, {"guidance_interval": (0.3, 0.8), "cache_interval": 2}])
 def test_the_counted_calls_are_those_that_the_unet_gets(pipe, monkeypatch, settings):
     made = Counter()
     with_features = UNet.with_features

@@ -14,9 +14,10 @@ import pytest
 import soundfile
 import torch
 
-from ldm2 import audio
-from ldm2.cli import options
+from ldm2 import audio, samplers, schedules, settings
+from ldm2.cli import output
 from ldm2.cli.commands import main
+from ldm2.options import parse_interval
 from ldm2.pipeline import AudioLDM2
 from ldm2.settings import PRESETS
 from tests.helpers import PROMPT, ROOT, run_ldm2
@@ -79,14 +80,14 @@ def test_the_file_tells_what_the_fast_options_were(tiny_checkpoint, tmp_path):
     assert main(["generate", PROMPT, "--model", str(tiny_checkpoint), *short, *fast]) == 0
     settings = json.loads(audio.read_metadata(target)["comment"])
     assert (settings["steps"], settings["sampler"]) == (1, PRESETS["fast"]["sampler"])
-    assert (settings["guidance_interval"], settings["reuse"], settings["spacing"]) == ([0, 0.7], 2, "linspace")
+    assert (settings["guidance_interval"], settings["cache_interval"], settings["spacing"]) == ([0, 0.7], 2, "linspace")
 
 
 @pytest.mark.parametrize("text, expected", [
     ("0.1:0.8", (0.1, 0.8)), (":0.8", (0, 0.8)), ("0.1:", (0.1, 1)), (":", (0, 1)), ("0:0", (0, 0)),
 ])
 def test_an_interval_is_read_from_one_word(text, expected):
-    assert options.interval(text) == expected
+    assert parse_interval(text) == expected
 
 
 def test_several_waveforms_become_several_files(generate, tmp_path):
@@ -125,7 +126,7 @@ def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(generate, refu
     (("--guidance-interval", "a:b"), ("FROM:TO", "a:b")),
     (("--guidance-interval", "0.5:0.2"), ("guidance_interval", "0.5", "0.2")),
     (("--guidance-interval", "0:2"), ("guidance_interval", "2")),
-    (("--reuse", 0), ("reuse", "0")),
+    (("--reuse", 0), ("cache_interval", "0")),
     (("--spacing", "karras"), ("karras", "leading", "trailing", "linspace")),
     (("--reuse", "often"), ("--reuse", "often")),
     (("--dtype", "int8"), ("int8", "float16")),
@@ -197,7 +198,7 @@ def test_no_memory_is_one_line_and_exit_code_1(tiny_checkpoint, tmp_path, monkey
 
 
 @pytest.mark.parametrize("arguments, told", [
-    (["profile", "--random", "tiny"], ": --dtype float16 or bfloat16, a smaller --batch, shorter --seconds may help"),
+    (["profile", "--random", "tiny"], ": --dtype bfloat16, a smaller --batch, shorter --seconds may help"),
     (["models"], ""),
 ])
 def test_without_memory_each_command_names_options_of_its_own(arguments, told, monkeypatch, capsys):
@@ -235,17 +236,9 @@ def test_help_imports_nothing_heavy(tmp_path):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_help_lists_the_samplers_that_exist():
-    from ldm2.cli.options import SAMPLERS
-    from ldm2.samplers import SAMPLERS as exist
-
-    assert set(SAMPLERS) == set(exist)
-
-
-def test_help_lists_the_spacings_that_exist():
-    from ldm2.schedules import SPACINGS
-
-    assert options.SPACINGS == SPACINGS
+def test_the_samplers_and_spacings_of_a_request_are_those_that_exist():
+    assert set(settings.SAMPLERS) == set(samplers.SAMPLERS)
+    assert settings.SPACINGS == schedules.SPACINGS
 
 
 def test_info_tells_parts_parameters_and_heads(tiny_checkpoint, tmp_path):
@@ -269,7 +262,7 @@ def test_a_cpu_with_bfloat16_is_told_of_it(
     monkeypatch.chdir(tmp_path)
     short = ["--steps", "1", "--seconds", "0.1", "--device", "cpu", "--dtype", dtype]
     assert main(["generate", PROMPT, "--model", str(tiny_checkpoint), *short]) == 0
-    assert (options.BFLOAT16 in capsys.readouterr().err) == (dtype == "auto" and bfloat16_instructions)
+    assert (output.BFLOAT16 in capsys.readouterr().err) == (dtype == "auto" and bfloat16_instructions)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is nothing to build elsewhere")

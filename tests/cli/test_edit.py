@@ -76,15 +76,15 @@ def test_each_edit_names_its_file_after_the_input(run, tmp_path, arguments, name
     wrote, = (line for line in err if line.startswith("wrote "))
     assert f"{seconds:.2f} s at 16000 Hz" in wrote and "seed 1" in wrote
     assert read(tmp_path / name).shape == (round(seconds * RATE), 1)
-    task = json.loads(audio.read_metadata(tmp_path / name)["comment"])["edit"]["task"]
-    assert task in ("transfer", arguments[0].replace("-", "_"))
+    task = json.loads(audio.read_metadata(tmp_path / name)["comment"])["task"]
+    assert task == arguments[0].replace("-", "_")
 
 
 def test_an_edit_takes_the_fast_options(run, tmp_path):
     code, out, err = run("transfer", "in.wav", "rain", "--preset", "fast", "--reuse", 2, "--spacing", "linspace", *ONE)
     assert (code, out) == (0, ["in-transfer.wav"]), err
     settings = json.loads(audio.read_metadata(tmp_path / out[0])["comment"])
-    assert (settings["steps"], settings["reuse"], settings["sampler"]) == (1, 2, PRESETS["fast"]["sampler"])
+    assert (settings["steps"], settings["cache_interval"], settings["sampler"]) == (1, 2, PRESETS["fast"]["sampler"])
     assert settings["spacing"] == "linspace"
 
 
@@ -95,7 +95,8 @@ def test_variations_are_three_unless_asked_otherwise(run, tmp_path):
 
 @pytest.mark.parametrize("stage", ["vocoder", "vae", "diffusion"])
 def test_reconstruct_prints_the_distances_and_draws_them(run, tmp_path, stage):
-    code, out, err = run("reconstruct", "in.wav", "-o", "x.wav", "--stage", stage, "--plot", "x.png", *ONE)
+    code, out, err = run("reconstruct", "in.wav", "-o", "x.wav", "--stage", stage, "--plot", "x.png",
+                         *(ONE if stage == "diffusion" else ()))
     assert code == 0, err
     assert [line.split("  ")[0] for line in out[:4]] == [
         "log mel distance", "spectral convergence", "multi resolution stft", "level difference"
@@ -124,12 +125,12 @@ def test_reconstruct_prints_the_distances_and_draws_them(run, tmp_path, stage):
     (("extend", "in.wav", "x", "--seconds", -1), ("seconds", "-1")),
     (("extend", "in.wav", "x", "--side", "above"), ("above", "after")),
     (("super-resolution", "in.wav", "--above", 9000), ("above must be below 8000 Hz", "9000")),
-    (("super-resolution", "in.wav", "--above", "nan"), ("above must be a finite number from 0 up",)),
+    (("super-resolution", "in.wav", "--above", "nan"), ("above must be a finite number of at least 0",)),
     (("super-resolution", "in.wav", "--above", 4000, "--soft-hz", -1), ("soft_hz",)),
     (("transfer", "rain", "in.wav"), ("rain does not exist", "in.wav does", "the file comes first")),
     (("transfer", "fast.wav", "x", "--keep-format", "-o", "x.mp3"), (".mp3", "96000")),
-    (("transfer", "long.wav", "x"), ("at most 600 s", "601 s")),
-    (("extend", "in.wav", "x", "--seconds", 300, "--side", "both"), ("at most 600 s", "600.5 s")),
+    (("transfer", "long.wav", "x"), ("600 s", "601 s")),
+    (("extend", "in.wav", "x", "--seconds", 300, "--side", "both"), ("600 s", "600.5 s")),
     (("extend", "in.wav", "x", "--crossfade", -1), ("crossfade must be", "-1")),
     (("inpaint", "in.wav", "x", "--time", ":0.1", "--soft-hz", "nan"), ("soft_hz must be", "nan")),
     (("transfer", "in.wav", "x", "--prompt-at", "0.7:y"), ("inside the 0.5 seconds",)),

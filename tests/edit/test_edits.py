@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -20,7 +21,8 @@ from ldm2.conditioning import Conditioning
 from ldm2.edit import edits
 from ldm2.edit.masks import masked
 from ldm2.pipeline import AudioLDM2
-from ldm2.settings import PRESETS
+from ldm2.settings import PRESETS, Sampling
+from ldm2.stages import Init
 from tests import authors
 from tests.helpers import noise
 
@@ -62,8 +64,8 @@ def test_a_masked_run_equals_the_authors(tmp_path):
     keep[:, :, :, 6:] = 0
     q_noise, step_noise = iter(run["q_noise"]), iter(run["step_noise"])
     latents = pipe.denoise(
-        side("cond"), side("uncond"), latents=run["x_T"], steps=5, guidance_scale=2.5, eta=1.0,
-        noise=lambda like: next(step_noise), edit=masked(x0, keep, lambda like: next(q_noise)),
+        side("cond"), side("uncond"), run["x_T"], Sampling(steps=5, guidance_scale=2.5, eta=1.0),
+        noise=lambda like: next(step_noise), init=Init(edit=masked(x0, keep, lambda like: next(q_noise))),
     )
     torch.testing.assert_close(latents, run["latent"], atol=5e-4, rtol=0)
     mel = pipe.decode(latents)
@@ -110,12 +112,13 @@ def test_variations_need_no_prompt_and_differ(pipe):
     result = pipe.variations(noise(5000), sample_rate=RATE, num_waveforms=2, **FEW)
     assert result.waveforms.shape == (2, 5000)
     assert not np.array_equal(*result.waveforms)
-    assert (result.seeds, result.scores, result.settings["prompt"]) == ([1, 2], None, "")
+    assert (result.seeds, result.scores, result.settings["prompt"]) == ([1, 2], None, None)
 
 
 def test_keep_format_gives_the_rate_and_channels_of_the_input(pipe):
     result = pipe.transfer(noise(2, 11_025), RAIN, sample_rate=44_100, keep_format=True, **ONE)
-    assert (result.waveforms.shape, result.sample_rate) == ((1, 2, 11_025), 44_100)
+    assert (result.channels.shape, result.sample_rate) == ((1, 2, 11_025), 44_100)
+    assert np.array_equal(result.waveforms[0], result.channels[0].mean(axis=0))
     plain = pipe.transfer(noise(2, 11_025), RAIN, sample_rate=44_100, **ONE)
     assert (plain.waveforms.shape, plain.sample_rate) == ((1, 4000), RATE)
 
@@ -141,9 +144,9 @@ def test_outside_the_ranges_every_sample_is_the_inputs_own(pipe, rate, channels)
     sound, times = noise(channels, rate // 2), [(0.1, 0.2), (0.4, None)]
     result = pipe.inpaint(sound, RAIN, times=times, sample_rate=rate, keep_format=True, **ONE)
     new = inside([(0.1, 0.2), (0.4, 1)], rate // 2, rate)
-    assert result.waveforms.shape == (1, channels, rate // 2)
-    assert result.waveforms[0][:, ~new].tobytes() == sound[:, ~new].tobytes()
-    assert (result.waveforms[0][:, new] != sound[:, new]).mean() > 0.99
+    assert result.channels.shape == (1, channels, rate // 2)
+    assert result.channels[0][:, ~new].tobytes() == sound[:, ~new].tobytes()
+    assert (result.channels[0][:, new] != sound[:, new]).mean() > 0.99
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "pndm", "euler-ancestral", "dpmpp-2m-sde"])
@@ -211,8 +214,8 @@ def test_an_extended_sound_holds_the_input(pipe, side, start, length):
 def test_an_extended_stereo_sound_keeps_rate_and_channels(pipe):
     sound = noise(2, 11_025)
     result = pipe.extend(sound, RAIN, seconds=0.1, sample_rate=44_100, keep_format=True, **ONE)
-    assert result.waveforms.shape == (1, 2, 11_025 + 4410)
-    assert np.array_equal(result.waveforms[0][:, : 11_025 - 882], sound[:, : 11_025 - 882])
+    assert result.channels.shape == (1, 2, 11_025 + 4410)
+    assert np.array_equal(result.channels[0][:, : 11_025 - 882], sound[:, : 11_025 - 882])
 
 
 # --- super-resolution ------------------------------------------------------------------------------------------------
@@ -233,7 +236,7 @@ def test_a_band_above_the_inputs_own_rate_does_not_fit_its_format(pipe):
 def test_above_the_models_range_the_inputs_own_spectrum_stays(pipe):
     sound = noise(1, 24_000)
     result = pipe.super_resolution(sound, above=6000, sample_rate=48_000, keep_format=True, **ONE)
-    before, after = (np.abs(np.fft.rfft(x * np.hanning(24_000))) for x in (sound[0], result.waveforms[0, 0]))
+    before, after = (np.abs(np.fft.rfft(x * np.hanning(24_000))) for x in (sound[0], result.channels[0, 0]))
     np.testing.assert_allclose(after[4100:], before[4100:], atol=1e-2 * before.max())
 
 
@@ -254,15 +257,16 @@ def test_any_file_is_edited_and_its_kept_samples_survive_in_the_file(pipe, tmp_p
     assert np.array_equal(new[kept], old[kept])
     assert (tmp_path / "in.wav").read_bytes() == before
     comment = json.loads(audio.read_metadata(path)["comment"])
-    assert comment["edit"]["task"] == "inpaint" and comment["edit"]["times"] == [[0.04, 0.16]]
-    assert comment["edit"]["input"] == "in.wav"
+    assert comment["task"] == "inpaint" and comment["times"] == [[0.04, 0.16]]
+    assert comment["input"] == str(tmp_path / "in.wav")
+    assert comment["input_sha256"] == hashlib.sha256(before).hexdigest()
 
 
 def test_a_wide_file_at_the_models_rate_needs_no_format_kept(pipe, tmp_path):
     sound = 0.1 * np.random.default_rng(0).standard_normal(4000)
     soundfile.write(tmp_path / "in.wav", sound, RATE, subtype="DOUBLE")
     result = pipe.inpaint(tmp_path / "in.wav", RAIN, times=[(0.1, None)], **ONE)
-    assert np.array_equal(result.waveforms[0, :1600], sound[:1600])
+    assert np.array_equal(result.channels[0, 0, :1600], sound[:1600])
     assert pipe.reconstruct(tmp_path / "in.wav", "vocoder").original.dtype == np.float32
 
 
@@ -287,7 +291,7 @@ def test_odd_sounds_have_a_result(pipe, sound):
         pipe.inpaint(sound, RAIN, times=[(None, None)], sample_rate=RATE, **ONE),
         pipe.extend(sound, RAIN, seconds=0.1, sample_rate=RATE, **ONE),
     ):
-        extra = 1600 if made.settings["edit"]["task"] == "extend" else 0
+        extra = 1600 if made.settings["task"] == "extend" else 0
         assert made.waveforms.shape == (1, len(sound) + extra)
         assert np.isfinite(made.waveforms).all()
 
@@ -295,27 +299,27 @@ def test_odd_sounds_have_a_result(pipe, sound):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, options, message", [
-    ("inpaint", {}, "nothing to make anew: give ranges of seconds"),
+    ("inpaint", {}, "nothing to regenerate: give times"),
     ("inpaint", {"times": [(0.3, 0.2)]}, "the range 0.3:0.2 s must end after it begins"),
     ("inpaint", {"times": [(0.2, 0.6)]}, "the range 0.2:0.6 s is not within 0:0.5 s"),
     ("inpaint", {"times": [(-1, 0.2)]}, "the range -1:0.2 s is not within"),
     ("inpaint", {"times": [(0.1, 0.10001)]}, "shorter than one sample"),
-    ("inpaint", {"times": [(0, 0.1)], "soft_seconds": -1}, "soft_seconds must be a finite number from 0 up, got -1"),
+    ("inpaint", {"times": [(0, 0.1)], "soft_seconds": -1}, "soft_seconds must be.* got -1"),
     ("inpaint", {"bands": [(4000, 9000)]}, "the range 4000:9000 Hz is not within 0:8000 Hz"),
     ("transfer", {"strength": 1.5}, "strength must be a number from 0 to 1, got 1.5"),
     ("transfer", {"strength": -0.1}, "got -0.1"),
     ("transfer", {"strength": float("nan")}, "got nan"),
-    ("transfer", {"loop": True}, "an edit keeps the ends that it finds"),
-    ("transfer", {"steps": 0}, "steps must be a whole number from 1 up, got 0"),
+    ("transfer", {"loop": True}, "transfer.*loop"),
+    ("transfer", {"steps": 0}, "steps must be a positive integer, got 0"),
     ("transfer", {"channel": 3}, "channel must be from 0 to 0 in a sound with 1 channel, got 3"),
-    ("inpaint", {"times": [(0, 0.1)], "soft_hz": float("nan")}, "soft_hz must be a finite number from 0 up, got nan"),
-    ("inpaint", {"times": [(0, 0.1)], "crossfade": -1}, "crossfade must be a finite number from 0 up, got -1"),
-    ("extend", {"crossfade": float("inf")}, "crossfade must be a finite number from 0 up, got inf"),
+    ("inpaint", {"times": [(0, 0.1)], "soft_hz": float("nan")}, "soft_hz must be.* got nan"),
+    ("inpaint", {"times": [(0, 0.1)], "crossfade": -1}, "crossfade must be.* got -1"),
+    ("extend", {"crossfade": float("inf")}, "crossfade must be.* got inf"),
     ("super_resolution", {"above": 8000}, "above must be below 8000 Hz, the highest frequency of the model, got 8000"),
-    ("super_resolution", {"above": -1}, "above must be a finite number from 0 up, got -1"),
-    ("extend", {"side": "above"}, "side must be one of after, before, both, got 'above'"),
-    ("extend", {"seconds": 0}, "seconds must be above 0"),
-    ("extend", {"seconds": 600}, "at most 600 s of sound, asked are 600.5 s"),
+    ("super_resolution", {"above": -1}, "above must be.* got -1"),
+    ("extend", {"side": "above"}, "side 'above'.*after, before, both"),
+    ("extend", {"seconds": 0}, "seconds must be.*above 0.*got 0"),
+    ("extend", {"seconds": 600}, "600 s, got 600.5 s"),
 ])
 def test_what_cannot_be_edited_is_named_before_the_model_runs(pipe, monkeypatch, name, options, message):
     def never(*arguments, **settings):
@@ -331,7 +335,7 @@ def test_an_edit_takes_the_fast_settings(pipe, prompt):
     sound, settings = noise(4000), {"sample_rate": RATE, "strength": 0.8, "seed": 1, "steps": 5}
     fast = pipe.transfer(sound, prompt, preset="fast", reuse=2, guidance_interval=(0, 0.5), **settings)
     assert fast.settings["sampler"] == PRESETS["fast"]["sampler"]
-    assert (fast.settings["guidance_interval"], fast.settings["reuse"]) == ([0, 0.5], 2)
+    assert (fast.settings["guidance_interval"], fast.settings["cache_interval"]) == ([0, 0.5], 2)
     exact = pipe.transfer(sound, prompt, sampler=PRESETS["fast"]["sampler"], **settings)
     assert not torch.equal(fast.latents, exact.latents)
 

@@ -88,7 +88,7 @@ def test_pasting_changes_neither_sound():
     (100, [(0, 0.1)], 0.02, "edited must have the 16000 samples of original, got 100"),
     (RATE, [(0.5, 1.5)], 0.02, "the range 0.5:1.5 s is not within 0:1 s"),
     (RATE, [(0.5, 0.50001)], 0.02, "the range 0.5:0.50001 s is shorter than one sample"),
-    (RATE, [(0, 0.1)], -0.1, "crossfade must be a finite number from 0 up, got -0.1"),
+    (RATE, [(0, 0.1)], -0.1, "crossfade must be.* got -0.1"),
 ])
 def test_what_cannot_be_pasted_is_named(length, times, crossfade, message):
     with pytest.raises(ValueError, match=message):

@@ -48,8 +48,11 @@ def test_the_distances_are_between_what_the_model_heard_and_what_it_gave_back(pi
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"stage": "text"}, "stage must be one of vocoder, vae, diffusion, got 'text'"),
+    ({"stage": "text"}, "stage 'text'.*vocoder, vae, diffusion"),
     ({"strength": 2}, "strength must be a number from 0 to 1, got 2"),
+    ({"strength": 0.5}, "strength is for the stage diffusion, got 0.5"),
+    ({"stage": "vocoder", "prompt": "rain"}, "prompt is for the stage diffusion.*rain"),
+    ({"stage": "vae", "steps": 5}, "steps is for the stage diffusion, got 5"),
 ])
 def test_what_cannot_be_reconstructed_is_named(pipe, options, message):
     with pytest.raises(ValueError, match=message):

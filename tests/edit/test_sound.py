@@ -10,6 +10,7 @@ import soundfile
 import torch
 
 import ldm2
+from ldm2 import tiling
 from ldm2.edit import sound
 from ldm2.mel import MEL_48KHZ, MelConfig, config_for, log_mel
 from ldm2.windows import plan
@@ -49,7 +50,7 @@ def test_rows_have_seeds_of_their_own(pipe):
     rows = pipe.encode_audio(np.stack([noise(640)] * 2), RATE, seed=5)
     assert torch.equal(rows[1:], pipe.encode_audio(noise(640), RATE, seed=6))
     assert torch.equal(rows, pipe.encode_audio(np.stack([noise(640)] * 2), RATE, seed=[5, 6]))
-    with pytest.raises(ValueError, match="3 seeds for 2 waveforms"):
+    with pytest.raises(ValueError, match=r"seed.*2 waveforms, got 3"):
         pipe.encode_audio(np.stack([noise(640)] * 2), RATE, seed=[1, 2, 3])
 
 
@@ -68,14 +69,14 @@ def test_another_rate_is_resampled(pipe):
 
 
 def test_the_level_is_kept(pipe):
-    mels = [sound.analyse(pipe, level * noise(1, 6400)) for level in (1.0, 0.1)]
+    mels = [pipe.log_mel(level * noise(1, 6400)) for level in (1.0, 0.1)]
     torch.testing.assert_close(mels[0] - mels[1], torch.full_like(mels[0], math.log(10)), atol=1e-3, rtol=0)
 
 
 def test_one_tile_is_the_encoding_of_the_vae(pipe):
-    mel = sound.analyse(pipe, noise(1, 6400))
+    mel = pipe.log_mel(noise(1, 6400))
     with torch.inference_mode():
-        whole, tiled = pipe.vae.encode(mel), sound.encode(pipe.vae, mel, plan(10, 16, 4))
+        whole, tiled = pipe.vae.encode(mel), tiling.encode(pipe.vae, mel, plan(10, 16, 4))
     assert torch.equal(tiled.mean, whole.mean) and torch.equal(tiled.logvar, whole.logvar)
 
 
@@ -86,7 +87,7 @@ def test_a_long_sound_is_encoded_in_tiles(pipe):
 
 
 def test_the_front_end_follows_the_vocoder(pipe):
-    assert sound.mel_config(pipe) == MelConfig(num_mels=32)
+    assert pipe.mel_config == MelConfig(num_mels=32)
     assert config_for(48_000, 480, 256) == MEL_48KHZ
     with pytest.raises(ValueError, match="16000 and 48000 Hz, not of 22050 Hz"):
         config_for(22_050, 256, 80)
@@ -101,9 +102,9 @@ def test_the_front_end_follows_the_vocoder(pipe):
     (torch.zeros(640, dtype=torch.int16), RATE, "got torch.int16"),
     ([0.0] * 640, RATE, "got list"),
     (np.full(640, np.nan, np.float32), RATE, "640 NaN or infinite samples"),
-    (np.zeros(640, np.float32), 0, "whole number of Hz from 1 up, got 0"),
-    (np.zeros(640, np.float32), None, "whole number of Hz from 1 up, got None"),
-    (np.zeros(640, np.float32), 16e3, "whole number of Hz from 1 up, got 16000.0"),
+    (np.zeros(640, np.float32), 0, "positive integer of Hz, got 0"),
+    (np.zeros(640, np.float32), None, "positive integer of Hz, got None"),
+    (np.zeros(640, np.float32), 16e3, "positive integer of Hz, got 16000.0"),
 ])
 def test_what_is_no_sound_is_named(pipe, waveform, rate, message):
     with pytest.raises(ValueError, match=message):
@@ -146,7 +147,7 @@ def test_samples_are_taken_from_numpy_and_torch():
 
 def test_a_file_knows_its_rate_and_its_channels(tmp_path):
     soundfile.write(tmp_path / "x.wav", noise(100), RATE)
-    with pytest.raises(ValueError, match="knows its own sample rate, leave sample_rate 8000 away"):
+    with pytest.raises(ValueError, match="sample_rate 8000"):
         sound.open_sound(tmp_path / "x.wav", 8000)
     with pytest.raises(ValueError, match=r"x\.wav: channel must be from 0 to 0"):
         sound.open_sound(tmp_path / "x.wav", channel=1)

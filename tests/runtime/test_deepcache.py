@@ -93,14 +93,14 @@ def test_every_first_timestep_is_the_plain_run(unet, name):
 @pytest.mark.parametrize("name", ["ddim", "dpmpp-2m", "unipc"])
 @pytest.mark.parametrize("every, deep", [(2, [0, 2, 4, 6]), (3, [0, 3, 6]), (4, [0, 4]), (50, [0])])
 def test_the_deep_part_is_computed_at_every_nth_step(unet, calls, name, every, deep):
-    samplers.sample(name, guidance(unet).denoiser(every), draw(2, 4, 6, 8), SCHEDULE, 7)
+    samplers.sample(name, guidance(unet).denoiser(deepcache.reusing(unet, every)), draw(2, 4, 6, 8), SCHEDULE, 7)
     assert [i for i, call in enumerate(calls) if call[3]] == deep
     assert [call[1:3] for call in calls] == [(2, 4)] * 7
 
 
 @pytest.mark.parametrize("name", ["heun", "pndm"])
 def test_calls_at_one_timestep_are_treated_alike(unet, calls, name):
-    samplers.sample(name, guidance(unet).denoiser(2), draw(2, 4, 6, 8), SCHEDULE, 5)
+    samplers.sample(name, guidance(unet).denoiser(deepcache.reusing(unet, 2)), draw(2, 4, 6, 8), SCHEDULE, 5)
     timesteps = samplers.timesteps(name, SCHEDULE, 5)
     assert len(calls) > 5
     assert {(t, fresh) for t, _, _, fresh in calls} == {(t, i % 2 == 0) for i, t in enumerate(timesteps)}
@@ -108,7 +108,7 @@ def test_calls_at_one_timestep_are_treated_alike(unet, calls, name):
 
 def test_the_ends_of_a_guidance_interval_begin_a_new_count(unet, calls):
     guided = guidance(unet, acts_at=lambda t: 300 <= t < 700)
-    samplers.sample("ddim", guided.denoiser(3), draw(2, 4, 6, 8), SCHEDULE, 10)
+    samplers.sample("ddim", guided.denoiser(deepcache.reusing(unet, 3)), draw(2, 4, 6, 8), SCHEDULE, 10)
     assert [(rows, fresh) for _, _, rows, fresh in calls] == [
         (2, True), (2, False), (2, False),
         (4, True), (4, False), (4, False), (4, True),
@@ -119,8 +119,7 @@ def test_the_ends_of_a_guidance_interval_begin_a_new_count(unet, calls):
 def test_denoisers_of_one_guidance_do_not_share_features(unet):
     guided = guidance(unet)
     first, second = draw(2, 4, 6, 8), draw(2, 4, 6, 8, seed=3)
-    mixed, alone = guided.denoiser(2), guided.denoiser(2)
-    other = guided.denoiser(2)
+    mixed, alone, other = (guided.denoiser(deepcache.reusing(unet, 2)) for _ in range(3))
     with torch.no_grad():
         for t in (501, 401):
             a, b = mixed(first, t), alone(first, t)

@@ -17,6 +17,7 @@ import ldm2
 from benchmarks import checkpoints
 from ldm2.runtime.graphs import tensors
 from ldm2.runtime.memory import Stage, gigabytes, peak_bytes
+from ldm2.settings import Sampling
 from tests import authors
 from tests.helpers import PROMPT, ROOT, run_ldm2
 
@@ -103,7 +104,7 @@ def test_a_pipeline_can_be_copied(tiny_checkpoint, low_memory):
 
 def test_weights_are_freed_after_an_error(sparing):
     with pytest.raises(ValueError, match="conditioning"):
-        sparing.denoise(sparing.encode(PROMPT), latents=torch.zeros(3, *sparing.latent_shape(0.2)), steps=1)
+        sparing.denoise(sparing.encode(PROMPT), None, torch.zeros(3, *sparing.latent_shape(0.2)), Sampling(steps=1))
     assert awake(sparing) == []
 
 

@@ -14,7 +14,7 @@ from ldm2.cli import profile
 from ldm2.cli.commands import main
 from ldm2.runtime import profiling
 from ldm2.runtime.profiling import Limits, Measured, Work
-from ldm2.settings import recipe
+from ldm2.settings import Settings
 from ldm2.unet import UNet
 
 CPU = torch.device("cpu")
@@ -24,7 +24,8 @@ ARGUMENTS = ("profile", "--random", "tiny", "--seconds", "0.2", "--steps", "3", 
 @pytest.fixture(scope="module")
 def works():
     """The stages of a short generation with the bundled model."""
-    return profiling.works(ldm2.load("tiny", device="cpu"), recipe("a low tone", seconds=0.2, steps=3, seed=0))
+    settings = Settings("a low tone", seconds=0.2, steps=3, seed=0).resolved()
+    return profiling.works(ldm2.load("tiny", device="cpu"), settings)
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_attention_counts_as_two_matrix_products(context):
 
 def test_a_step_of_twice_the_length_costs_twice_and_more(works):
     pipe = ldm2.load("tiny", device="cpu")
-    costs = [profiling.flop_of(profiling.works(pipe, recipe("a", seconds=seconds, steps=3, seed=0))[2].run)
+    costs = [profiling.flop_of(profiling.works(pipe, Settings("a", seconds=seconds, steps=3, seed=0).resolved())[2].run)
              for seconds in (0.64, 1.28)]
     assert 2 * costs[0] < costs[1] < 3 * costs[0]
 
@@ -152,9 +153,9 @@ def test_profile_writes_a_trace_with_the_stages_in_it(quick, capsys, tmp_path):
     (("--seconds", "0"), "seconds"),
     (("--repeats", "0"), "repeats"),
     (("--low-memory",), "--low-memory"),
-    (("--model", "tiny"), "leave --model tiny away"),
-    (("--revision", "v1"), "leave --revision v1 away"),
-    (("--tokenizers", "folder"), "leave --tokenizers folder away"),
+    (("--model", "tiny"), "--model tiny exclude"),
+    (("--revision", "v1"), "--revision v1 exclude"),
+    (("--tokenizers", "folder"), "--tokenizers folder exclude"),
 ])
 def test_profile_refuses_what_it_cannot_do(quick, capsys, tmp_path, monkeypatch, wrong, words):
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,100 @@
+"""What a checkpoint holds, read from its configurations and headers alone: what `ldm2 info` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ldm2.checkpoints import original
+from ldm2.checkpoints.hub import WITHOUT_WEIGHTS, parts
+from ldm2.config import REFERENCES, UNetConfig, VocoderConfig
+from ldm2.weights import read_tensors
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a checkpoint: its class ("" in an authors' file), how many numbers it holds, in which dtypes."""
+
+    name: str
+    kind: str
+    parameters: int
+    dtypes: tuple[str, ...]
+    size: int                                               # bytes
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint holds. `heads`: for each reference those at each level of the UNet, None without attention."""
+
+    path: Path
+    parts: tuple[Part, ...]
+    heads: Mapping[str, tuple[int | None, ...]]
+    sample_rate: int | None                                 # Hz; None in a file without vocoder
+
+    def __str__(self) -> str:
+        total = Part("all", "", sum(p.parameters for p in self.parts), (), sum(p.size for p in self.parts))
+        rows = [("part", "class", "parameters", "dtype", "size")] + [
+            (p.name, p.kind, _millions(p.parameters), " ".join(p.dtypes), f"{p.size / 1e6:.2f} MB")
+            for p in (*self.parts, total)
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        for reference, heads in self.heads.items():
+            levels = " ".join("-" if number is None else str(number) for number in heads)
+            without = " (-: no attention)" if None in heads else ""
+            lines.append(f"heads per level of the UNet, reference {reference}: {levels}{without}")
+        if self.sample_rate is not None:
+            lines.append(f"sample rate: {self.sample_rate} Hz")
+        return "\n".join([str(self.path), *lines])
+
+
+def describe(path: str | Path, variant: str | None = None) -> Description:
+    """Parts, sizes, dtypes and heads of a checkpoint (folder or authors' file), from headers and configs alone.
+
+    variant: word in the names of a folder's weight files, such as "fp16".
+
+    Raises ValueError for files that cannot be read and configs that make no sense.
+    """
+    path = Path(path)
+    return _describe_file(path) if path.is_file() else _describe_folder(path, variant)
+
+
+def _describe_folder(path: Path, variant: str | None) -> Description:
+    found = tuple(
+        _part(name, kind, read_tensors(path / name, variant))
+        for name, kind in parts(path).items() if not WITHOUT_WEIGHTS.fullmatch(kind)
+    )
+    heads = {name: _heads(UNetConfig.from_json(path / "unet/config.json", name)) for name in REFERENCES}
+    return Description(path, found, heads, VocoderConfig.from_json(path / "vocoder/config.json").sample_rate)
+
+
+def _describe_file(path: Path) -> Description:
+    contents = original.read(path)
+    found = tuple(_part(name, "", part.tensors) for name, part in contents.items() if part.tensors)
+    heads, sample_rate = {}, None
+    if "unet" in contents:
+        fields = contents["unet"].fields
+        heads = {name: _heads(UNetConfig.from_dict(fields, f"{path}: UNet", name)) for name in REFERENCES}
+    if "vocoder" in contents:
+        sample_rate = VocoderConfig.from_dict(contents["vocoder"].fields, f"{path}: vocoder").sample_rate
+    return Description(path, found, heads, sample_rate)
+
+
+def _heads(config: UNetConfig) -> tuple[int | None, ...]:
+    """Heads at each level, None where nothing attends."""
+    return tuple(number if contexts else None for number, contexts in zip(config.num_heads, config.context_dims))
+
+
+def _part(name: str, kind: str, tensors: Mapping[str, Tensor]) -> Part:
+    # Tied tensors of a pickle share their memory: they count once.
+    distinct = {(tensor.data_ptr(), tensor.shape): tensor for tensor in tensors.values() if tensor.is_floating_point()}
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in distinct.values()})
+    parameters = sum(tensor.numel() for tensor in distinct.values())
+    return Part(name, kind, parameters, tuple(dtypes), sum(tensor.nbytes for tensor in distinct.values()))
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.2f} M"

@@ -1,0 +1,17 @@
+"""Configurations of the text encoders, which come from transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+
+
+def transformers_config(kind: type, fields: Mapping[str, Any], source: str) -> transformers.PreTrainedConfig:
+    """A transformers config from the fields of a config.json. Raises ValueError naming `source`."""
+    try:
+        return kind.from_dict(dict(fields))
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
