@@ -63,9 +63,9 @@ def worst(
     name: str, kernel: Callable, reference: Callable, device: torch.device, dtype: torch.dtype
 ) -> float | None:
     """The largest `excess` over the small cases of an operation; None if the kernel leaves all to plain PyTorch."""
-    lasts = (False, True) if device.type == "cuda" else (False,)
+    last = device.type == "cuda" and dtype != torch.float32                  # as the models lay out their maps there
     sizes = (SMALL, TALL) if name in _TALL_TOO else (SMALL,)
-    found = [measure(kernel, reference, cases(device, dtype, size, last)[name]()) for size in sizes for last in lasts]
+    found = [measure(kernel, reference, cases(device, dtype, size, last)[name]()) for size in sizes]
     found = [share for share in found if share is not None]
     return max(found, key=lambda share: float("inf") if share != share else share) if found else None
 
