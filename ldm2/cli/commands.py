@@ -10,7 +10,7 @@ import sys
 import time
 
 from ldm2 import __version__
-from ldm2.cli import doctor, edit, options, output, profile, verify
+from ldm2.cli import doctor, edit, evaluate, options, output, profile, verify
 from ldm2.settings import GENERATE, Settings
 
 _LESS_MEMORY = {"low_memory": "--low-memory", "dtype": "--dtype bfloat16", "batch": "a smaller --batch",
@@ -113,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--overwrite", action="store_true", help="replace the folder if it is a checkpoint")
     command.set_defaults(run=convert)
 
+    evaluate.add(commands)
     profile.add(commands)
     verify.add(commands)
     doctor.add(commands)

@@ -291,7 +291,7 @@ class Parts:
         self, folder: Path, device: torch.device | str | None, dtype: torch.dtype | None, variant: str | None = None
     ):
         self.folder, self.device, self.dtype, self.variant = folder, device, dtype, variant
-        self.index = _read_json(folder / "model_index.json")
+        self.index = read_json(folder / "model_index.json")
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint says that it has this part."""
@@ -299,7 +299,7 @@ class Parts:
 
     def fields(self, name: str) -> dict[str, Any]:
         """The config.json of a part."""
-        return _read_json(self.folder / name / "config.json")
+        return read_json(self.folder / name / "config.json")
 
     def tensors(self, name: str) -> Mapping[str, Tensor]:
         """The tensors of a part, memory-mapped."""
@@ -323,7 +323,8 @@ class Parts:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError naming it."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

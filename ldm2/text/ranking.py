@@ -43,7 +43,7 @@ class ClapAudio(nn.Module):
 
     def __init__(self, extractor: transformers.ClapFeatureExtractor, config: transformers.ClapAudioConfig):
         super().__init__()
-        self.extractor = extractor
+        self.extractor, self.fusion = extractor, config.enable_fusion
         self.audio_model = modeling_clap.ClapAudioModel(config)
         self.audio_projection = modeling_clap.ClapProjectionLayer(config)
 
@@ -54,8 +54,6 @@ class ClapAudio(nn.Module):
     ) -> ClapAudio:
         """From the fields of a ClapModel's config.json and its tensors. Raises ValueError naming `source`."""
         config = clap_config(fields, "audio_config", source)
-        if config.enable_fusion:
-            raise ValueError(f"{source}: audio_config.enable_fusion must be false, as in all published checkpoints")
         with torch.device("meta"):
             audio = cls(extractor, config)
         with torch.device("cpu"):                          # whatever the default is
@@ -74,10 +72,18 @@ class ClapAudio(nn.Module):
         """
         rate = self.extractor.sampling_rate
         heard = list(resample(waveforms, sample_rate, rate)[:, : self.extractor.nb_max_samples])
-        # Without fusion this is the only front end there is, and nothing is longer than allowed, so nothing is random.
-        features = self.extractor(heard, sampling_rate=rate, truncation="rand_trunc", return_tensors="pt")
+        # Nothing is longer than allowed, so nothing is cut at random. Of sounds that are heard together, a model with
+        # fusion takes one at random for a long one; alone, each is.
+        batches = [[sound] for sound in heard] if self.fusion else [heard]
+        return torch.cat([self._embed(batch) for batch in batches])
+
+    def _embed(self, heard: list[np.ndarray]) -> Tensor:
+        """Sounds (N,) at the extractor's rate -> (B, D)."""
+        features = self.extractor(heard, sampling_rate=self.extractor.sampling_rate, return_tensors="pt",
+                                  truncation="fusion" if self.fusion else "rand_trunc")
         device = self.audio_projection.linear1.weight.device
-        states = self.audio_model(input_features=features["input_features"].to(device, torch.float32))
+        states = self.audio_model(input_features=features["input_features"].to(device, torch.float32),
+                                  is_longer=features["is_longer"].to(device))
         return F.normalize(self.audio_projection(states.pooler_output), dim=-1)
 
 

@@ -24,7 +24,7 @@ VOCABULARIES = {
     "RobertaTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "T5Tokenizer": (("tokenizer.json",), ("spiece.model",)),
     "VitsTokenizer": (("vocab.json",),),
-    "ClapFeatureExtractor": (("preprocessor_config.json",),),
+    "ClapFeatureExtractor": (("preprocessor_config.json",), ("processor_config.json",)),
 }
 UNLIMITED = 10**30                         # model_max_length where the files set no limit
 

@@ -120,13 +120,6 @@ def test_checkpoint_without_audio_branch_cannot_rank(tiny_checkpoint, tmp_path):
         Ranker.from_folder(folder)
 
 
-def test_fusion_models_are_refused():
-    fields = checkpoints.clap().config.to_dict()
-    fields["audio_config"] = fields["audio_config"] | {"enable_fusion": True}
-    with pytest.raises(ValueError, match=r"a file: .*enable_fusion must be false"):
-        ClapAudio.load(fields, {}, checkpoints.feature_extractor(), source="a file")
-
-
 def test_missing_audio_weight_is_named():
     model = checkpoints.clap()
     tensors = dict(model.state_dict())
