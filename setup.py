@@ -15,6 +15,8 @@ VERSION = next(line.split('"')[1] for line in INIT if line.startswith("__version
 PLOT = ["matplotlib>=3.8"]
 TTS = ["phonemizer>=3.3"]
 KERNELS = ["triton>=3.3; sys_platform == 'linux'"]
+DEV = ["ruff>=0.15", "mypy>=2.0", "pytest-xdist>=3.6"]
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 TEST = ["pytest>=8", "diffusers==0.42.1", "scipy>=1.11", *PLOT, *KERNELS]
 
 BUILD_KERNELS = os.environ.get("LDM2_BUILD_KERNELS") == "1"
@@ -44,14 +46,20 @@ class LDM2(Distribution):
 setup(
     name="ldm2",
     version=VERSION,
-    description="AudioLDM2 written anew: text in, sound, music or speech out",
+    description="A from-scratch PyTorch implementation of AudioLDM 2: text to sound effects, music and speech",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="the ldm2 authors",
     license="Apache-2.0",
+    keywords=["AudioLDM2", "text-to-audio", "latent diffusion", "PyTorch"],
     python_requires=">=3.11",
     packages=[*find_packages(include=["ldm2", "ldm2.*"]), "ldm2_kernels", "ldm2_kernels.csrc"],
     package_dir={"ldm2_kernels": "kernels/ldm2_kernels", "ldm2_kernels.csrc": "kernels/csrc"},
-    package_data={"ldm2": ["tiny/**/*"], "ldm2_kernels.csrc": ["*.cpp", "*.h"]},
+    package_data={
+        "ldm2": ["py.typed", "tiny/**/*"],
+        "ldm2_kernels": ["py.typed"],
+        "ldm2_kernels.csrc": ["*.cpp", "*.h"],
+    },
     cmdclass={"build_py": BuildPackages},
     distclass=LDM2,
     install_requires=[
@@ -64,11 +72,21 @@ setup(
         "soxr>=0.5",
         "tqdm>=4.60",
     ],
-    extras_require={"plot": PLOT, "tts": TTS, "kernels": KERNELS, "test": TEST},
+    extras_require={"plot": PLOT, "tts": TTS, "kernels": KERNELS, "test": TEST, "dev": DEV, "docs": DOCS},
     entry_points={"console_scripts": ["ldm2=ldm2.__main__:main"]},
     classifiers=[
-        "Programming Language :: Python :: 3.11",
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
         "License :: OSI Approved :: Apache Software License",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Multimedia :: Sound/Audio :: Sound Synthesis",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )
