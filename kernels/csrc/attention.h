@@ -12,8 +12,6 @@ constexpr int64_t QUERIES = 48, KEYS = 256;                // of a block; its sc
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-inline vec greater(vec a, vec b) { return a > b ? a : b; }
-
 // 2^x for x <= 0, 2^-126 below -126: a polynomial for 2^f, |f| <= 1/2, to a relative error of 2e-8.
 inline vec exp2(vec x) {
   x = x < -126.0f ? splat(-126.0f) : x;                    // NaN stays
@@ -29,46 +27,16 @@ inline vec exp2(vec x) {
   return (vec)((ivec)p + ((ivec)shifted << 23));
 }
 
-inline float widen(uint16_t value) {
-  uint32_t word = static_cast<uint32_t>(value) << 16;
-  float result;
-  std::memcpy(&result, &word, sizeof(result));
-  return result;
-}
-inline float widen(float value) { return value; }
-
-// To nearest, ties to even.
-inline void narrow(vec x, uint16_t* to) {
-  typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
-  ivec word = (ivec)x;
-  ivec rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
-  halves result = __builtin_convertvector(rounded, halves);
-  std::memcpy(to, &result, sizeof(result));
-}
-inline void narrow(vec x, float* to) { store(to, x); }
-
-inline float largest(vec x) {
-  float value = x[0];
-  for (int i = 1; i < LANES; i++) value = x[i] > value ? x[i] : value;
-  return value;
-}
-
-inline float total(vec x) {
-  float value = 0;
-  for (int i = 0; i < LANES; i++) value += x[i];
-  return value;
-}
-
-template <class Kind>
+template <class Type>
 void pack_values(const ldm2::Head& head, float* packed, int64_t words) {
-  using element = typename Kind::element;
+  using element = typename Type::element;
   auto v = static_cast<const element*>(head.v);
   auto to = reinterpret_cast<element*>(packed);
   for (int64_t panel = 0; panel < head.width / PANEL; panel++) {
     for (int64_t word = 0; word < words; word++) {
       for (int64_t lane = 0; lane < PANEL; lane++) {
-        for (int64_t i = 0; i < Kind::PER_WORD; i++) {
-          int64_t key = word * Kind::PER_WORD + i;
+        for (int64_t i = 0; i < Type::PER_WORD; i++) {
+          int64_t key = word * Type::PER_WORD + i;
           *to++ = key < head.keys ? v[key * head.v_stride + panel * PANEL + lane] : element{};
         }
       }
@@ -76,38 +44,39 @@ void pack_values(const ldm2::Head& head, float* packed, int64_t words) {
   }
 }
 
-// A row of scores of `count` keys, of which `valid` are there, to its weights, in place: 2^(score * scale + bias - most).
-// most: of the keys so far; where all of them are masked (-inf), none has a weight. Returns by how much what came before
-// shrinks.
-template <class Kind>
-float softmax(float* row, int64_t count, int64_t valid, float scale, const float* bias, float& most, float& sum) {
+// A row of scores of `count` keys, of which `valid` are there, to its weights, in place:
+// 2^(score * scale + bias - running_max). running_max: of the keys so far; where all of them are masked (-inf), none
+// has a weight. Returns by how much what came before shrinks.
+template <class Type>
+float softmax(float* row, int64_t count, int64_t valid, float scale, const float* bias, float& running_max,
+              float& sum) {
   for (int64_t i = valid; i < count; i++) row[i] = -INFINITY;
   vec top = splat(-INFINITY);
   if (bias != nullptr) {
     for (int64_t i = 0; i < count; i += LANES) {
       vec score = load(row + i) * scale + load(bias + i);
       store(row + i, score);
-      top = greater(score, top);
+      top = vmax(score, top);
     }
     scale = 1;
   } else {
-    for (int64_t i = 0; i < count; i += LANES) top = greater(load(row + i), top);
+    for (int64_t i = 0; i < count; i += LANES) top = vmax(load(row + i), top);
   }
-  float now = std::max(most, largest(top) * scale);
-  auto weights = reinterpret_cast<typename Kind::element*>(row);
+  float now = std::max(running_max, reduce_max(top) * scale);
+  auto weights = reinterpret_cast<typename Type::element*>(row);
   if (now == -INFINITY && std::all_of(row, row + count, [](float score) { return score == -INFINITY; })) {
-    std::fill_n(weights, count, typename Kind::element{});
+    std::fill_n(weights, count, typename Type::element{});
     return 1;
   }
   vec added{};
   for (int64_t i = 0; i < count; i += LANES) {
     vec weight = exp2(load(row + i) * scale - now);
     added += weight;
-    narrow(weight, weights + i);
+    store(weights + i, weight);
   }
-  float shrink = std::exp2(most - now);
-  sum = sum * shrink + total(added);
-  most = now;
+  float shrink = std::exp2(running_max - now);
+  sum = sum * shrink + reduce_add(added);
+  running_max = now;
   return shrink;
 }
 
@@ -116,10 +85,10 @@ inline int64_t attention_scratch(int64_t keys, int64_t width) {
   return 2 * keys * width + keys + QUERIES * (KEYS + width);
 }
 
-template <class Kind>
+template <class Type>
 void attention(const ldm2::Head& head, float* scratch) {
-  using element = typename Kind::element;
-  constexpr int64_t PER_WORD = Kind::PER_WORD;
+  using element = typename Type::element;
+  constexpr int64_t PER_WORD = Type::PER_WORD;
   int64_t keys = round_up(head.keys, PANEL), depth = head.width / PER_WORD;
   float *k = scratch, *v = k + keys * depth, *bias = v + keys / PER_WORD * head.width;
   float *scores = bias + keys, *sums = scores + QUERIES * KEYS;
@@ -127,37 +96,37 @@ void attention(const ldm2::Head& head, float* scratch) {
     auto rows = reinterpret_cast<const float*>(static_cast<const element*>(head.k) + key * head.k_stride);
     transpose(rows, head.k_stride / PER_WORD, std::min<int64_t>(PANEL, head.keys - key), depth, k + key * depth);
   }
-  pack_values<Kind>(head, v, keys / PER_WORD);
+  pack_values<Type>(head, v, keys / PER_WORD);
   constexpr float LOG2_E = 1.44269504f;
   float scale = LOG2_E / std::sqrt(static_cast<float>(head.width));
   if (head.bias != nullptr) {
     auto given = static_cast<const element*>(head.bias);
-    for (int64_t i = 0; i < keys; i++) bias[i] = i < head.keys ? LOG2_E * widen(given[i * head.bias_stride]) : 0;
+    for (int64_t i = 0; i < keys; i++) bias[i] = i < head.keys ? LOG2_E * bf16_to_f32(given[i * head.bias_stride]) : 0;
   }
   for (int64_t first = 0; first < head.queries; first += QUERIES) {
     int64_t rows = std::min(QUERIES, head.queries - first);
     auto q = reinterpret_cast<const float*>(static_cast<const element*>(head.q) + first * head.q_stride);
-    float most[QUERIES], sum[QUERIES] = {};
-    std::fill_n(most, rows, -INFINITY);
+    float running_max[QUERIES], sum[QUERIES] = {};
+    std::fill_n(running_max, rows, -INFINITY);
     std::fill_n(sums, rows * head.width, 0.0f);
     for (int64_t key = 0; key < keys; key += KEYS) {
       int64_t count = std::min(KEYS, keys - key);
-      product<Kind, false>(rows, depth, count / PANEL, q, head.q_stride / PER_WORD, k + key * depth, depth * PANEL,
+      product<Type, false>(rows, depth, count / PANEL, q, head.q_stride / PER_WORD, k + key * depth, depth * PANEL,
                            scores, KEYS);
       for (int64_t i = 0; i < rows; i++) {
-        float shrink = softmax<Kind>(scores + i * KEYS, count, std::min(count, head.keys - key), scale,
-                                     head.bias == nullptr ? nullptr : bias + key, most[i], sum[i]);
+        float shrink = softmax<Type>(scores + i * KEYS, count, std::min(count, head.keys - key), scale,
+                                     head.bias == nullptr ? nullptr : bias + key, running_max[i], sum[i]);
         if (shrink == 1) continue;
         float* row = sums + i * head.width;
         for (int64_t d = 0; d < head.width; d += LANES) store(row + d, load(row + d) * shrink);
       }
-      product<Kind, true>(rows, count / PER_WORD, head.width / PANEL, scores, KEYS, v + key / PER_WORD * PANEL,
+      product<Type, true>(rows, count / PER_WORD, head.width / PANEL, scores, KEYS, v + key / PER_WORD * PANEL,
                           keys / PER_WORD * PANEL, sums, head.width);
     }
     for (int64_t i = 0; i < rows; i++) {
       element* to = static_cast<element*>(head.out) + (first + i) * head.out_stride;
       float whole = sum[i] == 0 ? 1 : sum[i];              // a row whose keys are all masked attends to nothing
-      for (int64_t d = 0; d < head.width; d += LANES) narrow(load(sums + i * head.width + d) / whole, to + d);
+      for (int64_t d = 0; d < head.width; d += LANES) store(to + d, load(sums + i * head.width + d) / whole);
     }
   }
 }

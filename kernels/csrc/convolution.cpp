@@ -1,202 +1,205 @@
-// Convolutions of stride 1 by minimal filtering, arXiv:1509.09308. Tiles of the map are transformed into V (points,
-// tiles, C) and multiplied by U (points, C, O) into M (points, tiles, O), which is transformed back, a block of tiles at
-// a time: V and M stay in cache.
+// Winograd convolutions of stride 1, arXiv:1509.09308. Tiles of the map are transformed into V (points, tiles, C) and
+// multiplied by U (points, C, O) into M (points, tiles, O), which is transformed back: a block of tiles and two panels
+// of output channels at a time, so that V and M stay in cache.
 
 #include "operators.h"
 
 namespace ldm2 {
 namespace {
 
-// Which algorithm: 3x3 kernels on maps of any width or of width 2, one-dimensional kernels of 3, 7 and 11 taps.
-enum Form : int64_t { WIDE = 0, NARROW = 1, TAPS3 = 3, TAPS7 = 7, TAPS11 = 11 };
+// Which transform: 3x3 kernels on maps of any width or of width 2, one-dimensional kernels of 3, 7 and 11 taps.
+enum Variant : int64_t { WIDE = 0, NARROW = 1, TAPS3 = 3, TAPS7 = 7, TAPS11 = 11 };
 
-const Scheme& scheme(int64_t form) {
-  switch (form) {
-    case WIDE: return kernels().conv3x3;
-    case NARROW: return kernels().conv3x3_narrow;
-    case TAPS3: return kernels().conv3;
-    case TAPS7: return kernels().conv7;
-    case TAPS11: return kernels().conv11;
-    default: TORCH_CHECK(false, "unknown form of convolution ", form);
+const WinogradTransform& transform_of(const WinogradKernels& dtype, int64_t variant) {
+  switch (variant) {
+    case WIDE: return dtype.conv3x3;
+    case NARROW: return dtype.conv3x3_narrow;
+    case TAPS3: return dtype.conv3;
+    case TAPS7: return dtype.conv7;
+    case TAPS11: return dtype.conv11;
+    default: TORCH_CHECK(false, "unknown variant of convolution ", variant);
   }
 }
 
-// Numbers from one point to the next of `size` numbers each. Strides of a power of two would send all points of a tile
-// to the same set of the cache, hence one cache line more.
-int64_t apart(int64_t size) { return size + PANEL; }
-
-// The map (T, F) that a form walks over; a sequence with dilation d is a map of d columns, each walked by itself.
-struct Map {
+// The map (T, F) that is cut into tiles; a sequence with dilation d is a map of d columns, each cut by itself.
+struct TileGrid {
   int64_t batch, rows, columns, length;  // length: positions in one item; column f of row t is position t * columns + f
   int64_t tile_rows, tile_columns;       // tiles in one item
   bool sequence;
 
-  Map(const Scheme& s, int64_t form, int64_t batch, int64_t first, int64_t second, int64_t dilation)
-      : batch(batch), sequence(form >= TAPS3) {
+  TileGrid(const WinogradTransform& t, int64_t variant, int64_t batch, int64_t first, int64_t second, int64_t dilation)
+      : batch(batch), sequence(variant >= TAPS3) {
     length = sequence ? first : first * second;
     columns = sequence ? dilation : second;
     rows = ceil_div(length, columns);
-    int64_t tall = sequence ? s.outer_outputs * s.inner_outputs : s.outer_outputs;
+    int64_t tall = sequence ? t.outer_outputs * t.inner_outputs : t.outer_outputs;
     tile_rows = ceil_div(rows, tall);
-    tile_columns = sequence ? columns : ceil_div(columns, s.inner_outputs);
+    tile_columns = sequence ? columns : ceil_div(columns, t.inner_outputs);
   }
   int64_t tiles() const { return batch * tile_rows * tile_columns; }
 };
 
 // Where tile `index` takes its inputs and leaves its outputs: positions counted over the batch, -1 outside the map.
-class Places {
+class TilePositions {
  public:
-  Places(const Scheme& s, const Map& map, int64_t form, int64_t index) : map_(map) {
-    int64_t column = index % map.tile_columns;
-    int64_t row = index / map.tile_columns % map.tile_rows;
-    first_ = index / (map.tile_columns * map.tile_rows) * map.length;
-    if (map.sequence) {
-      step_ = s.inner_outputs;
-      row_ = row * s.outer_outputs * step_;
+  TilePositions(const WinogradTransform& t, const TileGrid& grid, int64_t variant, int64_t index) : grid_(grid) {
+    int64_t column = index % grid.tile_columns;
+    int64_t row = index / grid.tile_columns % grid.tile_rows;
+    first_ = index / (grid.tile_columns * grid.tile_rows) * grid.length;
+    if (grid.sequence) {
+      step_ = t.inner_outputs;
+      row_ = row * t.outer_outputs * step_;
       column_ = column;
-      halo_row_ = form / 2;
+      halo_row_ = variant / 2;
     } else {
-      row_ = row * s.outer_outputs;
-      column_ = column * s.inner_outputs;
+      row_ = row * t.outer_outputs;
+      column_ = column * t.inner_outputs;
       halo_row_ = 1;
-      halo_column_ = form == WIDE;
+      halo_column_ = variant == WIDE;
     }
   }
   int64_t input(int outer, int inner) const {
-    return map_.sequence ? at(row_ - halo_row_ + step_ * outer + inner, column_)
-                         : at(row_ - halo_row_ + outer, column_ - halo_column_ + inner);
+    return grid_.sequence ? at(row_ - halo_row_ + step_ * outer + inner, column_)
+                          : at(row_ - halo_row_ + outer, column_ - halo_column_ + inner);
   }
   int64_t output(int outer, int inner) const {
-    return map_.sequence ? at(row_ + step_ * outer + inner, column_) : at(row_ + outer, column_ + inner);
+    return grid_.sequence ? at(row_ + step_ * outer + inner, column_) : at(row_ + outer, column_ + inner);
   }
 
  private:
   int64_t at(int64_t row, int64_t column) const {
-    if (row < 0 || column < 0 || column >= map_.columns) return -1;
-    int64_t position = row * map_.columns + column;
-    return position < map_.length ? first_ + position : -1;
+    if (row < 0 || column < 0 || column >= grid_.columns) return -1;
+    int64_t position = row * grid_.columns + column;
+    return position < grid_.length ? first_ + position : -1;
   }
-  const Map& map_;
+  const TileGrid& grid_;
   int64_t first_, row_, column_, step_ = 1, halo_row_, halo_column_ = 0;
 };
 
-struct Job {
-  const Scheme& scheme;
-  const Map& map;
-  int64_t form, in_channels, out_channels, u_stride;  // of the weights, from one point to the next
-  const float *x, *u, *bias, *residual, *zeros;
+constexpr int64_t GROUP = 2;           // panels of output channels that are finished together
+constexpr int64_t MOST_TILES = 128;    // of a block
+constexpr int64_t LEAST_TILES = 48;    // worth a thread of their own; each block reads all weights
+constexpr int64_t CACHE = 3 << 18;     // bytes that V and M of a block may take
+
+struct WinogradConvolution {
+  const WinogradKernels& dtype;
+  const WinogradTransform& transform;
+  const TileGrid& grid;
+  int64_t variant, in_channels, out_channels, element_size;
+  const char *x, *residual, *zeros;
+  const float *u, *u_scales, *bias;      // u: points are padded_stride(in_words * out_channels) words apart
   float slope;
-  float* y;
+  char* y;
 
-  int64_t v_stride(int64_t tiles) const { return apart(tiles * in_channels); }
-  int64_t m_stride(int64_t tiles) const { return apart(tiles * out_channels); }
-  int64_t scratch(int64_t tiles) const { return scheme.points * (v_stride(tiles) + m_stride(tiles)); }
+  int64_t in_words() const { return in_channels / dtype.per_word; }
+  int64_t v_stride(int64_t tiles) const { return padded_stride(tiles * in_words()); }
+  int64_t m_stride(int64_t tiles) const { return padded_stride(tiles * GROUP * PANEL); }
 
-  void input(int64_t index, float* v, int64_t stride) const {
-    const float* rows[MAX_INPUTS];
-    Places places(scheme, map, form, index);
-    for (int o = 0, n = 0; o < scheme.outer_inputs; o++) {
-      for (int i = 0; i < scheme.inner_inputs; i++, n++) {
-        int64_t place = places.input(o, i);
-        rows[n] = place < 0 ? zeros : x + place * in_channels;
+  // V, and the scales of its tiles.
+  int64_t v_floats(int64_t tiles) const { return transform.points * (v_stride(tiles) + tiles); }
+
+  void input(int64_t index, const TransformedTile& tile) const {
+    const void* rows[MAX_INPUTS];
+    TilePositions positions(transform, grid, variant, index);
+    for (int o = 0, n = 0; o < transform.outer_inputs; o++) {
+      for (int i = 0; i < transform.inner_inputs; i++, n++) {
+        int64_t position = positions.input(o, i);
+        rows[n] = position < 0 ? zeros : x + position * in_channels * element_size;
       }
     }
-    scheme.input(rows, in_channels, slope, v, stride);
+    transform.input(rows, in_channels, slope, tile);
   }
 
   // Output channels [first, first + count).
-  void output(int64_t index, const float* m, int64_t stride, int64_t first, int64_t count) const {
-    const float* added[MAX_OUTPUTS];
-    float* rows[MAX_OUTPUTS];
-    Places places(scheme, map, form, index);
-    for (int o = 0, n = 0; o < scheme.outer_outputs; o++) {
-      for (int i = 0; i < scheme.inner_outputs; i++, n++) {
-        int64_t place = places.output(o, i);
-        rows[n] = place < 0 ? nullptr : y + place * out_channels + first;
-        added[n] = residual + std::max<int64_t>(place, 0) * out_channels + first;
+  void output(int64_t index, const TileSums& tile, int64_t first, int64_t count) const {
+    const void* added[MAX_OUTPUTS];
+    void* rows[MAX_OUTPUTS];
+    TilePositions positions(transform, grid, variant, index);
+    for (int o = 0, n = 0; o < transform.outer_outputs; o++) {
+      for (int i = 0; i < transform.inner_outputs; i++, n++) {
+        int64_t position = positions.output(o, i);
+        int64_t offset = (std::max<int64_t>(position, 0) * out_channels + first) * element_size;
+        rows[n] = position < 0 ? nullptr : y + offset;
+        added[n] = residual + offset;
       }
     }
-    scheme.output(m + first, stride, count, bias == nullptr ? nullptr : bias + first,
-                  residual == nullptr ? nullptr : added, rows);
+    transform.output(tile, count, bias == nullptr ? nullptr : bias + first, residual == nullptr ? nullptr : added,
+                     rows);
   }
 
   // Tiles [begin, begin + tiles). Threads share the inputs, then the output channels, unless inside a parallel region.
-  void block(int64_t begin, int64_t tiles, float* buffer) const {
-    int64_t vs = v_stride(tiles), ms = m_stride(tiles), panels = out_channels / PANEL;
-    float *v = buffer, *m = buffer + scheme.points * vs;
+  void block(int64_t begin, int64_t tiles, float* v) const {
+    int64_t stride = v_stride(tiles), groups = ceil_div(out_channels, GROUP * PANEL);
+    float* scales = v + transform.points * stride;
     at::parallel_for(0, tiles, 1, [&](int64_t from, int64_t to) {
-      for (int64_t n = from; n < to; n++) input(begin + n, v + n * in_channels, vs);
+      static thread_local Scratch scratch;
+      float* memory = scratch.get(transform.points * padded_stride(in_channels));
+      for (int64_t n = from; n < to; n++) input(begin + n, {v + n * in_words(), scales + n, memory, stride, tiles});
     });
-    at::parallel_for(0, panels, 1, [&](int64_t from, int64_t to) {
-      for (int64_t point = 0; point < scheme.points; point++) {
-        kernels().gemm(tiles, in_channels, to - from, v + point * vs, in_channels,
-                       u + point * u_stride + from * in_channels * PANEL, m + point * ms + from * PANEL,
-                       out_channels);
-      }
-      for (int64_t n = 0; n < tiles; n++) {
-        output(begin + n, m + n * out_channels, ms, from * PANEL, (to - from) * PANEL);
-      }
+    at::parallel_for(0, groups, 1, [&](int64_t from, int64_t to) {
+      static thread_local Scratch scratch;
+      float* m = scratch.get(transform.points * m_stride(tiles));
+      for (int64_t group = from; group < to; group++) group_of_panels(begin, tiles, group, v, m);
     });
+  }
+
+  void group_of_panels(int64_t begin, int64_t tiles, int64_t group, const float* v, float* m) const {
+    int64_t first = group * GROUP * PANEL, count = std::min(GROUP * PANEL, out_channels - first);
+    int64_t vs = v_stride(tiles), ms = m_stride(tiles), us = padded_stride(in_words() * out_channels);
+    const float* scales = v + transform.points * vs;
+    for (int64_t point = 0; point < transform.points; point++) {
+      dtype.gemm(tiles, in_words(), count / PANEL, v + point * vs, in_words(),
+                 u + point * us + first * in_words(), m + point * ms, GROUP * PANEL);
+    }
+    for (int64_t n = 0; n < tiles; n++) {
+      output(begin + n, {m + n * GROUP * PANEL, scales + n, u_scales + first, ms, tiles, out_channels}, first, count);
+    }
+  }
+
+  void run() const {
+    int64_t tiles = grid.tiles(), threads = at::get_num_threads();
+    int64_t bytes = transform.points * 4 * (in_words() + GROUP * PANEL);     // of a tile
+    int64_t most = std::clamp(CACHE / bytes, LEAST_TILES, MOST_TILES);
+    int64_t blocks = ceil_div(tiles, most), shared = ceil_div(blocks, threads) * threads;
+    bool alone = tiles >= shared * LEAST_TILES;            // a block for each thread, else all threads on each block
+    if (alone) blocks = shared;
+    auto work = [&](int64_t from, int64_t to) {
+      static thread_local Scratch scratch;
+      float* v = scratch.get(v_floats(ceil_div(tiles, blocks)));
+      for (int64_t n = from; n < to; n++) {
+        int64_t begin = tiles * n / blocks, end = tiles * (n + 1) / blocks;
+        block(begin, end - begin, v);
+      }
+    };
+    if (alone) {
+      at::parallel_for(0, blocks, 1, work);
+    } else {
+      work(0, blocks);
+    }
   }
 };
 
-constexpr int64_t BLOCK = 128;       // tiles: V and M of 128 channels take 5 MB, and weights are read once a block
-constexpr int64_t LEAST_BLOCK = 32;  // tiles worth a thread of their own
-
-void run(const Job& job) {
-  int64_t tiles = job.map.tiles(), threads = at::get_num_threads();
-  int64_t blocks = ceil_div(tiles, BLOCK), shared = ceil_div(blocks, threads) * threads;
-  bool alone = tiles >= shared * LEAST_BLOCK;              // a block for each thread, else all threads on each block
-  if (alone) blocks = shared;
-  auto work = [&](int64_t from, int64_t to) {
+// U and its scales, for output channels that are multiples of PANEL.
+void pack_weight(const WinogradKernels& dtype, const WinogradTransform& transform, const at::Tensor& weight, float* u,
+                 int64_t u_stride, float* scales) {
+  int64_t out_channels = weight.size(0), in_channels = weight.size(1);
+  int64_t taps = weight.numel() / (out_channels * in_channels);
+  auto w = static_cast<const char*>(weight.const_data_ptr());
+  int64_t panel_bytes = PANEL * in_channels * taps * weight.element_size();
+  at::parallel_for(0, out_channels / PANEL, 1, [&](int64_t from, int64_t to) {
     static thread_local Scratch scratch;
-    float* buffer = scratch.get(job.scratch(ceil_div(tiles, blocks)));
-    for (int64_t n = from; n < to; n++) {
-      int64_t begin = tiles * n / blocks, end = tiles * (n + 1) / blocks;
-      job.block(begin, end - begin, buffer);
-    }
-  };
-  if (alone) {
-    at::parallel_for(0, blocks, 1, work);
-  } else {
-    work(0, blocks);
-  }
-}
-
-// Output channels are multiples of PANEL. stride: from one point to the next.
-void pack_into(const at::Tensor& given, int64_t form, float* u, int64_t stride) {
-  const Scheme& s = scheme(form);
-  at::Tensor weight = given.contiguous();
-  int64_t outs = weight.size(0), ins = weight.size(1), panels = outs / PANEL;
-  int kernel = static_cast<int>(weight.numel() / (outs * ins));
-  std::vector<int> taps;
-  for (int t = 0; t < s.outer_taps * s.inner_taps; t++) taps.push_back(t < kernel ? t : -1);
-  const float* w = weight.const_data_ptr<float>();
-  at::parallel_for(0, panels, 1, [&](int64_t from, int64_t to) {
+    float* memory = scratch.get(panel_bytes / 4);
     for (int64_t panel = from; panel < to; panel++) {
-      for (int64_t c = 0; c < ins; c++) {
-        const float* rows[PANEL];
-        for (int64_t lane = 0; lane < PANEL; lane++) rows[lane] = w + ((panel * PANEL + lane) * ins + c) * kernel;
-        s.weight(rows, taps.data(), u + (panel * ins + c) * PANEL, stride);
-      }
+      transform.weight(w + panel * panel_bytes, in_channels, taps, u + panel * PANEL * in_channels / dtype.per_word,
+                       u_stride, scales + panel * PANEL, out_channels, memory);
     }
   });
 }
 
-void check_weight(const at::Tensor& weight, int64_t form) {
-  TORCH_CHECK(weight.scalar_type() == at::kFloat, "weights must be float32, got ", weight.scalar_type());
-  int64_t kernel = weight.numel() / (weight.size(0) * weight.size(1));
-  TORCH_CHECK(kernel == (form >= TAPS3 ? form : 9), "form ", form, " does not take ", weight.sizes());
-}
-
-at::Tensor dense(const at::Tensor& x) {  // (B, C, T, F) or (B, C, N) with its channels last in memory
+at::Tensor channels_last(const at::Tensor& x) {  // (B, C, T, F) or (B, C, N) with its channels last in memory
   int64_t last = x.dim() - 1;
   at::Tensor moved = x.movedim(1, last);
   return moved.is_contiguous() ? x : moved.contiguous().movedim(last, 1);
-}
-
-const float* data(const std::optional<at::Tensor>& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr;
 }
 
 at::Tensor empty_output(const at::Tensor& x, c10::SymInt channels) {
@@ -206,31 +209,47 @@ at::Tensor empty_output(const at::Tensor& x, c10::SymInt channels) {
   return at::empty_symint(sizes, x.options()).movedim(x.dim() - 1, 1);
 }
 
-// The weight is packed at each call, into memory that the thread keeps: that costs next to nothing, and it may change.
-at::Tensor convolution(const at::Tensor& given, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                       const std::optional<at::Tensor>& given_residual, int64_t form, int64_t dilation, double slope) {
-  const Scheme& s = scheme(form);
-  TORCH_CHECK(given.dim() == (form >= TAPS3 ? 3 : 4), "form ", form, " does not take ", given.sizes());
-  TORCH_CHECK(given.scalar_type() == at::kFloat, "x must be float32, got ", given.scalar_type());
-  check_weight(weight, form);
-  int64_t channels = given.size(1), outs = weight.size(0);
-  TORCH_CHECK(weight.size(1) == channels, "weights ", weight.sizes(), " do not fit ", given.sizes());
-  TORCH_CHECK(channels % PANEL == 0 && outs % PANEL == 0, "channels must be multiples of ", PANEL);
+void check(const at::Tensor& x, const at::Tensor& weight, int64_t variant) {
+  auto type = x.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, "x must be float32 or bfloat16, got ", type);
+  TORCH_CHECK(weight.scalar_type() == type, "weights must be ", type, ", got ", weight.scalar_type());
+  TORCH_CHECK(x.dim() == (variant >= TAPS3 ? 3 : 4), "variant ", variant, " does not take ", x.sizes());
+  TORCH_CHECK(weight.dim() == x.dim() && weight.size(1) == x.size(1), "weights ", weight.sizes(), " do not fit ",
+              x.sizes());
+  int64_t taps = weight.numel() / (weight.size(0) * weight.size(1));
+  TORCH_CHECK(taps == (variant >= TAPS3 ? variant : 9), "variant ", variant, " does not take ", weight.sizes());
+  TORCH_CHECK(x.size(1) % PANEL == 0 && weight.size(0) % PANEL == 0, "channels must be multiples of ", PANEL);
+}
+
+// The weight is packed at each call, into memory that the thread keeps: that costs little, and it may change.
+at::Tensor convolution(const at::Tensor& given, const at::Tensor& given_weight, const std::optional<at::Tensor>& bias,
+                       const std::optional<at::Tensor>& given_residual, int64_t variant, int64_t dilation,
+                       double slope) {
+  bool wide = given.scalar_type() == at::kFloat;
+  const WinogradKernels& dtype = wide ? kernels().winograd_float : kernels().winograd_bfloat16;
+  const WinogradTransform& transform = transform_of(dtype, variant);
+  check(given, given_weight, variant);
+  at::Tensor x = channels_last(given), weight = given_weight.contiguous();
+  int64_t in_channels = given.size(1), out_channels = weight.size(0);
+  int64_t u_stride = padded_stride(in_channels / dtype.per_word * out_channels);
   static thread_local Scratch scratch;
-  int64_t u_stride = apart(channels * outs);
-  float* u = scratch.get(s.points * u_stride);
-  pack_into(weight, form, u, u_stride);
-  at::Tensor x = dense(given), y = empty_output(x, outs);
-  std::optional<at::Tensor> residual, shift;
-  if (bias.has_value()) shift = bias->contiguous();
+  float* u = scratch.get(transform.points * (u_stride + out_channels));
+  float* u_scales = u + transform.points * u_stride;
+  pack_weight(dtype, transform, weight, u, u_stride, u_scales);
+  at::Tensor y = empty_output(x, out_channels);
+  std::optional<at::Tensor> wide_bias = float_bias(bias), residual;
   if (given_residual.has_value()) {
-    TORCH_CHECK(given_residual->sizes() == y.sizes(), "residual must be ", y.sizes());
-    residual = dense(*given_residual);
+    TORCH_CHECK(given_residual->sizes() == y.sizes() && given_residual->scalar_type() == x.scalar_type(),
+                "residual must be ", y.sizes(), " in ", x.scalar_type());
+    residual = channels_last(*given_residual);
   }
-  Map map(s, form, x.size(0), x.size(2), x.dim() == 4 ? x.size(3) : 1, dilation);
-  std::vector<float> zeros(channels);
-  run({s, map, form, channels, outs, u_stride, x.const_data_ptr<float>(), u, data(shift), data(residual),
-       zeros.data(), static_cast<float>(slope), y.data_ptr<float>()});
+  TileGrid grid(transform, variant, x.size(0), x.size(2), x.dim() == 4 ? x.size(3) : 1, dilation);
+  std::vector<float> zeros(in_channels);
+  auto data = [](const at::Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); };
+  WinogradConvolution{dtype, transform, grid, variant, in_channels, out_channels, x.element_size(),
+                      data(x), residual.has_value() ? data(*residual) : nullptr,
+                      reinterpret_cast<const char*>(zeros.data()), u, u_scales, float_data(wide_bias),
+                      static_cast<float>(slope), static_cast<char*>(y.data_ptr())}.run();
   return y;
 }
 
@@ -241,7 +260,7 @@ at::Tensor convolution_meta(const at::Tensor& x, const at::Tensor& weight, const
 
 TORCH_LIBRARY_FRAGMENT(ldm2_cpu, library) {
   library.def(
-      "convolution(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int form, int dilation, float slope) "
+      "convolution(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int variant, int dilation, float slope) "
       "-> Tensor");
 }
 

@@ -7,30 +7,60 @@
 namespace ldm2 {
 
 constexpr int PANEL = 16;         // output channels that lie side by side in packed weights
-constexpr int MAX_INPUTS = 36;    // of a tile, over all schemes
+constexpr int MAX_INPUTS = 42;    // of a tile, over all transforms
 constexpr int MAX_OUTPUTS = 16;
 
-// A minimal-filtering algorithm over tiles: `inputs` positions give `points` products, these give `outputs` positions.
-// Tiles are products of an outer and an inner algorithm; inputs are counted outer * inner_inputs + inner.
-struct Scheme {
-  int outer_inputs, inner_inputs, outer_outputs, inner_outputs, outer_taps, inner_taps, points;
+// Words from one point to the next of `size` words each. Strides of a power of two would send all points of a tile to
+// the same set of the cache, hence one cache line more.
+constexpr int64_t padded_stride(int64_t size) { return (size + PANEL - 1) / PANEL * PANEL + PANEL; }
 
-  // One tile. rows[i] points to the C channels of input i (zeros outside the map); point p goes to v + p * stride.
-  void (*input)(const float* const* rows, int64_t channels, float slope, float* v, int64_t stride);
-  // One tile, back. rows[o] points to the channels of output o, null outside the map; bias and residual[o] are added.
-  void (*output)(const float* m, int64_t stride, int64_t channels, const float* bias, const float* const* residual,
-                 float* const* rows);
-  // Weights of PANEL output channels for one input channel: taps[t] is the place of tap t in a row, negative if there
-  // is none. Point p goes to u + p * stride.
-  void (*weight)(const float* const* rows, const int* taps, float* u, int64_t stride);
+// Where an input tile goes. Operands of products are words of 32 bits, see product.h: word w of point p lies at
+// words[p * stride + w]. scales[p * scale_stride] is what the point's integers are multiplied with; unused in float32.
+struct TransformedTile {
+  float *words, *scales, *scratch;                         // scratch: points * padded_stride(C) floats
+  int64_t stride, scale_stride;
+};
+
+// The sums of products of one tile: channel o of point p at sums[p * stride + o], times tile_scales[p * scale_stride]
+// and channel_scales[p * channel_stride + o].
+struct TileSums {
+  const float *sums, *tile_scales, *channel_scales;
+  int64_t stride, scale_stride, channel_stride;
+};
+
+// A Winograd convolution over tiles: `inputs` positions give `points` products, these give `outputs` positions. The
+// transform of a tile nests an outer and an inner one; inputs are counted outer * inner_inputs + inner.
+struct WinogradTransform {
+  int outer_inputs, inner_inputs, outer_outputs, inner_outputs, points;
+
+  // rows[i] points to the C channels of input i (zeros outside the map).
+  void (*input)(const void* const* rows, int64_t channels, float slope, const TransformedTile& tile);
+  // rows[o] points to the channels of output o, null outside the map; bias and residual[o] are added.
+  void (*output)(const TileSums& tile, int64_t channels, const float* bias, const void* const* residual,
+                 void* const* rows);
+  // The weights of PANEL output channels, w (PANEL, in_channels, taps): words of point p at u + p * stride, scales of
+  // its PANEL channels at scales + p * scale_stride.
+  void (*weight)(const void* w, int64_t in_channels, int64_t taps, float* u, int64_t stride, float* scales,
+                 int64_t scale_stride, float* scratch);
+};
+
+// The convolutions of one dtype.
+struct WinogradKernels {
+  int per_word;                                            // channels in a word of an operand
+  WinogradTransform conv3x3, conv3x3_narrow, conv3, conv7, conv11;
+  // c (rows, 16 * panels; ldc apart) = a (rows, depth words; lda apart) x packed b (panels, depth, 16).
+  void (*gemm)(int64_t rows, int64_t depth, int64_t panels, const float* a, int64_t lda, const float* b, float* c,
+               int64_t ldc);
 };
 
 // y (rows, width) = x (rows, depth; x_stride apart) w^T + bias, w (width, depth), width a multiple of PANEL.
-// gated: w and bias have a second half of as many rows, whose GELU multiplies what the first half gives.
+// gated: w and bias have a second half of as many rows, whose GELU multiplies what the first half gives. x, w and y are
+// float32 or bfloat16 (depth and x_stride even), the bias is float32.
 struct Linear {
   int64_t rows, depth, width, x_stride;
-  const float *x, *w, *bias;
-  float* y;
+  const void *x, *w;
+  const float* bias;
+  void* y;
   bool gated;
 };
 
@@ -46,12 +76,10 @@ constexpr int64_t LINEAR_SCRATCH = 2 * PANEL * (384 + LINEAR_ROWS);          // 
 
 struct Kernels {
   const char* name;
-  Scheme conv3x3, conv3x3_narrow, conv3, conv7, conv11;
-  // c (rows, 16 * panels; ldc apart) = a (rows, depth; lda apart) x packed b (panels, depth, 16).
-  void (*gemm)(int64_t rows, int64_t depth, int64_t panels, const float* a, int64_t lda, const float* b, float* c,
-               int64_t ldc);
+  WinogradKernels winograd_float, winograd_bfloat16;
   // Columns [16 * first, 16 * end) of y.
-  void (*linear)(const Linear& job, int64_t first, int64_t end, float* scratch);
+  void (*linear_float)(const Linear& job, int64_t first, int64_t end, float* scratch);
+  void (*linear_bfloat16)(const Linear& job, int64_t first, int64_t end, float* scratch);
   void (*attention_float)(const Head& head, float* scratch);
   void (*attention_bfloat16)(const Head& head, float* scratch);
   int64_t (*attention_scratch)(int64_t keys, int64_t width);                 // floats

@@ -1,8 +1,8 @@
 // PyTorch operators on the CPU, inference only:
 //
-//   ldm2_cpu::convolution(x, weight, bias, residual, ...)   convolution of stride 1, channels-last, float32
-//   ldm2_cpu::linear(x, weight, bias, gated)                x weight^T + bias, float32
-//   ldm2_cpu::attention(q, k, v, bias)                      float32 and bfloat16
+//   ldm2_cpu::convolution(x, weight, bias, residual, ...)   convolution of stride 1, channels-last
+//   ldm2_cpu::linear(x, weight, bias, gated)                x weight^T + bias
+//   ldm2_cpu::attention(q, k, v, bias)                      each in float32 and bfloat16
 //   ldm2_cpu::instruction_sets()                            those to choose from, best first; the best is the default
 //   ldm2_cpu::use_instruction_set(name)
 //
@@ -42,7 +42,8 @@ const std::vector<Kernels>& available() {
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(kernels_avx512_bf16());
+    bool products = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    if (products) found.push_back(kernels_avx512_bf16());
     if (avx512) found.push_back(kernels_avx512());
     if (avx2) found.push_back(kernels_avx2());
 #endif

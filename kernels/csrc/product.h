@@ -1,5 +1,14 @@
 // Matrix products with a packed right side, sums in registers over the whole depth. Both sides are made of words of 32
-// bits along the depth: a float32, or two neighbouring bfloat16 numbers.
+// bits along the depth: a float32, or two neighboring numbers of 16 bits.
+//
+// The register tile of AVX-512 (AVX2: 6 rows of one panel), a word k of the depth at a time:
+//
+//                       b: panel p     panel p + 1        16 columns each, contiguous: two loads
+//                       [ 16 words ] [ 16 words ]
+//   a: row 0   [word]   [ 16 sums  ] [ 16 sums  ]
+//      row 1   [word]   [ 16 sums  ] [ 16 sums  ]         a word of a is broadcast to all lanes
+//        ...                      ...                     24 registers of sums, each += word * column
+//      row 11  [word]   [ 16 sums  ] [ 16 sums  ]
 #pragma once
 
 #include "kernels.h"
@@ -30,18 +39,24 @@ struct BFloat16 {
   }
 };
 
+// Pairs of integers of 16 bits, sums of 32 bits in the lanes of `sum`.
+struct Int16 {
+  static constexpr int PER_WORD = 2;
+  static vec multiply_add(vec sum, vec a, vec b) {
+#if defined(__AVX512VNNI__)
+    return (vec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#else
+    ivec low = ((ivec)a << 16 >> 16) * ((ivec)b << 16 >> 16), high = ((ivec)a >> 16) * ((ivec)b >> 16);
+    return (vec)((ivec)sum + low + high);
+#endif
+  }
+};
+
 // c (ROWS, PANELS * 16) = a (ROWS, depth) x b (PANELS, depth, 16), or c += it. ldb: words from panel to panel.
-template <class Kind, bool ADD, int ROWS, int PANELS>
-void block(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc) {
+template <class Type, bool ADD, int ROWS, int PANELS>
+void register_tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc) {
   constexpr int WIDTH = PANEL / LANES;
   vec sums[ROWS][PANELS * WIDTH] = {};
-  if (ADD) {
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; i++) {
-#pragma GCC unroll 8
-      for (int j = 0; j < PANELS * WIDTH; j++) sums[i][j] = load(c + i * ldc + j * LANES);
-    }
-  }
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; k++) {
     vec column[PANELS * WIDTH];
@@ -51,52 +66,56 @@ void block(int64_t depth, const float* a, int64_t lda, const float* b, int64_t l
     }
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++) {
-      vec value = spread(a + i * lda + k);
+      vec value = broadcast(a + i * lda + k);
 #pragma GCC unroll 8
-      for (int j = 0; j < PANELS * WIDTH; j++) sums[i][j] = Kind::multiply_add(sums[i][j], value, column[j]);
+      for (int j = 0; j < PANELS * WIDTH; j++) sums[i][j] = Type::multiply_add(sums[i][j], value, column[j]);
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; i++) {
 #pragma GCC unroll 8
-    for (int j = 0; j < PANELS * WIDTH; j++) store(c + i * ldc + j * LANES, sums[i][j]);
-  }
-}
-
-constexpr int MOST_ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 3;   // 24 sums of 32 registers, 12 or 12 of 16
-constexpr int MOST_PANELS = LANES == 16 ? 2 : 1;
-
-template <class Kind, bool ADD, int ROWS, int PANELS>
-void block_of(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-              int64_t ldc) {
-  if constexpr (ROWS > 0) {
-    if (rows == ROWS) {
-      block<Kind, ADD, ROWS, PANELS>(depth, a, lda, b, ldb, c, ldc);
-    } else {
-      block_of<Kind, ADD, ROWS - 1, PANELS>(rows, depth, a, lda, b, ldb, c, ldc);
+    for (int j = 0; j < PANELS * WIDTH; j++) {
+      float* to = c + i * ldc + j * LANES;
+      store(to, ADD ? load(to) + sums[i][j] : sums[i][j]);
     }
   }
 }
 
-template <class Kind, bool ADD, int PANELS>
-void rows_of_panels(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                    int64_t ldc) {
-  int64_t blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
-  for (int64_t n = 0; n < blocks; n++) {                   // blocks of nearly equal height: no thin last one
-    int64_t begin = rows * n / blocks, end = rows * (n + 1) / blocks;
-    block_of<Kind, ADD, MOST_ROWS, PANELS>(end - begin, depth, a + begin * lda, lda, b, ldb, c + begin * ldc, ldc);
+constexpr int TILE_ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 3;   // 24 sums of 32 registers, 12 or 12 of 16
+constexpr int TILE_PANELS = LANES == 16 ? 2 : 1;
+
+template <class Type, bool ADD, int ROWS, int PANELS>
+void register_tile_of(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+              int64_t ldc) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) {
+      register_tile<Type, ADD, ROWS, PANELS>(depth, a, lda, b, ldb, c, ldc);
+    } else {
+      register_tile_of<Type, ADD, ROWS - 1, PANELS>(rows, depth, a, lda, b, ldb, c, ldc);
+    }
   }
 }
 
-template <class Kind, bool ADD>
+template <class Type, bool ADD, int PANELS>
+void panel_columns(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                    int64_t ldc) {
+  int64_t blocks = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  for (int64_t n = 0; n < blocks; n++) {                   // blocks of nearly equal height: no thin last one
+    int64_t begin = rows * n / blocks, end = rows * (n + 1) / blocks;
+    register_tile_of<Type, ADD, TILE_ROWS, PANELS>(end - begin, depth, a + begin * lda, lda, b, ldb, c + begin * ldc,
+                                                   ldc);
+  }
+}
+
+template <class Type, bool ADD>
 void product(int64_t rows, int64_t depth, int64_t panels, const float* a, int64_t lda, const float* b, int64_t ldb,
              float* c, int64_t ldc) {
   int64_t p = 0;
-  for (; p + MOST_PANELS <= panels; p += MOST_PANELS) {
-    rows_of_panels<Kind, ADD, MOST_PANELS>(rows, depth, a, lda, b + p * ldb, ldb, c + p * PANEL, ldc);
+  for (; p + TILE_PANELS <= panels; p += TILE_PANELS) {
+    panel_columns<Type, ADD, TILE_PANELS>(rows, depth, a, lda, b + p * ldb, ldb, c + p * PANEL, ldc);
   }
   for (; p < panels; p++) {
-    rows_of_panels<Kind, ADD, 1>(rows, depth, a, lda, b + p * ldb, ldb, c + p * PANEL, ldc);
+    panel_columns<Type, ADD, 1>(rows, depth, a, lda, b + p * ldb, ldb, c + p * PANEL, ldc);
   }
 }
 
@@ -110,12 +129,12 @@ inline void transpose(const float* rows, int64_t stride, int64_t count, int64_t 
         quad r[4], halves[4];
         for (int i = 0; i < 4; i++) std::memcpy(&r[i], rows + (lane + i) * stride + k, sizeof(quad));
         for (int i = 0; i < 2; i++) {
-          halves[i] = mix<0, 4, 1, 5>(r[2 * i], r[2 * i + 1]);
-          halves[i + 2] = mix<2, 6, 3, 7>(r[2 * i], r[2 * i + 1]);
+          halves[i] = shuffle<0, 4, 1, 5>(r[2 * i], r[2 * i + 1]);
+          halves[i + 2] = shuffle<2, 6, 3, 7>(r[2 * i], r[2 * i + 1]);
         }
         for (int i = 0; i < 2; i++) {
-          quad first = mix<0, 1, 4, 5>(halves[2 * i], halves[2 * i + 1]);
-          quad second = mix<2, 3, 6, 7>(halves[2 * i], halves[2 * i + 1]);
+          quad first = shuffle<0, 1, 4, 5>(halves[2 * i], halves[2 * i + 1]);
+          quad second = shuffle<2, 3, 6, 7>(halves[2 * i], halves[2 * i + 1]);
           std::memcpy(panel + (k + 2 * i) * PANEL + lane, &first, sizeof(quad));
           std::memcpy(panel + (k + 2 * i + 1) * PANEL + lane, &second, sizeof(quad));
         }

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -22,6 +22,7 @@ constexpr int LANES = 4;
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
 
 inline vec load(const float* from) {
   vec value;
@@ -34,22 +35,93 @@ inline void store(float* to, vec value) { std::memcpy(to, &value, sizeof(vec)); 
 inline vec splat(float value) { return value - vec{}; }
 
 // The 32 bits at an address in every lane.
-inline vec spread(const float* from) {
+inline vec broadcast(const float* from) {
   int32_t word;
   std::memcpy(&word, from, sizeof(word));
   return (vec)(ivec{} + word);
 }
 
+inline vec vmax(vec a, vec b) { return a > b ? a : b; }
+
+// Halves of a vector, combined until one number is left.
+template <int COUNT, class Combine>
+inline float reduce(const float* x, Combine combine) {
+  if constexpr (COUNT == 1) {
+    return x[0];
+  } else {
+    float halved[COUNT / 2];
+    for (int i = 0; i < COUNT / 2; i++) halved[i] = combine(x[i], x[i + COUNT / 2]);
+    return reduce<COUNT / 2>(halved, combine);
+  }
+}
+
+inline float reduce_max(vec x) {
+  float lanes[LANES];
+  store(lanes, x);
+  return reduce<LANES>(lanes, [](float a, float b) { return a > b ? a : b; });
+}
+
+inline float reduce_add(vec x) {
+  float lanes[LANES];
+  store(lanes, x);
+  return reduce<LANES>(lanes, [](float a, float b) { return a + b; });
+}
+
+// The low 16 bits of each lane, and lanes made of 16 bits.
+inline halves low_halves(ivec x) {
+#if defined(__AVX512F__)
+  return (halves)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, halves);
+#endif
+}
+
+inline ivec widen(halves x) {
+#if defined(__AVX512F__)
+  return (ivec)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+  return __builtin_convertvector(x, ivec);
+#endif
+}
+
+// bfloat16 is the upper half of a float32. Stores round to nearest, ties to even.
+inline float bf16_to_f32(uint16_t value) {
+  uint32_t word = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &word, sizeof(result));
+  return result;
+}
+inline float bf16_to_f32(float value) { return value; }
+
+inline vec load(const uint16_t* from) {
+  halves value;
+  std::memcpy(&value, from, sizeof(value));
+  return (vec)(widen(value) << 16);
+}
+
+inline void store(uint16_t* to, vec x) {
+#if defined(__AVX512BF16__)
+  __m256bh result = _mm512_cvtneps_pbh((__m512)x);
+#else
+  ivec word = (ivec)x;
+  halves result = low_halves((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+#endif
+  std::memcpy(to, &result, sizeof(result));
+}
+
+// x, |x| < 2^15, rounded to integers of 16 bits: the low bits of x + 1.5 * 2^23.
+constexpr float ROUND_TO_INTEGER = 12582912.0f;
+
 // Four lanes, and the lanes A, B, C, D of two of them.
 typedef float quad __attribute__((vector_size(16)));
 
 template <int A, int B, int C, int D>
-inline quad mix(quad a, quad b) {
+inline quad shuffle(quad a, quad b) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, A, B, C, D);
 #else
-  typedef int32_t places __attribute__((vector_size(16)));
-  return __builtin_shuffle(a, b, places{A, B, C, D});
+  typedef int32_t lanes __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, lanes{A, B, C, D});
 #endif
 }
 

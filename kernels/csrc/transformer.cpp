@@ -6,15 +6,16 @@ namespace ldm2 {
 namespace {
 
 // The rows of a tensor (..., width): their first elements lie `stride` apart. A copy where that cannot be.
-struct Rows {
+struct RowView {
   at::Tensor tensor;
   int64_t width, count, stride;
 
-  explicit Rows(const at::Tensor& given) : tensor(given), width(given.size(-1)), count(given.numel() / width) {
+  explicit RowView(const at::Tensor& given) : tensor(given), width(given.size(-1)), count(given.numel() / width) {
     bool even = tensor.dim() > 1 && tensor.stride(-1) == 1;
     for (int64_t d = tensor.dim() - 3; even && d >= 0; d--) {
       even = tensor.stride(d) == tensor.size(d + 1) * tensor.stride(d + 1);
     }
+    even = even && (tensor.element_size() == 4 || tensor.stride(-2) % 2 == 0);         // rows of whole words
     if (!even) tensor = tensor.contiguous();
     stride = even ? tensor.stride(-2) : width;
   }
@@ -22,18 +23,23 @@ struct Rows {
 
 // gated: the first half of the weight's rows gives values, the GELU of the second half multiplies them.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& given, const std::optional<at::Tensor>& bias, bool gated) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat && given.scalar_type() == at::kFloat, "x and weight must be float32");
+  auto type = x.scalar_type();
+  TORCH_CHECK((type == at::kFloat || type == at::kBFloat16) && given.scalar_type() == type,
+              "x and weight must both be float32 or bfloat16, got ", type, " and ", given.scalar_type());
+  TORCH_CHECK(type == at::kFloat || given.size(1) % 2 == 0, "bfloat16 takes an even number of inputs");
   TORCH_CHECK(given.dim() == 2 && given.size(0) % (gated ? 2 * PANEL : PANEL) == 0 && x.size(-1) == given.size(1) &&
               x.numel() > 0, "weight ", given.sizes(), " does not take ", x.sizes());
   int64_t width = given.size(0) / (gated ? 2 : 1);
-  at::Tensor weight = given.contiguous(), shift = bias.has_value() ? bias->contiguous() : at::Tensor();
+  at::Tensor weight = given.contiguous();
+  std::optional<at::Tensor> wide_bias = float_bias(bias);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = width;
   at::Tensor y = at::empty(sizes, x.options());
-  Rows rows(x);
-  Linear job{rows.count, rows.width, width, rows.stride, rows.tensor.const_data_ptr<float>(),
-             weight.const_data_ptr<float>(), bias.has_value() ? shift.const_data_ptr<float>() : nullptr,
-             y.data_ptr<float>(), gated};
+  RowView rows(x);
+  Linear job{rows.count, rows.width, width, rows.stride, rows.tensor.const_data_ptr(), weight.const_data_ptr(),
+             float_data(wide_bias), y.data_ptr(), gated};
+  int64_t size = x.element_size();
+  auto compute = type == at::kFloat ? kernels().linear_float : kernels().linear_bfloat16;
   // Pairs of panels are shared out, and the rows too where there are more threads than pairs.
   int64_t panels = width / PANEL, pairs = ceil_div(panels, 2);
   int64_t parts = std::min(ceil_div(2 * at::get_num_threads(), pairs), ceil_div(job.rows, 48));
@@ -46,9 +52,9 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& given, const std::optio
       int64_t row = job.rows * part / parts;
       Linear piece = job;
       piece.rows = job.rows * (part + 1) / parts - row;
-      piece.x += row * job.x_stride;
-      piece.y += row * job.width;
-      kernels().linear(piece, 2 * pair, std::min(2 * end, panels), memory);
+      piece.x = static_cast<const char*>(job.x) + row * job.x_stride * size;
+      piece.y = static_cast<char*>(job.y) + row * job.width * size;
+      compute(piece, 2 * pair, std::min(2 * end, panels), memory);
       from += end - pair;
     }
   });
@@ -79,7 +85,8 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
               "the bias must be (B, 1, 1, L) in q's dtype");
   at::Tensor y = at::empty({batch, queries, heads, width}, q.options());
   // Each item of work lays out all keys and values of its head, so heads are cut only where threads would be idle.
-  int64_t threads = at::get_num_threads(), pieces = std::min(ceil_div(2 * threads, batch * heads), ceil_div(queries, 64));
+  int64_t threads = at::get_num_threads();
+  int64_t pieces = std::min(ceil_div(2 * threads, batch * heads), ceil_div(queries, 64));
   if (batch * heads % threads == 0) pieces = 1;
   auto at_row = [](const at::Tensor& tensor, int64_t b, int64_t h, int64_t row) {
     int64_t place = b * tensor.stride(0) + h * tensor.stride(1) + row * tensor.stride(2);

@@ -1,9 +1,10 @@
-"""Kernels for the CPU: convolutions by minimal filtering (arXiv:1509.09308), which take a half to a quarter of the
-multiplications, linear layers and attention.
+"""Kernels for the CPU: Winograd convolutions (arXiv:1509.09308), which take a half to a quarter of the multiplications,
+linear layers and attention.
 
 The operators are C++ (`kernels/csrc`), built by `python -m ldm2.build_kernels` and found here; importing this builds
-nothing. They are for inference, in float32; attention takes bfloat16 as well. The error of convolutions against float64
-is larger than that of direct ones, but stays below 3e-6 of the root mean square of the result.
+nothing. They are for inference, in float32 and bfloat16. The error of float32 convolutions against float64 is larger
+than that of direct ones, but stays below 3e-6 of the root mean square of the result; in bfloat16 the rounding of the
+result outweighs all others.
 
 The best instruction set of the machine is used. The environment variable LDM2_CPU_ISA, read when the library is loaded,
 masks those above the one that it names: baseline, avx2, avx512 or avx512_bf16. One that the machine lacks is never
@@ -28,10 +29,9 @@ logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
 _PANEL = 16                                                # channels come in multiples of this (kernels.h)
-_WIDE, _NARROW = 0, 1                                      # forms of 3x3 kernels; of one axis: the number of taps
-_LINES = (3, 7, 11)                                        # kernel sizes of one axis that have a form
+_WIDE, _NARROW = 0, 1                                      # variants of 3x3 kernels; of one axis: the number of taps
+_LINES = (3, 7, 11)                                        # kernel sizes of one axis that have a variant
 _FEWEST_CHANNELS = 32                                      # below, the transforms cost more than they save
-_MANY_TILES = 128                                          # of a map, 4 x 4 each
 _FEWEST_ROWS = 24                                          # of a linear layer or attention; below, PyTorch is as fast
 _FEWEST_POSITIONS = 256                                    # of sequences; below, packing costs more than it saves
 
@@ -103,70 +103,61 @@ def _bfloat16() -> str:
     return "matrices" if matrices else "products"
 
 
-def _widened(*native: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """A kernel that takes bfloat16 by way of float32, unless the machine has one of `native` for it.
+def _kernel(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A kernel for float32 and bfloat16: the latter by its own instructions where the machine has products of them.
 
-    That is as fast as float32, and the weights take half the memory.
+    Where it has none, by way of float32: that is as fast as float32, and the weights take half the memory. Where it has
+    matrices, PyTorch is faster.
     """
 
-    def decorate(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @functools.wraps(kernel)
-        def run(*args, **named):
-            if args[0].dtype != torch.bfloat16 or _bfloat16() in native:
-                return kernel(*args, **named)
-            named = {name: _wide(arg) for name, arg in named.items()}
-            result = kernel(*map(_wide, args), **named)
-            return result if result is NotImplemented else result.to(torch.bfloat16)
+    @functools.wraps(operation)
+    def run(*args, **named):
+        dtype = args[0].dtype
+        has = _bfloat16() if dtype == torch.bfloat16 else ""
+        if dtype == torch.float16 or has == "matrices":
+            return NotImplemented
+        if dtype == torch.bfloat16 and not has:
+            return _by_float32(operation, *args, **named)
+        return operation(*args, **named)
 
-        return run
+    return run
 
-    return decorate
+
+def _by_float32(operation: Callable[..., Tensor], *args: object, **named: object) -> Tensor:
+    """What the operation makes of bfloat16 tensors, rounded once."""
+    result = operation(*map(_wide, args), **{name: _wide(arg) for name, arg in named.items()})
+    return result if result is NotImplemented else result.to(torch.bfloat16)
 
 
 def _wide(arg: object) -> object:
     return arg.float() if isinstance(arg, Tensor) else arg
 
 
+@_kernel
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-    """Result in channels-last memory, whatever the input's. Large maps take fewer multiplications than bfloat16 saves.
-    """
-    has = _bfloat16() if x.dtype == torch.bfloat16 else ""
-    if has == "matrices" or (has == "products" and not (_pays(weight) and _is_large(x))):
-        return NotImplemented
-    return _conv3x3(x, weight, bias, residual)
-
-
-@_widened()
-def _conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-    if x.dtype != torch.float32:
-        return NotImplemented
-    form = _NARROW if x.shape[3] == 2 else _WIDE
+    """Result in channels-last memory, whatever the input's."""
     if not _pays(weight):
         x = x.contiguous(memory_format=torch.channels_last)
         y = F.conv2d(x, weight, bias, padding=1)
         return y if residual is None else y + residual
-    return torch.ops.ldm2_cpu.convolution(x, weight, bias, residual, form, 1, 1.0)
+    return torch.ops.ldm2_cpu.convolution(x, weight, bias, residual, _NARROW if x.shape[3] == 2 else _WIDE, 1, 1.0)
 
 
-@_widened("products", "matrices")
+@_kernel
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """One matrix product where the channels are last in memory, as `conv3x3` leaves them; PyTorch would copy them."""
-    if x.dtype != torch.float32:
-        return NotImplemented
-    return linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+    return _linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 
 
-@_widened("matrices")
+@_kernel
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """As the convolutions of the residual blocks, with nothing before it."""
-    return NotImplemented if x.dtype != torch.float32 else _leaky_conv(x, weight, bias, None, 1, 1.0)
+    return _leaky_conv(x, weight, bias, None, 1, 1.0)
 
 
-@_widened("matrices")
+@_kernel
 def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
     """One matrix product: a window of inputs gives the `stride` outputs that depend on no others. Channels are last."""
-    if x.dtype != torch.float32:
-        return NotImplemented
     (batch, _, length), (ins, outs, taps) = x.shape, weight.shape
     reach = -(-taps // stride)                             # inputs in a window; between them and the next item, zeros
     steps = length + 2 * (reach - 1)
@@ -177,17 +168,19 @@ def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, paddi
     parts = weight.flatten(1).T.contiguous().view(outs, taps, ins).split(stride, dim=1)
     for i, part in enumerate(reversed(parts)):             # the last input of a window meets the first taps
         blocks[: part.shape[1], :, i] = part.transpose(0, 1)
-    y = linear(windows, blocks.view(stride * outs, reach * ins), bias.repeat(stride))
+    y = _linear(windows, blocks.view(stride * outs, reach * ins), bias.repeat(stride))
     return y.view(batch, steps * stride, outs)[:, padding : (length - 1) * stride + taps - padding].mT
 
 
 def residual_blocks(x: Tensor, slope: float, dilations: tuple[tuple[int, ...], ...], *parameters: Tensor) -> Tensor:
-    """The activation belongs to the loads of a convolution, the sum to its stores. Weights are widened one by one."""
-    if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and _bfloat16() == "matrices"):
+    """The activation belongs to the loads of a convolution, the sum to its stores. Weights are widened one by one where
+    the machine has nothing for bfloat16."""
+    has = _bfloat16() if x.dtype == torch.bfloat16 else ""
+    if x.dtype == torch.float16 or has == "matrices":
         return NotImplemented
-    wide, given, total = x.float(), iter(parameters), None
+    shared, given, total = x if has else x.float(), iter(parameters), None
     for block in dilations:
-        y = wide
+        y = shared
         for dilation in block:
             h = _leaky_conv(y, next(given), next(given), None, dilation, slope)
             y = _leaky_conv(h, next(given), next(given), y, 1, slope)
@@ -195,28 +188,21 @@ def residual_blocks(x: Tensor, slope: float, dilations: tuple[tuple[int, ...], .
     return total.div_(len(dilations)).to(x.dtype)
 
 
-@_widened("products", "matrices")
+@_kernel
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The weights are laid out for the product in cache, a piece at a time."""
-    if x.dtype != torch.float32:
-        return NotImplemented
-    if len(weight) % _PANEL or not _enough(x.numel(), _FEWEST_ROWS * x.shape[-1]):
-        return F.linear(x, weight, bias)
-    return torch.ops.ldm2_cpu.linear(x, weight, bias, False)
+    return _linear(x, weight, bias)
 
 
-@_widened("products", "matrices")
+@_kernel
 def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What the gates multiply, and the gates, never leave the cache."""
-    if x.dtype != torch.float32:
-        return NotImplemented
-    if len(weight) % (2 * _PANEL) or not _enough(x.numel(), _FEWEST_ROWS * x.shape[-1]):
+    if not _has_panels(x, weight, 2 * _PANEL):
         value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
         return F.gelu(gate).mul_(value)
     return torch.ops.ldm2_cpu.linear(x, weight, bias, True)
 
 
-@_widened("products", "matrices")
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Block by block with a running softmax; sums, and the softmax, in float32."""
     batch, _, queries, width = q.shape
@@ -226,14 +212,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
         return NotImplemented
     if not _enough(queries, _FEWEST_ROWS):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    if q.dtype == torch.bfloat16 and not _bfloat16():
+        return _by_float32(torch.ops.ldm2_cpu.attention, q, k, v, bias)
     return torch.ops.ldm2_cpu.attention(q, k, v, bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not _has_panels(x, weight, _PANEL):
+        return F.linear(x, weight, bias)
+    return torch.ops.ldm2_cpu.linear(x, weight, bias, False)
+
+
+def _has_panels(x: Tensor, weight: Tensor, unit: int) -> bool:
+    """Whether the linear kernel takes these, and is faster than PyTorch: `unit` output channels are made together."""
+    outs, ins = weight.shape
+    fits = outs % unit == 0 and (x.dtype == torch.float32 or ins % 2 == 0)
+    return fits and _enough(x.numel(), _FEWEST_ROWS * ins)
 
 
 def _leaky_conv(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, dilation: int, slope: float
 ) -> Tensor:
-    """conv(leaky_relu(x)) + residual, of the length of x, in float32."""
-    weight, bias, size = weight.float(), bias.float(), weight.shape[2]
+    """conv(leaky_relu(x)) + residual, of the length and dtype of x."""
+    weight, bias, size = weight.to(x.dtype), bias.to(x.dtype), weight.shape[2]
     if size in _LINES and _pays(weight) and _enough(len(x) * x.shape[2], _FEWEST_POSITIONS):
         return torch.ops.ldm2_cpu.convolution(x, weight, bias, residual, size, dilation, slope)
     x = x if slope == 1.0 else F.leaky_relu(x, slope)
@@ -244,13 +245,6 @@ def _leaky_conv(
 def _enough(count: int, fewest: int) -> bool:
     """Whether a kernel pays. A compiled model does not ask: it is for inputs of any size."""
     return torch.compiler.is_compiling() or count >= fewest
-
-
-def _is_large(x: Tensor) -> bool:
-    """Whether weights are few beside the map. A compiled model does not ask either."""
-    if torch.compiler.is_compiling():
-        return False
-    return len(x) * -(-x.shape[2] // 4) * -(-x.shape[3] // 4) >= _MANY_TILES
 
 
 def _pays(weight: Tensor) -> bool:

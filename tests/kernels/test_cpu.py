@@ -1,4 +1,4 @@
-"""The CPU kernels against float64 and plain PyTorch. Built once into a temporary folder; skipped without a compiler."""
+"""The CPU kernels against float64 and plain PyTorch."""
 
 import os
 import platform
@@ -12,75 +12,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ldm2_kernels import cpu
-from ldm2_kernels.build import build
-from ldm2_kernels.check import measure, verdict
+from ldm2_kernels.check import verdict
 
 import ldm2
 from ldm2 import ops
 from tests.helpers import draw
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """Operations on the CPU take the kernels while this module runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        if cpu.library() is None:
-            if shutil.which("g++") is None:
-                pytest.skip("needs g++")
-            folder = tmp_path_factory.mktemp("library")
-            build(folder)
-            patch.setattr(cpu, "folders", lambda: [folder])
-        patch.setattr(ops, "_kernels", {})
-        cpu.load()
-        yield torch.ops.ldm2_cpu
-
-
-def conv_inputs(batch, ins, outs, num_frames, num_bins):
-    """x, weight, bias, residual."""
-    return (draw(batch, ins, num_frames, num_bins), draw(outs, ins, 3, 3, seed=1), draw(outs, seed=2),
-            draw(batch, outs, num_frames, num_bins, seed=3))
-
-
-def block_inputs(*sizes, channels=32, length=301, dilations=(1, 3, 5)):
-    """Arguments of residual_blocks with a block of each kernel size."""
-    parameters = []
-    for seed, size in enumerate(size for size in sizes for _ in range(2 * len(dilations))):
-        parameters += [draw(channels, channels, size, seed=seed) / (channels * size) ** 0.5, draw(channels, seed=-seed)]
-    return draw(2, channels, length), 0.1, (dilations,) * len(sizes), *parameters
-
-
-def transposed_inputs(ins, outs, taps, length, stride):
-    """Arguments of conv_transpose1d with HiFi-GAN's padding."""
-    weight = draw(ins, outs, taps, seed=1) / (ins * taps / stride) ** 0.5
-    return draw(2, ins, length), weight, draw(outs, seed=2), stride, (taps - stride) // 2
-
-
-def linear_inputs(rows, ins, outs):
-    """x, weight, bias."""
-    return draw(2, rows, ins), draw(outs, ins, seed=1) / ins**0.5, draw(outs, seed=2)
-
-
-def attention_inputs(queries, keys, width, batch=2, heads=3, dtype=torch.float32):
-    """q, k, v as the heads of one linear layer each."""
-    shapes = [(batch, length, heads, width) for length in (queries, keys, keys)]
-    return [2 * draw(*shape, seed=i).transpose(1, 2).to(dtype) for i, shape in enumerate(shapes)]
-
-
-def doubled(args):
-    return [arg.double() if isinstance(arg, torch.Tensor) else arg for arg in args]
-
-
-def rms(x):
-    return x.double().square().mean().sqrt()
-
-
-def assert_within_the_accuracy_rule(operation, args):
-    """That of ldm2_kernels.check, where no call may be left to plain PyTorch."""
-    def fused(*args):
-        with ops.backend("fused"):
-            return operation(*args)
-
-    assert measure(fused, operation.reference, args) <= 1
+from tests.kernels.inputs import (
+    assert_within_the_accuracy_rule,
+    attention_inputs,
+    block_inputs,
+    conv_inputs,
+    doubled,
+    linear_inputs,
+    rms,
+    transposed_inputs,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -109,6 +55,12 @@ def test_residual_blocks_are_as_exact_as_the_rule_asks(library, sizes, length):
 @pytest.mark.parametrize("ins, outs", [(32, 48), (32, 1), (20, 32)])
 def test_conv1d_is_as_exact_as_the_rule_asks(library, ins, outs, taps):
     args = draw(2, ins, 301), draw(outs, ins, taps, seed=1) / (ins * taps) ** 0.5, draw(outs, seed=2)
+    assert_within_the_accuracy_rule(ops.conv1d, args)
+
+
+@pytest.mark.parametrize("taps", [3, 7, 11])
+def test_the_error_of_conv1d_does_not_grow_with_channels(library, taps):
+    args = draw(1, 1024, 256), draw(32, 1024, taps, seed=1) / (1024 * taps) ** 0.5, draw(32, seed=2)
     assert_within_the_accuracy_rule(ops.conv1d, args)
 
 
@@ -242,10 +194,6 @@ def test_other_dtypes_are_left_to_pytorch(library):
         ops.conv3x3(*args)
 
 
-# Operations that are PyTorch's where the machine has products of bfloat16; where it has matrices, all are.
-LEFT_TO_PRODUCTS = (ops.conv3x3, ops.conv1x1, ops.linear, ops.linear_geglu)
-
-
 @pytest.mark.parametrize("has", ["", "products", "matrices"])
 @pytest.mark.parametrize("operation, args", [
     (ops.conv3x3, conv_inputs(1, 32, 48, 9, 8)),
@@ -256,12 +204,10 @@ LEFT_TO_PRODUCTS = (ops.conv3x3, ops.conv1x1, ops.linear, ops.linear_geglu)
     (ops.linear, linear_inputs(30, 40, 48)),
     (ops.linear_geglu, linear_inputs(30, 40, 64)),
 ])
-def test_bfloat16_is_computed_in_float32_where_instructions_for_it_gain_nothing(
-    library, monkeypatch, operation, args, has
-):
+def test_bfloat16_is_left_to_pytorch_only_where_the_machine_has_matrices(library, monkeypatch, operation, args, has):
     args = [arg.bfloat16() if isinstance(arg, torch.Tensor) else arg for arg in args]
     monkeypatch.setattr(cpu, "_bfloat16", lambda: has)
-    if has == "matrices" or (has == "products" and operation in LEFT_TO_PRODUCTS):
+    if has == "matrices":
         assert torch.equal(operation(*args), operation.reference(*args))
     else:
         assert operation(*args).dtype == torch.bfloat16
@@ -277,12 +223,6 @@ def test_what_a_machine_has_for_bfloat16(library, monkeypatch, instructions, cap
     monkeypatch.setattr(library, "instruction_sets", lambda: [instructions, "generic"])
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert cpu._bfloat16() == has
-
-
-def test_large_maps_are_convolved_in_float32_even_where_bfloat16_has_products(library, monkeypatch):
-    monkeypatch.setattr(cpu, "_bfloat16", lambda: "products")
-    args = [arg.bfloat16() for arg in conv_inputs(2, 32, 32, 64, 16)]
-    assert_within_the_accuracy_rule(ops.conv3x3, args)
 
 
 def test_derivatives_in_forward_mode_are_those_of_plain_pytorch(library):
@@ -341,7 +281,7 @@ def test_weights_that_do_not_fit_are_refused(library):
     x, weight, bias, _ = conv_inputs(1, 32, 32, 4, 4)
     with pytest.raises(RuntimeError, match=r"weights \[32, 32, 3, 3\] do not fit \[1, 16, 4, 4\]"):
         library.convolution(x[:, :16], weight, bias, None, 0, 1, 1.0)
-    with pytest.raises(RuntimeError, match="form 7 does not take"):
+    with pytest.raises(RuntimeError, match="variant 7 does not take"):
         library.convolution(x, weight, None, None, 7, 1, 1.0)
 
 
@@ -494,6 +434,7 @@ def test_code_for_sixteen_lanes_on_a_machine_of_eight(tmp_path):
     env = os.environ | {"CXX": str(compiler), "PYTHONPATH": os.pathsep.join([str(tmp_path / "kernels"), *sys.path])}
     folder = str(tmp_path / "kernels" / "ldm2_kernels")
     for command in (["-m", "ldm2.build_kernels", "--folder", folder],
-                    ["-m", "pytest", "-o", f"pythonpath={tmp_path / 'kernels'}", __file__]):
+                    ["-m", "pytest", "-o", f"pythonpath={tmp_path / 'kernels'}", __file__,
+                     str(Path(__file__).with_name("test_cpu_bfloat16.py"))]):
         done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
