@@ -76,6 +76,9 @@ class Sampling:
     guidance_interval: tuple[float, float] | None = option(
         interval(), "guidance in this part of the run only, which goes from 0 (noise) to 1 (sound), for example "
         "0.1:0.8 (arXiv:2404.07724); other steps cost half", default=(0.0, 1.0), metavar="FROM:TO")
+    guidance_rescale: float = option(
+        number(0, 1), "how far to bring the guided prediction back to the deviation of the prompt's own, 0 to 1, for "
+        "sound that high guidance scales overdrive (arXiv:2305.08891, section 3.4)", value=0.0, metavar="PHI")
     sampler: str | None = option(
         choice(SAMPLERS), f"one of: {', '.join(SAMPLERS)}", default="ddim", of_checkpoint=True, metavar="NAME",
         foreign=("scheduler",))

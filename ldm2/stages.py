@@ -219,7 +219,7 @@ class Stages:
             raise ValueError(f"callback must be callable, got {callback!r}")
         schedule = self.schedule.with_spacing(sampling.spacing)
         guided = functools.partial(
-            Guidance, self.unet, scale=sampling.guidance_scale, dtype=self.dtype,
+            Guidance, self.unet, scale=sampling.guidance_scale, rescale=sampling.guidance_rescale, dtype=self.dtype,
             timesteps=samplers.timesteps(sampling.sampler, schedule, sampling.steps),
             acts_at=lambda t: schedule.within(t, sampling.guidance_interval),
         )

@@ -5,17 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import nn
 
+import ldm2
 from benchmarks import checkpoints
 from ldm2 import samplers
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig
-from ldm2.guidance import Guidance
+from ldm2.guidance import Guidance, rescaled
 from ldm2.noise import SeededNoise
 from ldm2.schedules import Schedule
 from ldm2.unet import UNet
-from tests.helpers import PUBLISHED
+from tests.helpers import PUBLISHED, draw
 
 SCHEDULE = Schedule.from_dict(PUBLISHED)
 
@@ -217,3 +219,24 @@ def test_guidance_without_unconditional_side_is_refused():
 def test_guidance_with_unequal_rows_is_refused():
     with pytest.raises(ValueError, match="as many unconditional rows as conditional ones, got 1 and 2"):
         Guidance(FakeUNet(), rows(3.0, 4.0), rows(1.0), 3.5, dtype=torch.float32)
+
+
+# --- rescaled guidance -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rescale", [0.3, 1.0])
+def test_rescaled_guidance_is_that_of_diffusers(rescale):
+    unconditional, conditional = draw(3, 4, 6, 8), 2 * draw(3, 4, 6, 8, seed=1)
+    guided = unconditional + 3.5 * (conditional - unconditional)
+    expected = rescale_noise_cfg(guided, conditional, guidance_rescale=rescale)
+    torch.testing.assert_close(rescaled(torch.cat([unconditional, conditional]), 3.5, rescale), expected)
+
+
+def test_a_step_without_guidance_is_not_rescaled():
+    assert torch.equal(rescaled(draw(2, 4, 6, 8), None, 0.7), draw(2, 4, 6, 8))
+
+
+def test_rescaling_reaches_the_sound_and_is_off_by_default(tiny_checkpoint):
+    pipe = ldm2.load(tiny_checkpoint)
+    sounds = [pipe.generate("rain", seconds=0.2, steps=2, seed=0, **options).latents
+              for options in ({}, {"guidance_rescale": 0}, {"guidance_rescale": 0.7})]
+    assert torch.equal(sounds[0], sounds[1]) and not torch.equal(sounds[0], sounds[2])

@@ -66,7 +66,7 @@ def add_option(section: argparse._ActionsContainer, cls: type, name: str, each: 
     if kind.get("type") == "boolean":
         section.add_argument(*flags, dest=name, action="store_false" if value else "store_true", help=each.help)
         return
-    default = each.default_for(task)
+    default = each.default_for(task) if value in (None, ()) else value
     told = [] if default is None else [_word(default)]
     told += ["the model's own"] if each.of_checkpoint and default == each.default else []
     told = f" (default: {', or '.join(told)})" if told else ""
