@@ -76,6 +76,11 @@ def load(
         "dtype": precision,
         "reference": reference,
         "origin": {"model": str(model), "revision": revision, "reference": reference, "dtype": str(precision)[6:]},
+        "load": functools.partial(                         # without the token, which is a secret
+            load, str(path) if Path(model).expanduser().exists() else str(model), reference=reference,
+            revision=revision, local_files_only=local_files_only, tokenizers=tokenizers, low_memory=low_memory,
+            variant=variant, cache_dir=cache_dir,
+        ),
     }
     if path.is_dir() and tokenizers is not None:
         raise ValueError(f"{path} brings its own tokenizers: leave out tokenizers={str(tokenizers)!r}")
@@ -171,7 +176,7 @@ def _part(
     variant: str | None,
 ) -> nn.Module:
     """A module with the weights of its folder."""
-    with weights.parameters_on_meta():
+    with weights.on_meta():
         module = build(config)
     tensors = weights.read_tensors(folder, variant, to_copy=dtype != torch.float32)
     return weights.load(module, tensors, device=device, dtype=dtype, source=folder)

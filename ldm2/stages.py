@@ -8,6 +8,7 @@ Reference: "AudioLDM 2: Learning Holistic Audio Generation with Self-supervised 
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import math
@@ -25,6 +26,7 @@ from ldm2.guidance import Guidance
 from ldm2.mel import MelConfig, config_for, log_mel
 from ldm2.noise import SeededNoise
 from ldm2.runtime import graphs, weight_layout
+from ldm2.runtime.compilation import compile_step, is_compiled
 from ldm2.runtime.deepcache import reusing
 from ldm2.runtime.host import usual_numpy
 from ldm2.runtime.inference import inference, ordinary
@@ -76,6 +78,7 @@ class Stages:
     defaults:      what the checkpoint asks for, such as its length and number of steps.
     origin:        model, revision, reference and dtype, for the settings of what is made.
     make_ranker:   make_ranker(clap, device) loads what ranks candidates (CLAP's audio branch) when it is first needed.
+    load:          makes it again: `ldm2.load` with its arguments, by which it is pickled.
     stages:        those whose parts are in memory only inside them (`ldm2.load(low_memory=True)`): whoever uses such a
                    part directly does so `with pipe.stages["unet"]:`.
     """
@@ -85,6 +88,7 @@ class Stages:
         device: torch.device, dtype: torch.dtype, reference: str = "authors",
         defaults: Mapping[str, object] | None = None, origin: Mapping[str, object] | None = None,
         make_ranker: MakeRanker | None = None, stages: Sequence[Stage] = (),
+        load: functools.partial[Stages] | None = None,
     ):
         self.unet, self.vae, self.vocoder, self.text, self.schedule = unet, vae, vocoder, text, schedule
         self.device, self.dtype, self.reference = device, dtype, reference
@@ -93,6 +97,27 @@ class Stages:
         self._make_ranker, self._ranker = make_ranker, None
         self.stages = {name: Stage(name, device) for name in STAGES} | {stage.name: stage for stage in stages}
         self.low_memory = bool(stages)
+        self._load = load
+
+    def __reduce__(self) -> tuple:
+        """Pickled as what it was loaded from, not its weights: whoever opens it loads it anew, on the same device."""
+        if self._load is None:
+            raise TypeError("a pipeline that ldm2.load did not make cannot be pickled: pickle its parts")
+        now = {"device": str(self.device), "dtype": str(self.dtype)[6:], "compile": is_compiled(self.unet)}
+        return _load_again, (functools.partial(self._load, **now), self.schedule)
+
+    def __copy__(self) -> Stages:
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
+    def __deepcopy__(self, memo: dict) -> Stages:
+        """With weights of its own, as they are now."""
+        other = memo[id(self)] = object.__new__(type(self))
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        if is_compiled(self.unet):
+            compile_step(other.unet)
+        return other
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.origin.get('model')!r}, {str(self.dtype)[6:]} on {self.device})"
@@ -431,3 +456,10 @@ def _counted(report: Progress, stage: str, total: int) -> Callable[[], None]:
     counter = iter(range(1, total + 1))
     report(stage, 0, total)
     return lambda: report(stage, next(counter), total)
+
+
+def _load_again(load: Callable[[], Stages], schedule: Schedule) -> Stages:
+    """A pipeline that was pickled."""
+    pipe = load()
+    pipe.schedule = schedule
+    return pipe

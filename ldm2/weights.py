@@ -1,6 +1,6 @@
 """Read weight files and put them into modules, strictly.
 
-    with weights.parameters_on_meta():
+    with weights.on_meta():
         unet = UNet(config)                                     # no memory, no initialisation
     weights.load(unet, weights.read_tensors(folder / "unet"), dtype=torch.bfloat16)
 
@@ -14,7 +14,6 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -211,29 +210,12 @@ class _SkipInitialisation(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-_on_meta: ContextVar[bool] = ContextVar("on_meta", default=False)
-
-
-def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-    if parameter is None or parameter.is_meta or not _on_meta.get():
-        return None
-    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-
-
-# Once, for good: a hook that came and went would change what other threads that build modules iterate over.
-nn.modules.module.register_module_parameter_registration_hook(_to_meta)
-
-
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules built inside, in this thread, get parameters without memory; buffers are real, since no file fills some.
-    """
-    token = _on_meta.set(True)
-    try:
-        with _SkipInitialisation():
-            yield
-    finally:
-        _on_meta.reset(token)
+def on_meta() -> Iterator[None]:
+    """Modules built inside, in this thread, take neither memory nor time for their first values: all is on the meta
+    device. Buffers that no file fills must be made by whoever builds the module; `load` raises where one is not."""
+    with torch.device("meta"), _SkipInitialisation():
+        yield
 
 
 def load(
@@ -249,7 +231,7 @@ def load(
 
     The tensors become the parameters themselves (no copy), on `device` and, where they are floating, in `dtype`; None
     keeps what the file has. Parameters that the module ties are filled from whichever of their names the file has. What
-    `table` drops is not expected either: such a buffer keeps the value it was built with. Returns the module, in eval
+    `table` drops is not expected either: such a buffer keeps the value that it has. Returns the module, in eval
     mode, without gradients. Raises ValueError if names or shapes differ, listing the first few, before it assigns any.
     """
     given = list(tensors)
@@ -269,7 +251,7 @@ def load(
     filled = {name for names, _ in groups for name in names}
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta and name not in filled:
-            raise RuntimeError(f"no file fills the buffer {name}: build the module under parameters_on_meta()")
+            raise RuntimeError(f"no file fills the buffer {name}: whoever builds the module must")
         if device is not None:
             assign(module, name, buffer.to(device))
     return module.eval()

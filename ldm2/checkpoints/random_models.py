@@ -82,7 +82,7 @@ def pipeline(
     """
     config = fields(name)
     where = {"device": device, "dtype": dtype}
-    with weights.parameters_on_meta():
+    with weights.on_meta():
         modules = {
             "unet": UNet(UNetConfig.from_dict(config["unet"], reference=reference)),
             "vae": VAE(VAEConfig.from_dict(config["vae"])),
@@ -104,7 +104,7 @@ def _text(config: Mapping[str, Fields], reference: str, where: dict) -> TextEnco
     t5_words = words.tokenizer("tokenizer_2", "T5Tokenizer")
     clap = config["text_encoder"].get("text_config", {})
     gpt2 = config["language_model"]
-    with torch.device("meta"):
+    with weights.on_meta():
         shapes = {
             "clap": ClapText(clap_words, transformers.ClapTextConfig(**clap)),
             "t5": transformers.T5EncoderModel(transformers.T5Config(**config["text_encoder_2"])),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
+from weakref import WeakSet
 
 import torch
+from torch import Tensor
 
-from ldm2.unet import UNet
+from ldm2.unet import PreparedConditioning, UNet
+
+_compiled: WeakSet[UNet] = WeakSet()                       # a copy of one of them is not among them
 
 
 def check_compiler(device: torch.device) -> None:
@@ -21,14 +27,38 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_step(unet: UNet) -> None:
-    """From now on the UNet's step is compiled; that happens at its first call, once for sounds of all lengths.
+    """From now on the UNet's step is compiled in generations; that happens at its first call, once for all lengths.
 
     Another kind of call (with guidance and without, one row and several, features reused) is compiled by itself. What
     is compiled lands in torch's cache on disk, so that the next process takes it from there.
     """
-    unet.with_features = torch.compile(unet.with_features, dynamic=True)     # `forward` is a call of it
+    _compiled.add(unet)
 
 
 def is_compiled(unet: UNet) -> bool:
     """Whether `compile_step` was called for it."""
-    return "with_features" in vars(unet)
+    return unet in _compiled
+
+
+def stepper(unet: UNet) -> UNet | CompiledUNet:
+    """What takes the calls of a UNet: itself, or its compiled step where `compile_step` asked for that."""
+    return CompiledUNet(unet) if is_compiled(unet) else unet
+
+
+class CompiledUNet:
+    """The compiled step of a UNet, with the weights that the UNet has at each call."""
+
+    def __init__(self, unet: UNet):
+        self.unet, self.embed_time = unet, unet.embed_time
+
+    def __call__(self, x_t: Tensor, t: float, prepared: PreparedConditioning, time: Tensor | None = None) -> Tensor:
+        return self.with_features(x_t, t, prepared, time)[0]
+
+    def with_features(self, *args, **named) -> tuple[Tensor, ...]:
+        """As UNet.with_features."""
+        return _compiled_step()(self.unet, *args, **named)
+
+
+@functools.cache
+def _compiled_step() -> Callable[..., tuple[Tensor, ...]]:
+    return torch.compile(UNet.with_features, dynamic=True)

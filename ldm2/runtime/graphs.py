@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ldm2 import ops
 from ldm2.attention import Memory
-from ldm2.runtime.compilation import is_compiled
+from ldm2.runtime.compilation import CompiledUNet, is_compiled, stepper
 from ldm2.unet import PreparedConditioning, UNet
 
 BUCKET = 8                                                 # tokens
@@ -34,16 +34,16 @@ _graphs: WeakIdKeyDictionary = WeakIdKeyDictionary()       # first parameter of 
 _lock = threading.Lock()                                   # of the table; each Graphs has its own
 
 
-def accelerated(unet: UNet) -> UNet | GraphedUNet:
-    """What takes the calls of a UNet during one run of a sampler: its CUDA graphs, or the UNet itself.
+def accelerated(unet: UNet) -> UNet | CompiledUNet | GraphedUNet:
+    """What takes the calls of a UNet during one run of a sampler: its CUDA graphs, or the UNet (its compiled step).
 
     The latter where it is not on CUDA or the current stream is not the default one. Calls for which gradients are
     recorded, or under `ops.backend("reference")`, go to the UNet as well.
     """
     device = next(unet.parameters()).device
     if device.type != "cuda" or torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
-        return unet
-    return GraphedUNet(unet, graphs_of(unet, device))
+        return stepper(unet)
+    return GraphedUNet(stepper(unet), graphs_of(unet, device))
 
 
 def graphs_of(unet: UNet, device: torch.device) -> Graphs:
@@ -99,7 +99,9 @@ class Graphs:
 class Graph:
     """A recorded call on inputs of its own; `changing` change from call to call, `prepared` from run to run."""
 
-    def __init__(self, unet: UNet, changing: list[Tensor | None], prepared: PreparedConditioning, capture: Capture):
+    def __init__(
+        self, unet: UNet | CompiledUNet, changing: list[Tensor | None], prepared: PreparedConditioning, capture: Capture
+    ):
         with torch.inference_mode(False):                  # else they could not be written outside of that mode
             self.changing = [None if tensor is None else torch.empty_like(tensor) for tensor in changing]
             self.prepared = replaced(prepared, torch.empty_like)
@@ -121,7 +123,7 @@ class Graph:
 class GraphedUNet:
     """Takes the calls of a UNet, which run as graphs. Made for one run of a sampler."""
 
-    def __init__(self, unet: UNet, graphs: Graphs):
+    def __init__(self, unet: UNet | CompiledUNet, graphs: Graphs):
         self.unet, self.graphs = unet, graphs
         self._lengthened: list[tuple[PreparedConditioning, PreparedConditioning, tuple]] = []
 

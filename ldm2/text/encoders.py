@@ -55,7 +55,7 @@ class ClapText(nn.Module):
             config = clap_config(fields, "text_config", source)
         else:
             config = transformers_config(transformers.ClapTextConfig, fields, source)
-        with torch.device("meta"):
+        with weights.on_meta():
             clap = cls(tokenizer, config)
         tables = clap.text_model.embeddings
         tables.position_ids = torch.arange(config.max_position_embeddings, device="cpu")[None]
@@ -91,7 +91,7 @@ class T5Text(nn.Module):
         In float16 the last matrix of each feed-forward stays float32: its sums leave the range of float16.
         """
         config = transformers_config(transformers.T5Config, fields, source)
-        with torch.device("meta"):
+        with weights.on_meta():
             t5 = cls(tokenizer, config)
         weights.load(t5.model, tensors, dtype=dtype, device=device, source=source)
         if dtype == torch.float16:

@@ -93,7 +93,7 @@ def load_projection(
 ) -> Projection:
     """Projection from the fields of its config.json and its tensors. Raises ValueError naming `source`."""
     config = ProjectionConfig.from_dict(fields, source)
-    with torch.device("meta"):
+    with weights.on_meta():
         projection = Projection(config)
     return weights.load(projection, tensors, dtype=dtype, device=device, source=source)
 
@@ -105,7 +105,7 @@ def load_gpt2(
     """GPT-2 without head from the fields of its config.json and its tensors, maybe those of a GPT2LMHeadModel."""
     no_tokens = {"bos_token_id": None, "eos_token_id": None}      # unused, and a warning where the table is small
     config = transformers_config(transformers.GPT2Config, {**fields, **no_tokens}, source)
-    with torch.device("meta"):
+    with weights.on_meta():
         gpt2 = transformers.GPT2Model(config)
     return weights.load(gpt2, tensors, table=WITHOUT_HEAD, dtype=dtype, device=device, source=source)
 

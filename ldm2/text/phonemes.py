@@ -104,7 +104,7 @@ class PhonemeText(nn.Module):
         if config.vocab_size <= END:
             raise ValueError(f"{source}: vocab_size must be above {END}, the end symbol, got {config.vocab_size}")
         check_symbols(tokenizer, config.vocab_size, source)
-        with torch.device("meta"):
+        with weights.on_meta():
             phonemes = cls(tokenizer, config, max_length)
         table = weights.OLD_NAMES | TEXT_ENCODER_ONLY
         weights.load(phonemes.text_encoder, tensors, table=table, dtype=dtype, device=device, source=source)

@@ -54,7 +54,7 @@ class ClapAudio(nn.Module):
     ) -> ClapAudio:
         """From the fields of a ClapModel's config.json and its tensors. Raises ValueError naming `source`."""
         config = clap_config(fields, "audio_config", source)
-        with torch.device("meta"):
+        with weights.on_meta():
             audio = cls(extractor, config)
         with torch.device("cpu"):                          # whatever the default is
             for module in audio.modules():

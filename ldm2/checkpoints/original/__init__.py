@@ -141,7 +141,7 @@ def part(
     if name not in parts:
         return None
     model, config, title = _MODULES[name]
-    with weights.parameters_on_meta():
+    with weights.on_meta():
         module = model(config.from_dict(parts[name].fields, source + title))
     return weights.load(module, parts[name].tensors, table={}, source=source + name, **where)
 
