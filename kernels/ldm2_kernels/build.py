@@ -7,6 +7,7 @@ is loaded. Its name carries the version of PyTorch and a digest of the sources, 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import platform
 import shutil
@@ -36,7 +37,7 @@ def build(folder: str | Path | None = None) -> Path:
         from ldm2_kernels import cpu
     except ModuleNotFoundError:
         raise ValueError("ldm2_kernels is not installed: run `pip install -e .` first") from None
-    folders = cpu.folders() if folder is None else [Path(folder)]
+    folders = cpu.folders() if folder is None else [Path(folder).absolute()]
     return _install(compile_library(cpu.sources()), folders, cpu.library_name())
 
 
@@ -75,18 +76,27 @@ def _call(command: list[str]) -> None:
 
 
 def _install(library: bytes, folders: list[Path], name: str) -> Path:
-    """Writes the library into the first folder that can be written to: whole or not at all."""
+    """Writes the library, and its digest, into the first folder that can be written to: whole or not at all."""
+    from ldm2_kernels import cpu
+
     for folder in folders:
+        path = folder / name
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-                file.write(library)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _write(cpu.digest_file(path), hashlib.sha256(library).hexdigest().encode())
+            _write(path, library)
         except OSError:
             continue
-        os.chmod(file.name, 0o755)
-        os.replace(file.name, folder / name)
-        return folder / name
+        return path
     raise OSError(f"cannot write to {' or '.join(map(str, folders))}")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.chmod(file.name, 0o755)
+    os.replace(file.name, path)
 
 
 def main() -> int:

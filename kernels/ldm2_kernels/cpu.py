@@ -18,6 +18,7 @@ import hashlib
 import logging
 import os
 import platform
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,13 +53,74 @@ def library_name() -> str:
 
 
 def folders() -> list[Path]:
-    """Where libraries may lie, in order of preference: this package, then the user's cache."""
-    return [_HERE, Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ldm2"]
+    """Where libraries may lie, in order of preference: this package, then the user's cache.
+
+    As its specification asks, an XDG_CACHE_HOME that is empty or relative counts as not set.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return [_HERE, (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "ldm2"]
+    except RuntimeError:                                   # there is no home
+        return [_HERE]
 
 
 def library() -> Path | None:
-    """The built library that fits, None if there is none."""
-    return next((path for folder in folders() if (path := folder / library_name()).is_file()), None)
+    """The built library that fits and can be trusted, links resolved; None if there is none.
+
+    It is code that runs in this process. So it must be a file that no other user could write, in a folder of which the
+    same is true, and what `python -m ldm2.build_kernels` wrote there: its digest lies beside it.
+    """
+    for folder in folders():
+        path = folder / library_name()
+        if not path.is_file():
+            continue
+        # Whoever can write to the folder of this package can change this very code.
+        obstacle = distrust(path, above=folder != _HERE) or _damage(path)
+        if obstacle is None:
+            return path.resolve()
+        logger.warning("%s is not used: %s", path, obstacle)
+    return None
+
+
+def distrust(path: Path, above: bool = True) -> str | None:
+    """Why somebody else may have written what is at `path`, in words; None if nobody can have.
+
+    It, with `above` also each folder above it, must belong to this user, to root or to the owner of this package, and
+    nobody else may write to it. A folder in which everybody can only change his own files (as in /tmp) will do above.
+    """
+    if not hasattr(os, "geteuid"):                         # Windows keeps a user's cache to the user
+        return None
+    if not path.is_absolute():
+        return f"{path} is not an absolute path"
+    owners = {0, os.geteuid(), _HERE.stat().st_uid}
+    places = {path: None, path.resolve(): None}
+    if above:
+        places |= dict.fromkeys(folder for place in list(places) for folder in place.parents)
+    for place in places:
+        facts = place.lstat()
+        if facts.st_uid not in owners:
+            return f"{place} belongs to another user"
+        if stat.S_ISLNK(facts.st_mode):
+            continue                                       # the folder that holds it counts, and where it leads
+        own_group = facts.st_gid == os.getegid() == os.geteuid()             # a group of one, by convention
+        shared = facts.st_mode & (stat.S_IWOTH if own_group else stat.S_IWOTH | stat.S_IWGRP)
+        if shared and not (stat.S_ISDIR(facts.st_mode) and facts.st_mode & stat.S_ISVTX and place != path.parent):
+            return f"others can write to {place}"
+    return None
+
+
+def digest_file(library: Path) -> Path:
+    """Where the digest of a library lies."""
+    return library.with_name(f"{library.name}.sha256")
+
+
+def _damage(path: Path) -> str | None:
+    """What has happened to a library since it was built; None if nothing."""
+    try:
+        expected = digest_file(path).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return f"{digest_file(path).name} is missing: build it anew"
+    return None if hashlib.sha256(path.read_bytes()).hexdigest() == expected else "it is damaged: build it anew"
 
 
 def load() -> bool:

@@ -1,5 +1,8 @@
 """Where the library goes and what is said when it cannot be built. test_cpu_kernels.py compiles the real one."""
 
+import hashlib
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +29,8 @@ def test_the_library_lies_in_the_folder_under_its_name(compiler, tmp_path):
     path = build.build(tmp_path / "made" / "new")
     assert path == tmp_path / "made" / "new" / cpu.library_name()
     assert path.read_text() == "code\n"
-    assert list(path.parent.iterdir()) == [path]
+    assert sorted(path.parent.iterdir()) == [path, cpu.digest_file(path)]
+    assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_first_folder_that_can_be_written_to_is_taken(compiler, tmp_path, monkeypatch):
@@ -119,3 +123,103 @@ def test_another_word_for_building_kernels_is_refused(nothing_built, monkeypatch
     monkeypatch.setenv("LDM2_KERNELS", "yes")
     with pytest.raises(ValueError, match="LDM2_KERNELS must be auto or not set, got 'yes'"):
         cpu.load()
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """planted(folder): a library with its digest in a folder, by its public name. Nothing is ever loaded."""
+    def plant(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        library = folder / cpu.library_name()
+        library.write_bytes(b"code")
+        cpu.digest_file(library).write_text(hashlib.sha256(b"code").hexdigest())
+        return library
+
+    def refuse(path):
+        raise AssertionError(f"{path} was loaded")
+
+    monkeypatch.setattr(cpu, "_HERE", tmp_path / "package")
+    monkeypatch.setattr(torch.ops, "load_library", refuse)
+    monkeypatch.delenv("LDM2_KERNELS", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "package").mkdir()
+    return plant
+
+
+def test_a_library_of_the_users_own_cache_is_found(planted, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library = planted(tmp_path / "cache" / "ldm2")
+    assert cpu.library() == library.resolve()
+    assert planted(tmp_path / "package").samefile(cpu.library())
+
+
+@pytest.mark.parametrize("cache", ["", "relative", "."])
+def test_a_library_in_the_current_folder_is_never_loaded(planted, tmp_path, monkeypatch, cache):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    planted(tmp_path / cache / "ldm2")
+    assert not cpu.load()
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "above", "group"])
+def test_a_library_that_others_could_write_is_never_loaded(planted, tmp_path, monkeypatch, caplog, what):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library = planted(tmp_path / "cache" / "ldm2")
+    place = {"file": library, "folder": library.parent, "above": tmp_path / "cache", "group": library.parent}[what]
+    place.chmod(0o770 if what == "group" else 0o777)
+    if what == "group":
+        monkeypatch.setattr(os, "getegid", lambda: 12345)
+    assert not cpu.load()
+    assert f"others can write to {place}" in caplog.text
+
+
+def test_a_folder_for_everybody_is_no_cache_but_may_hold_one(planted, tmp_path, monkeypatch):
+    """As /tmp is: everybody may put files there, and change only his own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library = planted(tmp_path / "cache" / "ldm2")
+    (tmp_path / "cache").chmod(0o1777)
+    assert cpu.library() == library.resolve()
+    library.parent.chmod(0o1777)
+    assert cpu.library() is None
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "target"])
+def test_a_library_of_another_user_is_never_loaded(planted, tmp_path, monkeypatch, caplog, what):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library = planted(tmp_path / "cache" / "ldm2")
+    if what == "target":                                   # of a link in the user's own cache
+        library.unlink()
+        place = planted(tmp_path / "elsewhere")
+        library.symlink_to(place)
+    else:
+        place = library if what == "file" else library.parent
+    lstat = Path.lstat
+
+    def facts(path):
+        found = lstat(path)
+        return SimpleNamespace(st_uid=4321, st_gid=found.st_gid, st_mode=found.st_mode) if path == place else found
+
+    monkeypatch.setattr(Path, "lstat", facts)
+    assert not cpu.load()
+    assert f"{place} belongs to another user" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["shorter", "without digest"])
+def test_a_library_that_is_not_what_was_built_is_not_loaded(planted, tmp_path, monkeypatch, caplog, change):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library = planted(tmp_path / "cache" / "ldm2")
+    if change == "shorter":
+        library.write_bytes(b"cod")
+    else:
+        cpu.digest_file(library).unlink()
+    assert not cpu.load()
+    assert "build it anew" in caplog.text
+
+
+def test_without_a_home_the_package_alone_is_searched(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    assert cpu.folders() == [cpu._HERE]
