@@ -9,6 +9,7 @@ import torch
 
 import ldm2
 from ldm2.runtime.inference import inference
+from ldm2.settings import Sampling
 
 SETTINGS = {"steps": 1, "seconds": 0.2, "seed": 0}
 
@@ -22,7 +23,7 @@ def tensors(pipe) -> list[torch.Tensor]:
     """What each stage returns."""
     conditioning = pipe.encode("rain")
     unconditional = pipe.encode_unconditional(conditioning)
-    latents = pipe.denoise(conditioning, latents=torch.zeros(1, *pipe.latent_shape(0.2)), steps=1)
+    latents = pipe.denoise(conditioning, unconditional, torch.zeros(1, *pipe.latent_shape(0.2)), Sampling(steps=1))
     mel = pipe.decode(latents)
     waveform = pipe.vocode(mel)
     sides = [*conditioning.contexts, *unconditional.contexts]
