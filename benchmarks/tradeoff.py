@@ -5,8 +5,9 @@
 Every sampler at several numbers of steps, timesteps that start at the last one of the training, guidance in a part of
 the run, DeepCache, and the presets. Two distances: of the latents, relative to the norm of the reference's, and of
 the log-mel spectrograms (mean absolute difference, in natural logarithms). Both also grow where a sound is as good but
-another one; so a judge of sounds that were made by formulas says which share of them is what the prompt asked for. It
-is meant for the bundled tiny model.
+another one. So three numbers of `ldm2 eval` stand beside them, with the model's own CLAP: the mean CLAP score, and the
+Frechet and kernel audio distances of all sounds of a way from all of the reference. And a judge of sounds that were
+made by formulas, meant for the bundled tiny model, says which share of them is what the prompt asked for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +37,9 @@ from ldm2 import atomic
 from ldm2.checkpoints.random_models import SIZES, UNET
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig
+from ldm2.metrics import distances
+from ldm2.metrics.embedding import Embedding
+from ldm2.metrics.embedding import load as load_embedding
 from ldm2.noise import SeededNoise
 from ldm2.options import check_integer
 from ldm2.runtime.profiling import flop_of, synchronise
@@ -58,6 +63,7 @@ class Row:
     work:     floating-point operations of the published base model for the same calls, as a share of the reference's
     branches: evaluations of the UNet for one sound; guidance needs two for a model call
     latents, mel: mean distance to the reference. right: share that the judge accepts, None where it was not asked
+    clap, frechet, kernel: as `ldm2 eval` has them, None where it was not asked; distances need two sounds
     """
 
     name: str
@@ -69,6 +75,9 @@ class Row:
     latents: float
     mel: float
     right: float | None
+    clap: float | None = None
+    frechet: float | None = None
+    kernel: float | None = None
 
 
 def ways() -> list[tuple[str, dict]]:
@@ -153,9 +162,11 @@ def calls_of(pipe: ldm2.AudioLDM2, settings: dict) -> Counter[Call]:
 class Comparison:
     """A model and a batch of prompts with their noise; runs ways to sample, and compares them with the reference."""
 
-    def __init__(self, pipe: ldm2.AudioLDM2, prompts: int, seeds: int, judged: bool):
+    def __init__(
+        self, pipe: ldm2.AudioLDM2, prompts: int, seeds: int, judged: bool, embedding: Embedding | None = None
+    ):
         chosen = list(PROMPTS)[:: max(1, len(PROMPTS) // prompts)][:prompts]
-        self.pipe, self.judged = pipe, judged
+        self.pipe, self.judged, self.embedding = pipe, judged, embedding
         self.kinds = [kind for kind in chosen for _ in range(seeds)]
         self.seeds = [seed for _ in chosen for seed in range(seeds)]
         conditioning = pipe.encode([PROMPTS[kind][0] for kind in chosen])
@@ -163,6 +174,10 @@ class Comparison:
         self.run({**REFERENCE, "steps": 2})                # the first calls are slow
         self.reference, self.seconds = self.run(REFERENCE)
         self.reference_mel = self.pipe.decode(self.reference).float()
+        if embedding is not None:
+            texts = dict(zip(chosen, embedding.texts([PROMPTS[kind][0] for kind in chosen])))
+            self.texts = np.stack([texts[kind] for kind in self.kinds])      # (sounds, D)
+            self.reference_vectors = self.vectors(self.waves(self.reference_mel))
 
     def run(self, settings: dict) -> tuple[Tensor, float]:
         """Latents of all sounds, and the time for one."""
@@ -177,18 +192,36 @@ class Comparison:
         """Run, and compare."""
         latents, seconds = (self.reference, self.seconds) if settings == REFERENCE else self.run(settings)
         mel, calls = self.pipe.decode(latents), calls_of(self.pipe, settings)
+        waves = self.waves(mel) if self.judged or self.embedding is not None else None
+        scores = {} if self.embedding is None else self.scores(waves)
         return Row(
             name=name_of(settings), kind=kind, settings=settings, seconds=seconds,
             work=work(calls) / work(calls_of(self.pipe, REFERENCE)),
             branches=float(sum(branches * count for (branches, _), count in calls.items())),
             latents=float((norms(latents - self.reference) / norms(self.reference)).mean()),
             mel=float((mel.float() - self.reference_mel).abs().mean()),
-            right=self.right(mel) if self.judged else None,
+            right=self.right(waves) if self.judged else None, **scores,
         )
 
-    def right(self, mel: Tensor) -> float:
+    def waves(self, mel: Tensor) -> np.ndarray:
+        """Waveforms (sounds, N)."""
+        return self.pipe.vocode(mel.to(self.pipe.dtype)).numpy()
+
+    def vectors(self, waves: np.ndarray) -> np.ndarray:
+        """Embeddings (sounds, D)."""
+        return np.stack([self.embedding.sound(wave, self.pipe.sample_rate) for wave in waves])
+
+    def scores(self, waves: np.ndarray) -> dict[str, float]:
+        """CLAP score, and distances from the reference where there are two sounds or more."""
+        vectors = self.vectors(waves)
+        found = {"clap": float((vectors * self.texts).sum(axis=1).mean())}
+        if len(vectors) > 1:
+            found["frechet"] = distances.frechet(vectors, self.reference_vectors)
+            found["kernel"] = distances.kernel(vectors, self.reference_vectors)
+        return found
+
+    def right(self, waves: np.ndarray) -> float:
         """Share of the sounds that are what their prompts asked for."""
-        waves = self.pipe.vocode(mel).numpy()
         return sum(is_right(wave, kind) for wave, kind in zip(waves, self.kinds)) / len(waves)
 
 
@@ -221,12 +254,14 @@ def pareto(rows: list[Row]) -> list[Row]:
 def table(rows: list[Row]) -> str:
     """Markdown; those on the Pareto curve are marked."""
     best = pareto(rows)
-    lines = ["| | way | s / sound | work at full size | UNet branches | latents | log-mel | right | Pareto |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| | way | s / sound | work at full size | UNet branches | latents | log-mel | CLAP score | FAD | KAD | "
+             "right | Pareto |", "|---" * 12 + "|"]
     for row in rows:
+        told = [("", "{:.3f}")[value is not None].format(value) for value in (row.clap, row.frechet, row.kernel)]
         right = "" if row.right is None else f"{row.right:.2f}"
         lines.append(f"| {row.kind} | {row.name} | {row.seconds:.3f} | {row.work:.3f} | {row.branches:.0f} | "
-                     f"{row.latents:.3f} | {row.mel:.3f} | {right} | {'*' if row in best else ''} |")
+                     f"{row.latents:.3f} | {row.mel:.3f} | {' | '.join(told)} | {right} | "
+                     f"{'*' if row in best else ''} |")
     return "\n".join(lines)
 
 
@@ -259,12 +294,14 @@ def draw(rows: list[Row], path: Path) -> None:
 
 def facts(comparison: Comparison, model: str) -> dict:
     """Machine, versions, command, and what was compared."""
-    pipe, settings = comparison.pipe, Settings("any").resolved(comparison.pipe.defaults)
+    pipe, embedding = comparison.pipe, comparison.embedding
+    settings = Settings("any").resolved(comparison.pipe.defaults)
     return report.about(f"python -m benchmarks.tradeoff {shlex.join(sys.argv[1:])}".strip(), pipe.device, {
         "model": model, "sounds": len(comparison.seeds), "kinds": list(dict.fromkeys(comparison.kinds)),
         "guidance_scale": settings.guidance_scale, "seconds": settings.seconds,
         "dtype": str(pipe.dtype)[6:],
-    })
+    } | ({} if embedding is None else {"embedding": embedding.name, "embedding_revision": embedding.revision,
+                                       "resampler": embedding.resampler}))
 
 
 def write(stem: Path, told: dict, rows: list[Row], text: str) -> None:
@@ -283,14 +320,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--prompts", type=count, default=6, help="how many kinds of sound (default: %(default)s)")
     parser.add_argument("--seeds", type=count, default=2, help="sounds of each (default: %(default)s)")
-    parser.add_argument("--no-judge", action="store_true", help="no waveforms, for models that know other sounds")
+    parser.add_argument("--no-judge", action="store_true", help="for models that know other sounds")
+    parser.add_argument("--no-scores", action="store_true", help="neither CLAP score nor distances of embeddings")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json and FILE.md, for example "
                         "benchmarks/results/tradeoff")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curve")
     args = parser.parse_args(arguments)
     pipe = ldm2.load(args.model, device=args.device, dtype=args.dtype)
     prompts, seeds = check_integer("prompts", args.prompts), check_integer("seeds", args.seeds)
-    comparison = Comparison(pipe, prompts, seeds, judged=not args.no_judge)
+    clap = None if args.no_scores else load_embedding(args.model, device=pipe.device)
+    comparison = Comparison(pipe, prompts, seeds, judged=not args.no_judge, embedding=clap)
     rows = [comparison.row("reference", REFERENCE)]
     for kind, settings in ways():
         rows.append(comparison.row(kind, settings))

@@ -12,6 +12,7 @@ import torch
 import ldm2
 from benchmarks import tradeoff
 from benchmarks.tradeoff import Comparison, Row, calls_of, name_of, operations, pareto, ways
+from ldm2.metrics import distances, embedding
 from ldm2.samplers import SAMPLERS
 from ldm2.settings import PRESETS, Sampling
 from ldm2.training.tiny.sounds import make_waveform
@@ -115,8 +116,23 @@ def test_the_counted_calls_are_those_that_the_unet_gets(pipe, monkeypatch, setti
 def test_the_judge_hears_what_was_asked_for(comparison, monkeypatch):
     rng = np.random.default_rng(0)
     right = [make_waveform(rng, kind) for kind in comparison.kinds]
-    monkeypatch.setattr(comparison.pipe, "vocode", lambda mel: torch.from_numpy(np.stack([right[0], 0 * right[1]])))
-    assert comparison.right(torch.zeros(2, 1, 8, 8)) == 0.5
+    assert comparison.right(np.stack([right[0], 0 * right[1]])) == 0.5
+
+
+def test_a_way_is_scored_by_the_embeddings_of_its_sounds(pipe, tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(tradeoff, "REFERENCE", REFERENCE)
+    clap = embedding.load(str(tiny_checkpoint))
+    scored = Comparison(pipe, prompts=2, seeds=2, judged=False, embedding=clap)
+    same = scored.row("ddim", REFERENCE)
+    assert same.frechet == pytest.approx(0, abs=1e-12)
+    other = scored.row("ddim", REFERENCE | {"steps": 1})
+    sounds = pipe.vocode(pipe.decode(scored.run(other.settings)[0])).numpy()
+    x = np.stack([clap.sound(sound, 16_000) for sound in sounds])
+    y = np.stack([clap.sound(sound, 16_000) for sound in pipe.vocode(scored.reference_mel).numpy()])
+    assert other.frechet == pytest.approx(distances.frechet(x, y), rel=1e-6)
+    assert other.kernel == pytest.approx(distances.kernel(x, y), rel=1e-6)
+    texts = [tradeoff.PROMPTS[kind][0] for kind in scored.kinds]
+    assert other.clap == pytest.approx((x * clap.texts(texts)).sum(axis=1).mean(), rel=1e-6)
 
 
 def test_the_pareto_curve_holds_what_nothing_beats():
@@ -124,18 +140,23 @@ def test_the_pareto_curve_holds_what_nothing_beats():
     assert [(r.seconds, r.mel) for r in pareto(rows)] == [(1, 0.5), (2, 0.2), (3, 0.1)]
 
 
-def test_the_script_prints_a_table_and_writes_json_markdown_and_a_picture(pipe, tmp_path, monkeypatch, capsys):
+def test_the_script_prints_a_table_and_writes_json_markdown_and_a_picture(
+    pipe, tiny_checkpoint, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(tradeoff, "REFERENCE", REFERENCE)
     monkeypatch.setattr(tradeoff, "STEPS", (1,))
     monkeypatch.setattr(tradeoff, "INTERVALS", ((0.0, 0.5),))
     monkeypatch.setattr(tradeoff, "PRESETS", {"fast": PRESETS["fast"] | {"steps": 2}})
     monkeypatch.setattr(ldm2, "load", lambda *arguments, **options: pipe)
     out, plot = tmp_path / "results" / "x", tmp_path / "curve.png"
-    tradeoff.main(["--prompts", "1", "--seeds", "1", "--no-judge", "--out", str(out), "--plot", str(plot)])
+    tradeoff.main(["--prompts", "1", "--seeds", "2", "--no-judge", "--model", str(tiny_checkpoint), "--out", str(out),
+                   "--plot", str(plot)])
     printed = capsys.readouterr().out
     content = json.loads(out.with_suffix(".json").read_text())
     assert [content["rows"][i]["kind"] for i in (0, -1)] == ["reference", "preset fast"]
     assert all(np.isfinite(r["mel"]) and r["seconds"] > 0 for r in content["rows"])
-    assert content["torch"] == torch.__version__ and content["sounds"] == 1
+    assert content["torch"] == torch.__version__ and content["sounds"] == 2
+    assert content["embedding"] == str(tiny_checkpoint)
+    assert all(np.isfinite(r["frechet"]) for r in content["rows"])
     assert printed.strip() in out.with_suffix(".md").read_text()
     assert plot.stat().st_size > 10_000
