@@ -223,8 +223,8 @@ class Stages:
     def denoise(
         self, conditioning: Conditioning, unconditional: Conditioning | None, latents: Tensor,
         sampling: Sampling = Sampling(), *, noise: Callable[[Tensor], Tensor] | None = None,
-        windows: Sequence[Window] | None = None, init: Init = Init(), callback: Callback | None = None,
-        progress: bool | Progress = False,
+        windows: Sequence[Window] | None = None, init: Init = Init(), schedule: Schedule | None = None,
+        callback: Callback | None = None, progress: bool | Progress = False,
     ) -> Tensor:
         """Standard normal `latents` (B, C, T/f, F/f) -> latents of sound, same shape, float32.
 
@@ -235,6 +235,7 @@ class Stages:
         windows:  what the UNet sees at once (see `windows`), all if None. For prompts over time the conditionings have
                   B rows for the first prompt, then B for the second, and so on.
         init:     a late start from latents of sound, and what is held fixed
+        schedule: noise levels and options of the samplers, default the model's own
         callback: called as callback(step, total, latents) after each step; may return False: raises Cancelled
         progress: as of `ldm2.runtime.progress.shown`
         """
@@ -242,7 +243,7 @@ class Stages:
         sampling = sampling.resolved(self.defaults | unguided)
         if callback is not None and not callable(callback):
             raise ValueError(f"callback must be callable, got {callback!r}")
-        schedule = self.schedule.with_spacing(sampling.spacing)
+        schedule = (self.schedule if schedule is None else schedule).with_spacing(sampling.spacing)
         guided = functools.partial(
             Guidance, self.unet, scale=sampling.guidance_scale, rescale=sampling.guidance_rescale, dtype=self.dtype,
             timesteps=samplers.timesteps(sampling.sampler, schedule, sampling.steps),
