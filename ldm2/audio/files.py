@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldm2 import atomic
-from ldm2.audio import tags
+from ldm2.audio import mp3, tags
 from ldm2.runtime.host import usual_numpy
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_CHANNELS = 24                         # of a loudspeaker layout: 22.2, ITU-R BS.2051
+
+UNKNOWN_LENGTH = 2**62                     # samples: what libsndfile says where a header does not tell
 
 _BLOCK = 16_384                            # samples per call: the Vorbis writer overruns the stack on long blocks
 
@@ -148,10 +151,7 @@ def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
     """The sound file at `path`, recognised by its content whatever its name. Errors become one line with the path."""
     import soundfile
 
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder")
+    _check_place(path)
     with open(path, "rb", buffering=0) as handle:
         if os.fstat(handle.fileno()).st_size == 0:
             raise ValueError(f"{path} is empty")
@@ -160,7 +160,31 @@ def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
             with soundfile.SoundFile(source, closefd=False) as file:
                 yield file
         except soundfile.LibsndfileError as error:
-            raise ValueError(f"{path} cannot be read as a sound file: {error.error_string}") from error
+            raise ValueError(f"{path} cannot be read as a sound file: {error.error_string}{_hint(path)}") from error
+
+
+def _check_place(path: Path) -> None:
+    """Raises ValueError or OSError unless there is a regular file: opening a pipe would wait for its writer."""
+    if re.match(r"\w+:/", str(path)) and not path.exists():
+        raise ValueError(f"{str(path).replace(':/', '://', 1)} is an address: download the sound, and give the file")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    if not path.is_file():
+        raise ValueError(f"{path} is a pipe or a device: write the sound to a file first")
+
+
+def _hint(path: Path) -> str:
+    """What to do with a file of a kind that libsndfile does not read, by its first bytes."""
+    with open(path, "rb") as file:
+        start = file.read(12)
+    kinds = {
+        "MPEG-4 (m4a, mp4)": start[4:8] == b"ftyp", "WebM or Matroska": start[:4] == b"\x1aE\xdf\xa3",
+        "AAC": start[:2] in (b"\xff\xf1", b"\xff\xf9"), "WMA": start[:4] == b"0&\xb2u",
+    }
+    kind = next((name for name, is_it in kinds.items() if is_it), None)
+    return "" if kind is None else f"; it is {kind}: convert it first, as in ffmpeg -i {path.name} {path.stem}.wav"
 
 
 def describe(path: str | Path) -> FileInfo:
@@ -170,22 +194,28 @@ def describe(path: str | Path) -> FileInfo:
 
 
 @usual_numpy
-def read_channels(path: str | Path) -> tuple[np.ndarray, int]:
+def read_channels(path: str | Path, max_seconds: float = math.inf) -> tuple[np.ndarray, int]:
     """All channels of a sound file as they are: waveform (channels, N), sample rate in Hz.
 
     float32, or float64 of a file with integers of 32 bits or floats of 64.
 
     Any format, rate, length and number of channels that libsndfile reads: WAV of 8 to 64 bits, FLAC, OGG Vorbis and
     Opus, MP3, AIFF and more. Raises OSError if there is no such file or it may not be read, ValueError if it is not a
-    sound file, is damaged, holds no samples, or holds samples that are NaN or infinite.
+    sound file, is damaged, is longer than max_seconds (told from its header), holds no samples, or holds samples that
+    are NaN or infinite.
     """
     path = Path(path)
-    blocks = []
+    blocks, num_samples = [], 0
     with _opened(path) as file:
         sample_rate = file.samplerate
+        _check_length(path, file.frames, sample_rate, max_seconds)
+        if file.format == "MP3":
+            mp3.check(path)
         dtype = "float64" if _KEEPS.get(file.subtype) in _WIDE else "float32"
         while len(block := file.read(_BLOCK, dtype=dtype, always_2d=True)):
             blocks.append(block.T)
+            num_samples += len(block)
+            _check_length(path, num_samples, sample_rate, max_seconds)
     if not blocks:
         raise ValueError(f"{path} holds no samples")
     waveform = np.ascontiguousarray(np.concatenate(blocks, axis=1))
@@ -194,6 +224,12 @@ def read_channels(path: str | Path) -> tuple[np.ndarray, int]:
         raise ValueError(f"{path} holds NaN or infinite values in {np.count_nonzero(~finite)} of {len(finite)} "
                          f"samples, the first at {np.argmin(finite) / sample_rate:.3f} s")
     return waveform, sample_rate
+
+
+def _check_length(path: Path, num_samples: int, sample_rate: int, max_seconds: float) -> None:
+    """Raises ValueError for more sound than is asked for."""
+    if num_samples > max_seconds * sample_rate and num_samples < UNKNOWN_LENGTH:
+        raise ValueError(f"{path} must be at most {max_seconds:g} s long, got {num_samples / sample_rate:.0f} s")
 
 
 @usual_numpy

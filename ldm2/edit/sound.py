@@ -10,6 +10,7 @@ import numpy as np
 
 from ldm2 import audio
 from ldm2.runtime.host import usual_numpy
+from ldm2.settings import MAX_SECONDS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +60,7 @@ def open_sound(
         if sample_rate is not None:
             raise ValueError(f"do not pass sample_rate {sample_rate} for a file: {source} carries its own")
         path = Path(source)
-        channels, rate = audio.read_channels(path)
+        channels, rate = audio.read_channels(path, MAX_SECONDS)
         try:
             return Sound(channels, audio.mix(channels, channel), rate, path, audio.describe(path).encoding)
         except ValueError as error:

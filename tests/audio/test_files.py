@@ -648,3 +648,33 @@ def test_importing_audio_imports_neither_torch_nor_the_sound_libraries():
     program = "import sys, ldm2.audio; print(*({'torch', 'soundfile', 'soxr', 'scipy'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ""
+
+
+# --- what is no sound file, and why ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("start, kind", [
+    (b"\0\0\0\x20ftypM4A ", "m4a"), (b"\x1aE\xdf\xa3abcd", "WebM"), (b"\xff\xf1abcd", "AAC"), (b"0&\xb2uabcd", "WMA"),
+])
+def test_a_format_that_libsndfile_does_not_read_is_told_how_to_convert(tmp_path, start, kind):
+    (tmp_path / "x.dat").write_bytes(start + b"0" * 100)
+    with pytest.raises(ValueError, match=rf"{kind}.*ffmpeg -i x\.dat x\.wav"):
+        audio.read(tmp_path / "x.dat")
+
+
+def test_an_address_is_no_file():
+    with pytest.raises(ValueError, match=r"https://example\.org/x\.wav is an address"):
+        audio.read("https://example.org/x.wav")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.wav")
+    with pytest.raises(ValueError, match="is a pipe"):
+        audio.read(tmp_path / "x.wav")
+
+
+def test_a_sound_that_is_too_long_is_refused_by_its_header(tmp_path):
+    soundfile.write(tmp_path / "x.flac", np.zeros((10_000, 8)), 10)
+    with pytest.raises(ValueError, match="at most 600 s long, got 1000 s"):
+        audio.read_channels(tmp_path / "x.flac", 600)
+
