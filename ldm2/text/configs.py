@@ -11,6 +11,9 @@ from huggingface_hub.errors import StrictDataclassError
 
 def transformers_config(kind: type, fields: Mapping[str, Any], source: str) -> transformers.PreTrainedConfig:
     """A transformers config from the fields of a config.json. Raises ValueError naming `source`."""
+    for name, default in kind().to_dict().items():         # before 5.4 transformers takes anything, and fails later
+        if isinstance(default, (int, float)) and isinstance(fields.get(name), (str, list, dict)):
+            raise ValueError(f"{source}: {name} must be a number, got {fields[name]!r}")
     try:
         return kind.from_dict(dict(fields))
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:

@@ -32,6 +32,8 @@ CLAP_TEXT_ONLY = {
     r"(?:audio_model|audio_projection)\..*": None,
     r"logit_scale_[at]": None,
     r"text_model\.embeddings\.(?:position_ids|token_type_ids)": None,
+    r"(text_model\..*\bLayerNorm)\.gamma": r"\1.weight",     # as the first releases of transformers 5 save them
+    r"(text_model\..*\bLayerNorm)\.beta": r"\1.bias",
 }
 
 

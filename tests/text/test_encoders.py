@@ -61,6 +61,19 @@ def test_clap_loads_without_the_tables_that_older_files_have(clap_model):
     assert torch.equal(loaded(CAPTIONS), clap(clap_model)(CAPTIONS))
 
 
+@torch.no_grad()
+def test_clap_loads_with_the_names_that_transformers_5_gave_layer_norms_when_it_saved(clap_model):
+    old = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
+    tensors = dict(clap_model.state_dict())
+    for name in list(tensors):
+        for new, given in old.items():
+            if name.startswith("text_model.") and name.endswith(new):
+                tensors[name.replace(new, given)] = tensors.pop(name)
+    assert len(tensors.keys() - clap_model.state_dict().keys()) > 5
+    loaded = ClapText.load(clap_model.config.to_dict(), tensors, clap_words())
+    assert torch.equal(loaded(CAPTIONS), clap(clap_model)(CAPTIONS))
+
+
 def test_audio_branch_is_not_loaded(clap_model):
     assert not [name for name, _ in clap(clap_model).named_parameters() if "audio" in name]
 

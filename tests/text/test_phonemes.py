@@ -61,7 +61,8 @@ def espeak(monkeypatch):
     from transformers.models.vits import tokenization_vits
 
     def install(answer: str | Exception) -> None:
-        monkeypatch.setattr(tokenization_vits, "requires_backends", lambda *needed: None)
+        for check, answers in (("requires_backends", None), ("is_phonemizer_available", True)):   # of new and old
+            monkeypatch.setattr(tokenization_vits, check, lambda *needed, answers=answers: answers, raising=False)
         monkeypatch.setattr(tokenization_vits, "phonemizer", FakeEspeak(answer), raising=False)
 
     return install
