@@ -21,7 +21,7 @@ from ldm2.result import Result
 from ldm2.runtime import weight_layout
 from ldm2.runtime.compilation import check_compiler, compile_step
 from ldm2.runtime.device import choose_device, choose_dtype
-from ldm2.runtime.inference import ordinary
+from ldm2.runtime.inference import check_fork, ordinary
 from ldm2.runtime.memory import Load, Stage
 from ldm2.schedules import Schedule
 from ldm2.settings import Settings
@@ -63,6 +63,7 @@ def load(
     """
     if reference not in REFERENCES:
         raise ValueError(f"unknown reference {reference!r}, choose from {', '.join(REFERENCES)}")
+    check_fork()
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
     if compile:

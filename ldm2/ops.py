@@ -65,7 +65,16 @@ def asked() -> str:
     return _backend.get()
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: Callable) -> Callable:
+    """Marks a function whose result torch.compile may take for a constant.
+
+    As `torch.compiler.assume_constant_result` does, without the import of torch._dynamo, which takes a second.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
 def _choice(name: str, device_type: str) -> tuple[bool, bool]:
     """(whether there is a kernel to try, whether falling back is an error)."""
     asked = _backend.get()
@@ -90,7 +99,7 @@ def _loaded(device_type: str) -> dict[str, Callable | None]:
         return {}
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _trusted(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel of an operation is known to compute what it should. At its first use in a process it is tried
     on small inputs; one that fails is reported once."""

@@ -47,3 +47,9 @@ print([name for name in before if before[name] != after[name]])
 def test_importing_every_module_changes_nothing_global():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300)
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
+def test_operations_do_without_the_compiler():
+    """`torch._dynamo` takes a second to import; a model that is not compiled does not need it."""
+    script = "import sys; from ldm2 import mel, ops, samplers, unet, vae; print('torch._dynamo' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True) == "False\n"

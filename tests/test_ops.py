@@ -352,3 +352,11 @@ def test_kernels_that_cannot_be_loaded_are_told_once(monkeypatch, caplog):
         assert torch.equal(ops.leaky_relu(torch.ones(3), 0.1), torch.ones(3))
     [message] = caplog.messages
     assert "kernels for cpu cannot be loaded (libtorch_cpu.so: undefined symbol)" in message
+
+
+def test_constants_are_marked_as_pytorch_marks_them():
+    def plain():
+        pass
+
+    assert vars(ops._constant(lambda: None)) == vars(torch.compiler.assume_constant_result(plain))
+    assert vars(ops._choice) == vars(plain)

@@ -153,7 +153,16 @@ def _built_if_asked() -> Path | None:
         return None
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: Callable) -> Callable:
+    """Marks a function whose result torch.compile may take for a constant.
+
+    As `torch.compiler.assume_constant_result` does, without the import of torch._dynamo, which takes a second.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
 def _bfloat16() -> str:
     """What this machine has for it: "matrices" (AMX, many times as fast as float32), "products" (AVX-512, twice) or "".
 

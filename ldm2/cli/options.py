@@ -149,10 +149,16 @@ def one_prompt(words: list[str]) -> str | None:
 
 def load(args: argparse.Namespace) -> AudioLDM2:
     """The checkpoint of add_model_options. With --verbose its stages report to stderr from here on."""
+    import torch
+
     import ldm2
+    from ldm2.loading import choose_device
+    from ldm2.runtime.inference import check_precision
 
     if getattr(args, "verbose", False):
         logging.getLogger("ldm2").setLevel(logging.INFO)
+    if args.dtype == "float16":                            # told before gigabytes are loaded
+        check_precision(choose_device(args.device), torch.float16)
     start = time.perf_counter()
     pipe = ldm2.load(
         args.model, device=args.device, dtype=args.dtype, reference=args.reference, revision=args.revision,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass, replace
@@ -14,7 +16,10 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
+logger = logging.getLogger(__name__)
+
 _DEVICES = ("cpu", "cuda", "mps")                          # that ldm2 computes on
+_process = os.getpid()                                     # the one whose threads PyTorch has
 
 
 def inference(function: Callable[P, R]) -> Callable[P, R]:
@@ -23,6 +28,7 @@ def inference(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **named: P.kwargs) -> R:
+        check_fork()
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             for device in _DEVICES:
@@ -33,6 +39,30 @@ def inference(function: Callable[P, R]) -> Callable[P, R]:
             return _ordinary(result)
 
     return run
+
+
+def check_fork() -> None:
+    """In a process that was forked, go on in one thread, and say so.
+
+    The threads of OpenMP are not there after a fork, but waited for. Processes that are started by "spawn" have theirs.
+    """
+    global _process
+    if os.getpid() != _process:
+        _process = os.getpid()
+        if torch.get_num_threads() > 1:
+            logger.warning("this process was forked and has no threads of OpenMP: it computes in one thread; "
+                           "multiprocessing's start method \"spawn\" keeps all")
+            torch.set_num_threads(1)
+
+
+def check_precision(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError for float16 on a CPU, which has no instructions for it: 3 s of sound take minutes.
+
+    A model may be loaded there in float16, on its way to a GPU.
+    """
+    if device.type == "cpu" and dtype == torch.float16:
+        raise ValueError("dtype float16 is for GPUs, on a CPU it takes minutes a second of sound: choose float32, or "
+                         "bfloat16 for half the memory")
 
 
 def ordinary() -> ExitStack:

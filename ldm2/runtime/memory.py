@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ldm2 import weights
 from ldm2.runtime import weight_layout
-from ldm2.runtime.inference import ordinary
+from ldm2.runtime.inference import check_precision, ordinary
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +87,14 @@ class Stage:
 
 
 def in_stage(name: str) -> Callable[[Callable], Callable]:
-    """For functions and methods whose first argument is a pipeline: they run in its stage of this name."""
+    """For functions and methods whose first argument is a pipeline: they run in its stage of this name.
+
+    Raises ValueError for float16 on a CPU."""
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
         def run(pipe, *args, **keywords):
+            check_precision(pipe.device, pipe.dtype)
             with pipe.stages[name]:
                 return function(pipe, *args, **keywords)
 

@@ -132,11 +132,11 @@ def test_moving_gives_the_sound_of_the_dtype_and_ranks(tiny_checkpoint, monkeypa
     settings = {"num_inference_steps": 2, "audio_length_in_s": 0.1, "num_waveforms_per_prompt": 2}
     moved = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint)
     moved("a dog", **settings)
-    moved.to(torch.float16)
-    loaded = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint, torch.float16)
+    moved.to(torch.bfloat16)
+    loaded = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint, torch.bfloat16)
     sounds = [pipe("a dog", generator=torch.Generator().manual_seed(1), **settings).audios for pipe in (moved, loaded)]
     assert np.array_equal(*sounds)
-    assert ranked == [torch.float32, torch.float16, torch.float16]
+    assert ranked == [torch.float32, torch.bfloat16, torch.bfloat16]
 
 
 def test_what_is_read_anew_for_each_stage_is_not_moved(tiny_checkpoint):

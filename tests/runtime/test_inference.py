@@ -79,3 +79,14 @@ def test_a_relative_path_holds_when_the_current_folder_changes(tiny_checkpoint, 
     pipe = ldm2.load(f"./{tiny_checkpoint.name}", device="cpu", low_memory=low_memory)
     os.chdir(tmp_path)
     assert len(pipe.generate("rain", num_waveforms=2, **SETTINGS).waveforms) == 2
+
+
+@pytest.mark.parametrize("use", [
+    lambda pipe: pipe.generate("rain", **SETTINGS),
+    lambda pipe: pipe.reconstruct(torch.zeros(3200), sample_rate=16_000),
+    lambda pipe: pipe.transfer(torch.zeros(3200), "rain", sample_rate=16_000, steps=1),
+])
+def test_float16_on_a_cpu_is_refused_before_the_work(tiny_checkpoint, use):
+    pipe = ldm2.load(tiny_checkpoint, device="cpu", dtype="float16")
+    with pytest.raises(ValueError, match=r"float16 is for GPUs.*bfloat16"):
+        use(pipe)
