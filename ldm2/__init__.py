@@ -16,11 +16,12 @@ _HOMES = {
     "AudioLDM2": "ldm2.pipeline",
     "Cancelled": "ldm2.samplers",
     "Result": "ldm2.result",
+    "Settings": "ldm2.settings",
     "generate": "ldm2.loading",
     "load": "ldm2.loading",
 }
 
-__all__ = ["AudioLDM2", "Cancelled", "Result", "__version__", "generate", "load"]
+__all__ = ["AudioLDM2", "Cancelled", "Result", "Settings", "__version__", "generate", "load"]
 
 
 def __getattr__(name: str):

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from ldm2.options import options_of
 from ldm2.runtime.progress import Progress
-from ldm2.settings import EDITS, GENERATE, TASKS, Settings
+from ldm2.settings import EDITS, GENERATE, ORIGIN, TASKS, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-# What files say of where a sound comes from. It may stand beside options; it must be true of the model at hand.
-ORIGIN = ("model", "revision", "reference", "dtype", "ldm2", "input", "input_sha256")
 
 
 def _live(*tasks: str) -> Any:
@@ -44,6 +41,8 @@ class Call(Settings):
     @classmethod
     def of(cls, task: str, origin: Mapping[str, object], /, *args: Any, **options: Any) -> Self:
         """The call of a function: its arguments, checked; `origin` is that of the model at hand.
+
+        What files say of their origin may stand beside the options, but must be true of that model.
 
         Raises ValueError, and UnknownOption for names that are none.
         """

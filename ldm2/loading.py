@@ -76,7 +76,8 @@ def load(
         "device": place,
         "dtype": precision,
         "reference": reference,
-        "origin": {"model": str(model), "revision": revision, "reference": reference, "dtype": str(precision)[6:]},
+        "origin": {"model": str(model), "revision": hub.commit_of(path) or revision, "reference": reference,
+                   "dtype": str(precision)[6:], "device": place.type, "torch": str(torch.__version__)},
         "load": functools.partial(                         # without the token, which is a secret
             load, str(path) if Path(model).expanduser().exists() else str(model), reference=reference,
             revision=revision, local_files_only=local_files_only, tokenizers=tokenizers, low_memory=low_memory,

@@ -5,6 +5,7 @@ The options themselves are the fields of `ldm2.settings.Settings`. Nothing here 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -77,6 +78,23 @@ def options_of(cls: type, task: str | None = None) -> dict[str, Option]:
     """The options that are fields of a dataclass, by their names: all of them, or those of a task."""
     found = {each.name: each.metadata["option"] for each in fields(cls) if "option" in each.metadata}
     return {name: known for name, known in found.items() if task is None or known.applies_to(task)}
+
+
+def from_word(name: str, each: Option, word: str) -> Any:
+    """The value of an option that is written as one word, in a table or after NAME=; a list as JSON has it.
+
+    Raises ValueError naming option, word and rule.
+    """
+    schema = each.kind.schema
+    try:
+        if "array" in schema.get("type", "") and word.lstrip().startswith("["):
+            value = json.loads(word)
+        else:
+            value = each.kind.parse(word)
+            value = [value] if schema.get("type") == "array" and "maxItems" not in schema else value
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
+    return each.kind.check(name, value)
 
 
 def check_options(settings: Any) -> None:

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +109,7 @@ class Result:
         for target in paths:
             audio.check_output(target, overwrite, sample_rate=rate, channels=self.channels.shape[1], encoding=encoding,
                                inputs=self.inputs)
-        audio.write_all(paths, [samples for samples, _ in finished], rate, overwrite, [one._tags() for one in self],
+        audio.write_all(paths, [samples for samples, _ in finished], rate, overwrite, [one._tags(form) for one in self],
                         encoding)
         return paths
 
@@ -123,9 +123,10 @@ class Result:
         soundfile.write(file, samples.T, rate, format="WAV", subtype=output.subtype or "PCM_16")
         return file.getvalue()
 
-    def _tags(self) -> dict[str, str]:
-        """What a file says of a result of one waveform."""
+    def _tags(self, form: Mapping[str, Any]) -> dict[str, str]:
+        """What a file says of a result of one waveform, which is written as `form` asks."""
         comment = self.settings | ({} if self.scores is None else {"score": self.scores[0]})
+        comment |= {"output": dict(form)} if form else {}
         title = self.settings.get("prompt") or self.settings.get("task", "")
         return {"title": title, "software": f"ldm2 {__version__}", "comment": json.dumps(comment)}
 

@@ -10,6 +10,7 @@ import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from os import PathLike
 from typing import Any, Self
 
 from ldm2.options import (
@@ -55,6 +56,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Encodings of samples in files, by the names that libsndfile has for them.
 SUBTYPES = {"PCM_16": "pcm16", "PCM_24": "pcm24", "PCM_32": "pcm32", "FLOAT": "float32", "DOUBLE": "float64"}
 PER_PROMPT = ("prompt", "negative_prompt", "transcription", "phonemes")
+# What files say beside the options: where a sound comes from, and how it was written.
+ORIGIN = ("model", "revision", "reference", "dtype", "device", "torch", "ldm2", "input", "input_sha256", "score",
+          "output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +223,23 @@ class Settings(Sampling):
         if options.pop("task", task) != task:
             raise ValueError(f"these are settings of another task than {task}")
         return cls(*args, task=task, **options)
+
+    @classmethod
+    def from_file(cls, path: str | PathLike[str]) -> Self:
+        """The settings in a sound file that ldm2 wrote, or in a file .json or .toml with options by their names.
+
+        What such a file says of its origin (see ORIGIN) is left out. Raises ValueError or OSError, one line with the
+        path, for a file without settings and for a wrong name or value.
+        """
+        from ldm2.audio.recorded import read
+
+        told = read(path)
+        options = {name: value for name, value in told.items() if name not in ORIGIN}
+        try:
+            task = options_of(cls)["task"].kind.check("task", options.pop("task", GENERATE))
+            return cls.create(task, **options)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def beside(cls, task: str) -> list[str]:

@@ -76,7 +76,7 @@ class Stages:
     device, dtype: where and in which precision the UNet, VAE and vocoder run; the sampler's state stays float32.
     reference:     whose arithmetic is reproduced, "authors" or "diffusers": the latter makes any length in one piece.
     defaults:      what the checkpoint asks for, such as its length and number of steps.
-    origin:        model, revision, reference and dtype, for the settings of what is made.
+    origin:        model, revision, reference, dtype, device and version of PyTorch, for the settings of what is made.
     make_ranker:   make_ranker(clap, device) loads what ranks candidates (CLAP's audio branch) when it is first needed.
     load:          makes it again: `ldm2.load` with its arguments, by which it is pickled.
     stages:        those whose parts are in memory only inside them (`ldm2.load(low_memory=True)`): whoever uses such a
@@ -133,7 +133,7 @@ class Stages:
         for module in (self.unet, self.vae, self.vocoder):
             weight_layout.arrange(module.to(device, dtype))
         self.device, self.dtype, self.text, self._ranker = device, dtype, text, None
-        self.origin |= {"dtype": str(dtype)[6:]}
+        self.origin |= {"dtype": str(dtype)[6:], "device": device.type}
         for stage in self.stages.values():
             stage.device = device
 

@@ -177,6 +177,12 @@ def resolve(
     return _fetch(model, revision, local_files_only, cache_dir, token, variant)
 
 
+def commit_of(path: Path) -> str | None:
+    """The commit that a path in the hub's cache belongs to; None for any other path."""
+    folders = path.parts[path.parts.index("snapshots") + 1:] if "snapshots" in path.parts else ()
+    return folders[0] if folders and re.fullmatch("[0-9a-f]{40}", folders[0]) else None
+
+
 def is_cached(model: Model, cache_dir: str | Path | None = None) -> bool:
     """Whether all files of a model are on this machine. Looks at the disk, never at the network."""
     return find_cached(model, cache_dir=cache_dir) is not None

@@ -10,7 +10,8 @@ import sys
 import time
 
 from ldm2 import __version__
-from ldm2.cli import doctor, edit, evaluate, options, output, profile, verify
+from ldm2.audio import recorded
+from ldm2.cli import doctor, edit, evaluate, options, output, profile, replay, verify
 from ldm2.settings import GENERATE, Settings
 
 _LESS_MEMORY = {"low_memory": "--low-memory", "dtype": "--dtype bfloat16", "batch": "a smaller --batch",
@@ -20,12 +21,15 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "bad
 
 def generate(args: argparse.Namespace) -> None:
     """Prompt -> sound file(s)."""
-    given = options.given(args, Settings, GENERATE)
-    given["prompt"] = options.one_prompt(args.prompt)
+    told = {} if args.settings is None else recorded.read(args.settings)
+    options.take_model(args, told)
+    given = replay.options_in(args.settings, told, GENERATE) | options.given(args, Settings, GENERATE)
+    prompt = options.one_prompt(args.prompt)
+    given["prompt"] = given.get("prompt") if prompt is None else prompt
     if given["prompt"] is None and given.get("prompt_at", [(1, "")])[0][0] == 0:
         (_, given["prompt"]), *given["prompt_at"] = given["prompt_at"]       # the prompt to begin with
     settings = Settings(**given).resolved()                # a wrong value is refused before gigabytes are loaded
-    target = output.Target.of(args, settings.prompts[0], settings.candidates)
+    target = output.Target.of(args, settings.prompts[0], len(settings.seeds))
     pipe = options.load(args)
     start = time.perf_counter()
     with output.watched(pipe, args, Settings(**given).resolved(pipe.defaults).steps) as progress:
@@ -48,7 +52,10 @@ def download(args: argparse.Namespace) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    """Parts, parameters, dtypes and heads of a checkpoint, read from its configs and headers."""
+    """Parts, parameters, dtypes and heads of a checkpoint, or what a sound file holds."""
+    if replay.is_sound(args.model):
+        print(replay.described(args.model))
+        return
     from ldm2.checkpoints import hub
     from ldm2.checkpoints.describe import describe
 
@@ -78,12 +85,16 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("generate", help="make sound from a prompt", description="Make sound from a prompt.")
     options.add_prompt(command)
+    command.add_argument("--settings", metavar="FILE", help="take the options from a file .json or .toml, or from a "
+                         "sound file of ldm2; those on the command line go before")
     options.add_settings(command, GENERATE)
     options.add_output(command, "prompt")
     options.add_model_options(command)
+    options.recorded_model(command)
     command.set_defaults(run=generate)
 
     edit.add(commands)
+    replay.add(commands)
 
     command = commands.add_parser("models", help="list the known checkpoints")
     command.set_defaults(run=models)
@@ -93,8 +104,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_revision_options(command)
     command.set_defaults(run=download)
 
-    command = commands.add_parser("info", help="describe a checkpoint: parts, parameters, dtype, heads")
-    command.add_argument("model", help="short name, hub name or folder")
+    command = commands.add_parser("info", help="describe a checkpoint: parts, parameters, dtype, heads; or a sound "
+                                  "file, with its settings")
+    command.add_argument("model", help="short name, hub name or folder; or a sound file")
     options.add_source_options(command)
     command.set_defaults(run=info)
 
@@ -145,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         parse.print_help()
         return 0
     try:
-        args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         print("ldm2: stopped, nothing was written", file=sys.stderr)
         return 130
@@ -160,4 +172,3 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"ldm2: error: out of memory{_take_less(args)}", file=sys.stderr)
         return 1
-    return 0
