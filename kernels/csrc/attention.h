@@ -12,18 +12,27 @@ constexpr int64_t QUERIES = 48, KEYS = 256;                // of a block; its sc
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// 2^x for x <= 0, 2^-126 below -126: a polynomial for 2^f, |f| <= 1/2, to a relative error of 2e-8.
+// 2^x for x <= 0, 2^-126 below -126: a polynomial for 2^f, |f| <= 1/2, to a relative error of 2e-8; for weights that are
+// rounded to bfloat16 a shorter one, to 1e-4.
+template <class Type>
 inline vec exp2(vec x) {
   x = x < -126.0f ? splat(-126.0f) : x;                    // NaN stays
-  vec shifted = x + 12582912.0f;                           // 1.5 * 2^23: the low bits are x rounded to an integer
-  vec f = x - (shifted - 12582912.0f);
-  vec p = splat(1.5403530e-4f);
-  p = p * f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.0f;
+  vec shifted = x + ROUND_TO_INTEGER;                      // the low bits are x rounded to an integer
+  vec f = x - (shifted - ROUND_TO_INTEGER), p;
+  if constexpr (Type::PER_WORD == 1) {
+    p = splat(1.5403530e-4f);
+    p = p * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+  } else {
+    p = splat(5.517166e-2f);
+    p = p * f + 2.4261112e-1f;
+    p = p * f + 6.9326099e-1f;
+    p = p * f + 9.9992807e-1f;
+  }
   return (vec)((ivec)p + ((ivec)shifted << 23));
 }
 
@@ -70,7 +79,7 @@ float softmax(float* row, int64_t count, int64_t valid, float scale, const float
   }
   vec added{};
   for (int64_t i = 0; i < count; i += LANES) {
-    vec weight = exp2(load(row + i) * scale - now);
+    vec weight = exp2<Type>(load(row + i) * scale - now);
     added += weight;
     store(weights + i, weight);
   }

@@ -123,21 +123,14 @@ void product(int64_t rows, int64_t depth, int64_t panels, const float* a, int64_
 inline void transpose(const float* rows, int64_t stride, int64_t count, int64_t depth, float* panel) {
   int64_t k = 0;
   if (count == PANEL) {
-    for (; k + 4 <= depth; k += 4) {
-#pragma GCC unroll 4
-      for (int lane = 0; lane < PANEL; lane += 4) {
-        quad r[4], halves[4];
-        for (int i = 0; i < 4; i++) std::memcpy(&r[i], rows + (lane + i) * stride + k, sizeof(quad));
-        for (int i = 0; i < 2; i++) {
-          halves[i] = shuffle<0, 4, 1, 5>(r[2 * i], r[2 * i + 1]);
-          halves[i + 2] = shuffle<2, 6, 3, 7>(r[2 * i], r[2 * i + 1]);
-        }
-        for (int i = 0; i < 2; i++) {
-          quad first = shuffle<0, 1, 4, 5>(halves[2 * i], halves[2 * i + 1]);
-          quad second = shuffle<2, 3, 6, 7>(halves[2 * i], halves[2 * i + 1]);
-          std::memcpy(panel + (k + 2 * i) * PANEL + lane, &first, sizeof(quad));
-          std::memcpy(panel + (k + 2 * i + 1) * PANEL + lane, &second, sizeof(quad));
-        }
+    for (; k + LANES <= depth; k += LANES) {
+      for (int lane = 0; lane < PANEL; lane += LANES) {
+        vec square[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) square[i] = load(rows + (lane + i) * stride + k);
+        transpose_square(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) store(panel + (k + i) * PANEL + lane, square[i]);
       }
     }
   }

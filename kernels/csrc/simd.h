@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -112,17 +113,31 @@ inline void store(uint16_t* to, vec x) {
 // x, |x| < 2^15, rounded to integers of 16 bits: the low bits of x + 1.5 * 2^23.
 constexpr float ROUND_TO_INTEGER = 12582912.0f;
 
-// Four lanes, and the lanes A, B, C, D of two of them.
-typedef float quad __attribute__((vector_size(16)));
-
-template <int A, int B, int C, int D>
-inline quad shuffle(quad a, quad b) {
+// Of each block of 2 STEP lanes: the first halves of a and b, or their second halves.
+template <int STEP, bool SECOND, int... LANE>
+inline vec interleave(vec a, vec b, std::integer_sequence<int, LANE...>) {
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, A, B, C, D);
+  return __builtin_shufflevector(a, b, ((LANE & STEP) != 0 ? LANES + LANE : LANE) + (SECOND ? STEP : 0) -
+                                           ((LANE & STEP) != 0 ? STEP : 0)...);
 #else
-  typedef int32_t lanes __attribute__((vector_size(16)));
-  return __builtin_shuffle(a, b, lanes{A, B, C, D});
+  return __builtin_shuffle(a, b, ivec{((LANE & STEP) != 0 ? LANES + LANE : LANE) + (SECOND ? STEP : 0) -
+                                      ((LANE & STEP) != 0 ? STEP : 0)...});
 #endif
+}
+
+// The transpose of a square of LANES vectors: blocks of 1, 2, 4, ... lanes change places.
+template <int STEP = 1>
+inline void transpose_square(vec* rows) {
+  if constexpr (STEP < LANES) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+      if ((i & STEP) != 0) continue;
+      vec a = rows[i], b = rows[i + STEP];
+      rows[i] = interleave<STEP, false>(a, b, std::make_integer_sequence<int, LANES>{});
+      rows[i + STEP] = interleave<STEP, true>(a, b, std::make_integer_sequence<int, LANES>{});
+    }
+    transpose_square<2 * STEP>(rows);
+  }
 }
 
 }  // namespace

@@ -46,7 +46,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& given, const std::optio
   if (pairs % at::get_num_threads() == 0) parts = 1;
   at::parallel_for(0, pairs * parts, 1, [&](int64_t from, int64_t to) {
     static thread_local Scratch scratch;
-    float* memory = scratch.get(LINEAR_SCRATCH);
+    float* memory = scratch.get(linear_scratch(job.depth));
     while (from < to) {
       int64_t part = from / pairs, pair = from % pairs, end = std::min(pairs, pair + to - from);
       int64_t row = job.rows * part / parts;
