@@ -4,8 +4,8 @@
 
 Prints a Markdown table and writes it with JSON and a plot under --out. Both sides read one checkpoint, written once
 into --folder (4.5 GB base, 5.9 GB large), and compute the same function (reference="diffusers"). Where diffusers is not
-installed, ldm2 runs alone. A variant that fails is told as failed, and the others go on. On a machine that others use,
-only the speeds mean something.
+installed, ldm2 runs alone. A variant that fails is reported as failed, and the others continue. On a machine that
+others use, only the ratios of speeds mean something.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ import math
 
 
 def count(text: str) -> int:
-    """A whole number from 1 on."""
+    """A positive integer on a command line."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return int(text)
 
 

@@ -94,7 +94,7 @@ def process_line(name: str, peak: float | str) -> str:
 
 
 def _dtypes(about: dict) -> str:
-    """Of both sides."""
+    """The dtypes of ldm2 and diffusers, once if they are the same."""
     same = about["their_dtype"] == about["dtype"]
     return about["dtype"] if same else f"{about['dtype']} (diffusers: {about['their_dtype']})"
 

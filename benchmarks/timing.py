@@ -58,7 +58,7 @@ class Timed:
 
 @contextmanager
 def attempt(timed: Timed) -> Iterator[None]:
-    """What fails inside is told by `timed`, in full on stderr, and ends nothing else."""
+    """An exception inside is recorded in `timed` and printed to stderr, and the benchmark goes on."""
     try:
         yield
     except Exception as error:                             # compilers, drivers, other libraries: each has its own kinds

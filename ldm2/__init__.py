@@ -1,9 +1,10 @@
-"""ldm2: AudioLDM2 written anew. Text in, sound, music or speech out.
+"""ldm2: a from-scratch PyTorch implementation of AudioLDM 2. Text to sound effects, music and speech.
 
     import ldm2
     ldm2.generate("a dog barking in the rain").save("dog.wav")
 
-Importing this package imports neither torch nor transformers: the names below are fetched when they are first used.
+Importing this package imports neither torch nor transformers: the names below are imported when they are first used.
+`__init__.pyi` shows them to type checkers and editors.
 """
 
 from __future__ import annotations

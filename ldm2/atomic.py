@@ -66,8 +66,7 @@ def together(paths: Sequence[Path], overwrite: bool = False) -> Iterator[list[Pa
         if len(published) < len(paths) and not overwrite:
             for path in published:
                 path.unlink(missing_ok=True)
-        named = temporaries.get(Path(str(error.filename))) if isinstance(error, OSError) else None
-        if named is not None:
+        if isinstance(error, OSError) and (named := temporaries.get(Path(str(error.filename)))) is not None:
             raise OSError(error.errno, error.strerror, str(named)) from error
         raise
     finally:

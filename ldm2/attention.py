@@ -73,7 +73,7 @@ class Attention(nn.Module):
         return self.to_out[0](out.transpose(1, 2).flatten(2))                # (B, Q, C)
 
     def _joint(self) -> Tensor | None:
-        """The weights of q, k and v as one, where they still lie so: whoever moves or replaces them parts them."""
+        """The fused QKV weight (3 C, C) as a view while the three are adjacent in one storage, else None."""
         if not self.joined or torch.compiler.is_compiling():
             return None
         parts = [layer.weight for layer in (self.to_q, self.to_k, self.to_v)]

@@ -61,7 +61,7 @@ def takes_settings(
     Editors, type checkers and `help` see each option by its name, though it is written down in `Settings` alone.
     """
 
-    def decorate(function: Callable[..., R]) -> Callable[Concatenate[Any, P], R]:
+    def decorate(function: Any) -> Any:
         whole = inspect.signature(function)
         own = {name: each for name, each in whole.parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD}
         options = [each for each in parameters(task) if each.name not in own]
@@ -69,6 +69,14 @@ def takes_settings(
         function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{describe(task)}"
         return function
 
+    return decorate
+
+
+def takes_sound(
+    task: str, call: Callable[P, Call]
+) -> Callable[[Callable[..., R]], Callable[Concatenate[Any, Any, P], R]]:
+    """`takes_settings` for a method whose first argument is a sound."""
+    decorate: Any = takes_settings(task, call)
     return decorate
 
 

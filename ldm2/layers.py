@@ -125,7 +125,7 @@ class ResnetBlock(nn.Module):
         if shift is not None and shift.shape[0] != 1:
             rows = max(h.shape[0], shift.shape[0])
             h, shift = repeat_rows(h, rows), repeat_rows(shift, rows)
-        h = self.norm2(h, shift)                                             # lets go of the first half
+        h = self.norm2(h, shift)                                             # frees conv1's output
         skip = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return self.conv2(h, residual=repeat_rows(skip, h.shape[0]))
 

@@ -107,7 +107,7 @@ def _from_folder(
         Vocoder: VocoderConfig.from_json(folder / "vocoder/config.json"),
     }
     read_text = functools.partial(TextEncoder.from_folder, folder, reference=reference, dtype=dtype, variant=variant)
-    loads = {"text": lambda device: read_text(device=device)}
+    loads: dict[str, Load] = {"text": lambda device: read_text(device=device)}
     for build, config in configs.items():
         name = build.__name__.lower()
         loads[name] = functools.partial(_part, build, config, folder / name, dtype=dtype, variant=variant)
@@ -127,7 +127,7 @@ def _from_original(
     """A checkpoint in the authors' layout."""
     found = original.read(path)
     read = functools.partial(original.read, path) if low_memory else lambda: found
-    where = {"tokenizers": tokenizers, "local_files_only": local_files_only}
+    where: dict[str, Any] = {"tokenizers": tokenizers, "local_files_only": local_files_only}
 
     def load(name: str, device: torch.device | str) -> nn.Module:
         part = original.part(read(), name, reference=reference, device=device, dtype=settings["dtype"],
@@ -136,7 +136,7 @@ def _from_original(
             raise ValueError(f"{path} holds no {name}: generating needs all parts in one file")
         return part
 
-    loads = {name: functools.partial(load, name) for name in ("unet", "vae", "vocoder", "text")}
+    loads: dict[str, Load] = {name: functools.partial(load, name) for name in ("unet", "vae", "vocoder", "text")}
     parts = _parts(loads, settings["device"], low_memory)
     can_rank = "text_encoder" in found
     return AudioLDM2(

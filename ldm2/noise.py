@@ -20,8 +20,9 @@ class SeededNoise:
 
     def draw(self, *shape: int) -> Tensor:
         """(rows, *shape) float32 on the CPU."""
-        how = {"dtype": torch.float32, "device": "cpu"}
-        return torch.cat([torch.randn((1, *shape), generator=generator, **how) for generator in self.generators])
+        rows = [torch.randn((1, *shape), generator=generator, dtype=torch.float32, device="cpu")
+                for generator in self.generators]
+        return torch.cat(rows)
 
     def __call__(self, like: Tensor) -> Tensor:
         """Noise of the shape (rows, ...), device and dtype of `like`."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -159,12 +160,20 @@ def _check_weights(tensors: list[Tensor]) -> None:
         raise RuntimeError("some of the tensors are on the meta device: the weights are not in memory (low_memory?)")
 
 
-def _fusible(reference: Callable, mixed: bool = False) -> Callable:
+class Operation(Protocol):
+    """An operation that may run as a kernel, and its definition in plain PyTorch."""
+
+    reference: Callable[..., Any]
+
+    def __call__(self, *args: Any, **named: Any) -> Any: ...
+
+
+def _fusible(reference: Callable, mixed: bool = False) -> Operation:
     """The operation that `reference` defines, by its kernel where there is one; `mixed` ones take unlike dtypes."""
     name = reference.__name__
 
     @functools.wraps(reference)
-    def operation(*args, **named):
+    def run(*args, **named):
         tensors = [arg for arg in (*args, *named.values()) if isinstance(arg, Tensor)]
         device_type = tensors[0].device.type
         there, strict = _choice(name, device_type)
@@ -178,6 +187,7 @@ def _fusible(reference: Callable, mixed: bool = False) -> Callable:
         _check_weights(tensors)                            # a kernel takes none of several devices
         return reference(*args, **named)
 
+    operation: Any = run
     operation.reference = reference
     return operation
 

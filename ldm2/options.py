@@ -105,8 +105,8 @@ def check_options(settings: Any) -> None:
             object.__setattr__(settings, name, each.kind.check(name, value))
 
 
-def default_value(cls: type, name: str) -> Any:
-    """The value of an option that is not given."""
+def default_value(cls: Any, name: str) -> Any:
+    """The value of an option of a dataclass where it is not given."""
     return cls.__dataclass_fields__[name].default
 
 
@@ -132,7 +132,7 @@ def is_number(value: Any) -> bool:
 
 def check_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -> int:
     """An integer within limits. Raises ValueError."""
-    fits = isinstance(value, Integral) and not isinstance(value, bool) and value >= minimum
+    fits = isinstance(value, Integral) and not isinstance(value, bool) and not value < minimum
     if not fits or (maximum is not None and value > maximum):
         rule = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
         rule = rule if maximum is None else f"an integer from {minimum} to {maximum}"
@@ -164,7 +164,7 @@ def _range(minimum: float | None, maximum: float | None, above: float | None) ->
 
 def check_flag(name: str, value: Any) -> bool:
     """True or False. Raises ValueError."""
-    if isinstance(value, (str, bytes)) or getattr(value, "ndim", 0) or value not in (False, True):
+    if isinstance(value, (str, bytes)) or getattr(value, "ndim", False) or value not in (False, True):
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return bool(value)
 
@@ -262,7 +262,7 @@ def texts(may_be_empty: bool = False) -> Kind:
 def seeds() -> Kind:
     """One seed, or a tuple with one for each row: what torch.Generator takes; -1 means 2**64 - 1, as it does there."""
 
-    def check(name: str, value: Any) -> int | tuple[int, ...]:
+    def check(name: str, value: Any) -> Any:
         value = value.tolist() if hasattr(value, "tolist") else value
         if isinstance(value, Sequence) and not isinstance(value, str):
             return tuple(check(name, each) for each in value)

@@ -15,7 +15,7 @@ import threading
 import zipfile
 from collections import Counter
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -78,9 +78,9 @@ def read(path: str | Path) -> object:
 
 def _load(path: str | Path, sizes: list[int], mapped: bool) -> object:
     """torch.load, with Inert for names that are harmless; `sizes` takes the bytes of every storage."""
-    stand_ins: list[tuple[type, str]] = []
+    stand_ins: list[Any] = []                              # (class, the name that it stands for)
 
-    def note(storage: torch.UntypedStorage, _: str) -> torch.UntypedStorage:
+    def note(storage: Any, _: str) -> Any:
         sizes.append(storage.nbytes())
         return storage
 

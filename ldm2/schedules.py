@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -95,7 +96,7 @@ class Schedule:
             "set_alpha_to_one": name != "PNDMScheduler",
             "trained_betas": None,
         }
-        fields = {**defaults, **config, "config": dict(config)}
+        fields: dict[str, Any] = {**defaults, **config, "config": dict(config)}
         missing = [name for name in cls.__dataclass_fields__ if name not in fields]
         if missing:
             raise ValueError(f"{source}: {missing[0]} is missing")
@@ -138,11 +139,11 @@ class Schedule:
         """(T,) float64: noise over signal, sqrt((1 - alphas_cumprod) / alphas_cumprod)."""
         return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
 
-    def alpha_cumprod(self, t: int) -> float:
+    def alpha_cumprod(self, t: float) -> float:
         """alphas_cumprod[t]; before the first timestep (t < 0) the value at which DDIM and PNDM end."""
         if t < 0:
             return 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod[0])
-        return float(self.alphas_cumprod[t])
+        return float(self.alphas_cumprod[int(t)])
 
     def sigma(self, t: float) -> float:
         """Noise over signal at a timestep that may lie between two trained ones (linear interpolation of sigma)."""
@@ -160,7 +161,7 @@ class Schedule:
         return start * T < max(1, T - t) <= end * T        # "leading" may begin one timestep beyond the table
 
     def check_steps(self, steps: int) -> int:
-        """The number of sampler steps, if it is a whole number from 1 to T. Raises ValueError otherwise."""
+        """The number of sampler steps, if it is an integer from 1 to T. Raises ValueError otherwise."""
         _whole("steps", steps, 1)
         if steps > self.num_train_timesteps:
             raise ValueError(f"steps must be at most {self.num_train_timesteps}, got {steps}")
@@ -189,7 +190,7 @@ class Schedule:
         """The first `steps` of `points` timesteps, descending, before rounding where the spacing leaves fractions."""
         T = self.num_train_timesteps
         if self.timestep_spacing == "leading":
-            spaced = np.arange(points)[::-1] * (T // points) + self.steps_offset
+            spaced: np.ndarray = np.arange(points)[::-1] * (T // points) + self.steps_offset
         elif self.timestep_spacing == "linspace":
             spaced = np.linspace(0, T - 1, points)[::-1]
         else:
@@ -202,7 +203,7 @@ class Schedule:
 
 
 def _is_beta(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, numbers.Real) and 0 < value < 1
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and not value <= 0 and value < 1
 
 
 def _shortened(values: tuple) -> str:
@@ -211,4 +212,5 @@ def _shortened(values: tuple) -> str:
 
 def _whole(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        rule = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{name} must be {rule}, got {value!r}")

@@ -310,7 +310,7 @@ class Settings(Sampling):
     @property
     def prompts(self) -> tuple[str, ...]:
         """The prompts; none where nothing but the input guides an edit."""
-        return self.prompt or ()
+        return tuple(self.prompt or ())
 
     @property
     def candidates(self) -> int:
@@ -320,6 +320,7 @@ class Settings(Sampling):
     @property
     def seeds(self) -> tuple[int, ...]:
         """The seed of each row of resolved settings."""
+        assert isinstance(self.seed, tuple)
         return self.seed
 
     def each(self, name: str) -> list[str] | None:

@@ -10,6 +10,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def read(scheduler: str, config: Mapping[str, object]) -> SolverOptions:
     return options
 
 
-def _check(scheduler: str, name: str, value: object) -> object:
+def _check(scheduler: str, name: str, value: object) -> Any:
     if name == "solver_type":
         return _one_of(_TYPES[scheduler])(name, value)
     return _RULES[name](name, value)
@@ -149,20 +150,20 @@ def _flag(name: str, value: object) -> bool:
 
 
 def _positive(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or value <= 0 or not value < math.inf:
         raise _error(name, "a positive number", value)
     return float(value)
 
 
 def _share(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or value < 0 or not value <= 1:
         raise _error(name, "a number from 0 to 1", value)
     return float(value)
 
 
 def _indices(name: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, (list, tuple)) or not all(type(each) is int and each >= 0 for each in value):
-        raise _error(name, "a list of whole numbers from 0 up", value)
+        raise _error(name, "a list of integers of at least 0", value)
     return tuple(value)
 
 

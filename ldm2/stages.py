@@ -94,7 +94,8 @@ class Stages:
         self.device, self.dtype, self.reference = device, dtype, reference
         self.defaults = dict(defaults or {})
         self.origin = dict(origin or {})
-        self._make_ranker, self._ranker = make_ranker, None
+        self._make_ranker = make_ranker
+        self._ranker: Ranker | None = None
         self.stages = {name: Stage(name, device) for name in STAGES} | {stage.name: stage for stage in stages}
         self.low_memory = bool(stages)
         self._load = load
@@ -249,6 +250,7 @@ class Stages:
             timesteps=samplers.timesteps(sampling.sampler, schedule, sampling.steps),
             acts_at=lambda t: schedule.within(t, sampling.guidance_interval),
         )
+        denoiser: Denoiser
         if windows is None:
             denoiser = guided(conditioning, unconditional).denoiser(self._predictor(sampling.cache_interval))
         else:
@@ -452,7 +454,7 @@ class Stages:
         raise NonFiniteError(f"{stage} holds NaN or infinite numbers in {str(self.dtype)[6:]}: {way_out}")
 
 
-def _counted(report: Progress, stage: str, total: int) -> Callable[[], None]:
+def _counted(report: Progress, stage: str, total: int) -> Callable[[], object]:
     """A function to call after each of `total` parts of a stage."""
     counter = iter(range(1, total + 1))
     report(stage, 0, total)

@@ -3,9 +3,10 @@
 References: "U-Net", arXiv:1505.04597; "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv:2112.10752;
 "AudioLDM 2", arXiv:2308.05734, section III; FiLM: arXiv:1709.07871.
 
-What does not depend on x_t is worked out by `UNet.prepare` (once per generation) and `UNet.embed_time` (once per
-schedule); `forward` does both by itself where it is given the plain conditioning and time step. What is computed below
-the first level changes slowly with t: `UNet.with_features` returns it, and takes it back in place of computing it.
+Two things do not depend on x_t and can be computed once: the keys and values of the conditioning (`UNet.prepare`, once
+per generation) and the time embeddings (`UNet.embed_time`, once per schedule); `forward` computes whichever it is not
+given. `UNet.with_features` also returns the features below the first level, and reuses them if they are passed in
+(DeepCache).
 """
 
 from __future__ import annotations
@@ -209,7 +210,7 @@ class UNet(nn.Module):
         return torch.cat([F.linear(emb, p.weight[:, :width], p.bias) for p in self._projections()], dim=1)
 
     def _blocks(self) -> list[DownBlock | MidBlock | UpBlock]:
-        """In order of execution."""
+        """The blocks of the UNet in order of execution: down, middle, up."""
         return [*self.down_blocks, self.mid_block, *self.up_blocks]
 
     def _projections(self) -> list[nn.Linear]:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,7 @@ from ldm2.checkpoints.hub import weight_files
 logger = logging.getLogger(__name__)
 
 Table = Mapping[str, "str | None"]
+Module = TypeVar("Module", bound=nn.Module)
 
 STRETCH = 128_000_000                                      # bytes of a file that are mapped at once to be copied
 
@@ -76,7 +78,9 @@ class Stretches(Mapping[str, Tensor]):
 
     def __init__(self, places: Mapping[str, Path]):
         self._places = places
-        self._path, self._file, self._served = None, None, 0
+        self._path: Path | None = None
+        self._file: Any = None                             # of safetensors, which is typed as a context manager alone
+        self._served = 0
 
     def __getitem__(self, name: str) -> Tensor:
         path = self._places[name]
@@ -219,14 +223,14 @@ def on_meta() -> Iterator[None]:
 
 
 def load(
-    module: nn.Module,
+    module: Module,
     tensors: Mapping[str, Tensor],
     *,
     table: Table = OLD_NAMES,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     source: str | Path = "checkpoint",
-) -> nn.Module:
+) -> Module:
     """Assign tensors to the parameters and persistent buffers of `module`: all of them, and no others.
 
     The tensors become the parameters themselves (no copy), on `device` and, where they are floating, in `dtype`; None

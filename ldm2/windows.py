@@ -44,8 +44,8 @@ def plan(
 
     overlap: frames that neighbours share at least (and over which prompts fade into each other)
     loop:    the timeline is a circle. It takes two windows at least, because one alone has ends that do not meet; the
-             joint lies in the middle of the first. No window holds a frame twice: a denoiser takes noise that repeats
-             for sound.
+             joint lies in the middle of the first. No window holds a frame twice: the model would take the repetition
+             of the noise for a structure of the sound.
     borders: (P,) the frames from which each prompt holds, ascending from 0. A window is there once for each prompt that
              has a share in it.
 
@@ -83,10 +83,12 @@ def shares(num_frames: int, borders: Sequence[float], fade: int, loop: bool = Fa
     def after(border: float) -> Tensor:
         return ((middle - border) / fade + 0.5).clamp(0, 1)
 
-    edges, turns = [-math.inf, *borders[1:], math.inf], (0,)
+    edges: list[float] = [-math.inf, *borders[1:], math.inf]
+    turns: tuple[int, ...] = (0,)
     if loop:
         edges, turns = [*borders, num_frames], (-num_frames, 0, num_frames)
-    return torch.stack([sum(after(a + turn) - after(b + turn) for turn in turns) for a, b in pairwise(edges)])
+    pairs, nothing = pairwise(edges), torch.zeros_like(middle)
+    return torch.stack([sum((after(a + turn) - after(b + turn) for turn in turns), nothing) for a, b in pairs])
 
 
 def average(

@@ -312,7 +312,7 @@ def test_overflow_names_the_stage_and_the_way_out(pipe):
     ({"num_waveforms": 0}, "num_waveforms"),
     ({"negative_prompt": ["a", "b"]}, "negative_prompt"),
     ({"latents": torch.zeros(1, 4, 3, 8)}, "latents"),
-    ({"transcription": "hello"}, "does not speak"),
+    ({"transcription": "hello"}, "transcription is only for speech models"),
 ])
 def test_bad_arguments_are_refused_in_one_line(pipe, arguments, message):
     with pytest.raises(ValueError, match=message) as error:

@@ -117,7 +117,7 @@ def test_all_timesteps_are_visited_by_as_many_steps():
 
 @pytest.mark.parametrize("steps", [0, -1, 1.5, 2.0, True, None, "10", math.nan])
 def test_steps_must_be_a_whole_number_of_at_least_one(steps):
-    with pytest.raises(ValueError, match=r"steps must be a whole number of at least 1, got "):
+    with pytest.raises(ValueError, match=r"steps must be a positive integer, got "):
         SCHEDULE.timesteps(steps)
 
 

@@ -325,7 +325,7 @@ def nearest_encoding(path: str | Path, encoding: str | None) -> str | None:
 
 def _check_rate(suffix: str, kind: _Format, sample_rate: int) -> None:
     if isinstance(sample_rate, bool) or not isinstance(sample_rate, Integral) or sample_rate < 1:
-        raise ValueError(f"sample_rate must be a whole number of Hz from 1 up, got {sample_rate!r}")
+        raise ValueError(f"sample_rate must be a positive integer (Hz), got {sample_rate!r}")
     if sample_rate not in kind.rates:
         rates = f"up to {kind.rates[-1]} Hz" if isinstance(kind.rates, range) else \
             f"of {', '.join(map(str, kind.rates))} Hz"
@@ -412,8 +412,8 @@ def _encode(path: Path, waveform: np.ndarray, sample_rate: int, container: str, 
     try:
         with soundfile.SoundFile(path, "w", sample_rate, channels, subtype, format=container) as file:
             if container != "WAV":
-                for name, text in metadata.items():
-                    setattr(file, name, text)
+                for tag, text in metadata.items():
+                    setattr(file, tag, text)
             for start in range(0, num_samples, _BLOCK):
                 file.write(_as_stored(waveform[:, start:start + _BLOCK], subtype).T)
         written = soundfile.info(path).frames

@@ -43,7 +43,7 @@ def gain_to(waveform: np.ndarray, sample_rate: int, target: float | str) -> floa
     peak = float(np.abs(waveform).max(initial=0.0))
     if peak == 0:
         return 1.0
-    if target == "peak":
+    if isinstance(target, str):                            # "peak"
         return 1 / peak
     level = loudness(waveform, sample_rate)
     return 1.0 if math.isinf(level) else min(10 ** ((target - level) / 20), 1 / peak)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,6 +62,22 @@ def compare(
     axes[0].set_ylabel("frequency in Hz")
     with atomic.whole(Path(path), overwrite) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+@usual_numpy
+def spectrogram_png(mel: np.ndarray) -> bytes:
+    """A log-mel spectrogram (T, F) as a small PNG without axes, time from left to right. Needs matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 1.6))
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(mel.T, origin="lower", aspect="auto", cmap="magma", interpolation="nearest")
+    axes.set_axis_off()
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return file.getvalue()
 
 
 def _decibels(waveform: np.ndarray, sample_rate: int) -> np.ndarray:

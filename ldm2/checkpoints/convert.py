@@ -101,9 +101,9 @@ def convert(
         raise ValueError(f"config and tokenizers belong to authors' files, {path} is a folder that has its own")
     partial = folder.with_name(f"{folder.name}.partial")
     _begin(partial, _job(path, dtype, config, reference, variant))
+    lacking: list[str] = []
     if path.is_dir():
         index = _write_hub_folder(path, partial, dtype, reference, variant)
-        lacking = []
     else:
         index, lacking = _write_original(original.read(path, config), partial, dtype, tokenizers, local_files_only)
     licence = _licence(source, path)
@@ -120,7 +120,7 @@ def licence_notice(licence: str | None) -> list[str]:
     sentences = [f"The licence of the source, {licence}, holds for the folder too."]
     tag = licence.lower()
     if "-nd" in tag:
-        sentences.append("It forbids to share adapted material: keep the folder to yourself.")
+        sentences.append("It forbids sharing adaptations: do not redistribute this folder.")
     if "-nc" in tag:
         sentences.append("It forbids commercial use.")
     if "openrail" in tag:
@@ -265,7 +265,7 @@ def _check_target(folder: Path, source: Path, overwrite: bool) -> None:
 
 
 def _job(
-    path: Path, dtype: torch.dtype | None, config: object, reference: str, variant: str | None
+    path: Path, dtype: torch.dtype | None, config: Any, reference: str, variant: str | None
 ) -> dict[str, Any]:
     """What the parts are made from: only a conversion of the same may take them up."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
@@ -345,7 +345,7 @@ def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype in DTYPES.values():
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
         return dtype
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}, choose from {', '.join(DTYPES)}")

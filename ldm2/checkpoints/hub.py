@@ -248,12 +248,12 @@ def _fetch(
 
     wanted = _revisions(model, revision)
     if local_files_only or constants.HF_HUB_OFFLINE:
-        why = "local_files_only forbids to fetch it" if local_files_only else "HF_HUB_OFFLINE forbids to fetch it"
+        why = f"downloading is disabled by {'local_files_only' if local_files_only else 'HF_HUB_OFFLINE'}"
         raise FileNotFoundError(f"{_state(model, wanted, cache_dir, variant)}, and {why}: {_way_out(model, revision)}")
     try:
         return _download(model, wanted, cache_dir, token, variant)
     except (errors.LocalEntryNotFoundError, errors.HTTPError) as error:
-        cause = error
+        cause: BaseException = error
         while isinstance(cause, errors.LocalEntryNotFoundError) and cause.__cause__ is not None:
             cause = cause.__cause__
         refusal = _refusal(cause, model.repo, wanted[-1])
@@ -346,7 +346,7 @@ def _state(model: Model, revisions: list[str], cache_dir: str | Path | None, var
 
 def _way_out(model: Model, revision: str | None) -> str:
     choice = "" if revision is None else f" --revision {revision}"
-    return f"where there is a network, run `ldm2 download {model.name}{choice}`"
+    return f"when online, run `ldm2 download {model.name}{choice}`"
 
 
 def _refusal(error: BaseException, repo: str, revision: str) -> str | None:

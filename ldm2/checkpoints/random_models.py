@@ -81,9 +81,9 @@ def pipeline(
     reference: as of ldm2.load. Raises ValueError for a name not in NAMES.
     """
     config = fields(name)
-    where = {"device": device, "dtype": dtype}
+    where: dict[str, Any] = {"device": device, "dtype": dtype}
     with weights.on_meta():
-        modules = {
+        modules: dict[str, Any] = {
             "unet": UNet(UNetConfig.from_dict(config["unet"], reference=reference)),
             "vae": VAE(VAEConfig.from_dict(config["vae"])),
             "vocoder": Vocoder(VocoderConfig.from_dict(config["vocoder"])),

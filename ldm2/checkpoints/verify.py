@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -148,7 +148,8 @@ class _Loads(logging.Handler):
         self.found = found
 
     def emit(self, record: logging.LogRecord) -> None:
-        source, tensors, dropped = record.args
+        arguments: Any = record.args
+        source, tensors, dropped = arguments
         name = re.split(r"[/\\ ]", str(source))[-1]
         before = self.found.get(name)
         kept = dropped if before is None else sorted(set(dropped) & set(before.dropped))

@@ -133,12 +133,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether an error says so: Python's, or PyTorch's, of which only some have a type of their own."""
+    """Whether an error means that memory ran out: Python's MemoryError, or a message of PyTorch that says so."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _take_less(args: argparse.Namespace) -> str:
-    """What a command can do about it."""
+    """The options of a command that would save memory, for an error message."""
     known = {name: words for name, words in _LESS_MEMORY.items() if hasattr(args, name)}
     if args.command == "profile":
         del known["low_memory"]

@@ -70,10 +70,10 @@ def add_option(section: argparse._ActionsContainer, cls: type, name: str, each: 
     default = each.default_for(task) if value in (None, ()) else value
     told = [] if default is None else [_word(default)]
     told += ["the model's own"] if each.of_checkpoint and default == each.default else []
-    told = f" (default: {', or '.join(told)})" if told else ""
-    repeated = {"action": "append"} if kind.get("type") == "array" and "maxItems" not in kind else {}
+    suffix = f" (default: {', or '.join(told)})" if told else ""
+    repeated: dict[str, Any] = {"action": "append"} if kind.get("type") == "array" and "maxItems" not in kind else {}
     section.add_argument(*flags, dest=name, type=_reader(name, each, bool(repeated)), metavar=each.metavar,
-                         help=(each.help + told).replace("%", "%%"), **repeated)
+                         help=(each.help + suffix).replace("%", "%%"), **repeated)
 
 
 def _word(value: Any) -> str:

@@ -128,7 +128,7 @@ def as_json(about: dict, limits: Limits, rows: list[Measured], top: list[Operati
 
 
 def table(about: dict, limits: Limits, rows: list[Measured], top: list[Operation]) -> str:
-    """The same for people."""
+    """The measurements as a table for people."""
     total = sum(row.calls * row.seconds for row in rows)
     lines = [
         f"{about['model']}, {about['dtype']} on {about['device']} ({about['machine']}, {about['threads']} threads), "

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm2.checkpoints import known
 
@@ -98,7 +98,7 @@ def _checks(model: known.Model, path: Path) -> dict:
     from ldm2.checkpoints import verify
 
     said = verify.facts(path)
-    told = {"facts": said}
+    told: dict[str, Any] = {"facts": said}
     try:
         with verify.watched_keys() as keys:
             pipe = _load(path)

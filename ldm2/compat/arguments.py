@@ -43,10 +43,10 @@ def check(options: Mapping[str, object]) -> None:
 
 def dtype_of(*given: object) -> torch.dtype:
     """The one dtype of torch_dtype and dtype, float32 without any. Raises ValueError for what is none."""
-    given = [value for value in given if value not in (None, "auto")]
-    if not given:
+    stated = [value for value in given if value not in (None, "auto")]
+    if not stated:
         return torch.float32
-    value = given[-1]
+    value = stated[-1]
     if isinstance(value, Mapping):
         kinds = set(value.values())
         if len(kinds) != 1:
@@ -54,7 +54,7 @@ def dtype_of(*given: object) -> torch.dtype:
         [value] = kinds
     value = getattr(torch, value, None) if isinstance(value, str) else value
     if not isinstance(value, torch.dtype):
-        raise ValueError(f"torch_dtype must be a torch.dtype, got {given[-1]!r}")
+        raise ValueError(f"torch_dtype must be a torch.dtype, got {stated[-1]!r}")
     return value
 
 

@@ -38,7 +38,7 @@ class Components:
     def __init__(self, folder: str | PathLike, *, reference: str = "diffusers", dtype: torch.dtype = torch.float32,
                  device: str = "cpu", variant: str | None = None, low_memory: bool = False, name: str | None = None):
         self._folder, self._reference, self._variant = Path(folder), reference, variant
-        self._bar = {}
+        self._bar: dict[str, Any] = {}
         self._compiles = False
         self._read(device, dtype, low_memory)
         index = {key: tuple(value) if isinstance(value, list) else value

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from ldm2 import audio
-from ldm2.call import Call, takes_settings
+from ldm2.call import Call, takes_sound
 from ldm2.edit.masks import keep_mask, masked, merge_ranges, start_step
 from ldm2.edit.paste import blend_bands, extend_canvas, fit_length, paste
 from ldm2.edit.sound import Sound, open_sound
@@ -40,7 +40,7 @@ ONE_DRAW = ("pndm", "lms")                                 # they extrapolate al
 Join = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 
-@takes_settings(TRANSFER, Call)
+@takes_sound(TRANSFER, Call)
 @usual_numpy
 def transfer(stages: Stages, sound: Source, *args: Any, **options: Any) -> Result:
     """The sound as the prompt would have it: noised to some level and denoised from there.
@@ -52,7 +52,7 @@ def transfer(stages: Stages, sound: Source, *args: Any, **options: Any) -> Resul
     return _noised(stages, sound, Call.of(TRANSFER, stages.origin, *args, **options))
 
 
-@takes_settings(VARIATIONS, Call)
+@takes_sound(VARIATIONS, Call)
 @usual_numpy
 def variations(stages: Stages, sound: Source, *args: Any, **options: Any) -> Result:
     """Sounds that resemble the input, each with a seed of its own: `transfer` that needs no prompt.
@@ -74,7 +74,7 @@ def _noised(stages: Stages, sound: Source, call: Call) -> Result:
         return job.result(job.sample(x0, report, start=start), _replace, report)
 
 
-@takes_settings(INPAINT, Call)
+@takes_sound(INPAINT, Call)
 @usual_numpy
 def inpaint(stages: Stages, sound: Source, *args: Any, **options: Any) -> Result:
     """Parts of the sound regenerated: what lies in one of `times` and in one of `bands`.
@@ -92,7 +92,7 @@ def inpaint(stages: Stages, sound: Source, *args: Any, **options: Any) -> Result
     return job.masked(job.sound.mono, mask, _joining(job.sound, times, bands, call.crossfade))
 
 
-@takes_settings(EXTEND, Call)
+@takes_sound(EXTEND, Call)
 @usual_numpy
 def extend(stages: Stages, sound: Source, *args: Any, **options: Any) -> Result:
     """The sound with `seconds` more after it, before it, or on both sides (then as many on each).
@@ -113,7 +113,7 @@ def extend(stages: Stages, sound: Source, *args: Any, **options: Any) -> Result:
     return job.masked(mirrored, {"times": times}, _joining(longer, times, None, known.crossfade))
 
 
-@takes_settings(SUPER_RESOLUTION, Call)
+@takes_sound(SUPER_RESOLUTION, Call)
 @usual_numpy
 def super_resolution(stages: Stages, sound: Source, *args: Any, **options: Any) -> Result:
     """The sound with everything above `above` (Hz) regenerated, and its own spectrum below.

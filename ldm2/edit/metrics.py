@@ -52,7 +52,7 @@ def level(waveform: np.ndarray) -> float:
 
 @usual_numpy
 def compare(reference: np.ndarray, estimate: np.ndarray, config: MelConfig) -> dict[str, float]:
-    """All of them by their names; level_difference is in dB, above zero where the estimate is louder.
+    """All distances of this module by their names; level_difference is in dB, above zero where the estimate is louder.
 
     Raises ValueError unless both are (N,) of the same length.
     """
@@ -66,10 +66,11 @@ def compare(reference: np.ndarray, estimate: np.ndarray, config: MelConfig) -> d
 
 
 def _pair(reference: np.ndarray, estimate: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Both as (1, N) float64."""
+    """Two waveforms (N,) as (1, N) float64. Raises ValueError unless they have one length."""
     if reference.ndim != 1 or reference.shape != estimate.shape or not len(reference):
         raise ValueError(f"two waveforms (N,) of one length are needed, got {reference.shape} and {estimate.shape}")
-    return tuple(torch.from_numpy(np.asarray(waveform, np.float64))[None] for waveform in (reference, estimate))
+    first, second = (torch.from_numpy(np.asarray(waveform, np.float64))[None] for waveform in (reference, estimate))
+    return first, second
 
 
 def _filled(waveform: Tensor, multiple: int) -> Tensor:

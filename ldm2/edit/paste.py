@@ -78,7 +78,7 @@ def fit_length(waveform: np.ndarray, num_samples: int) -> np.ndarray:
 
 def extend_canvas(waveform: np.ndarray, sample_rate: int, before: float = 0.0, after: float = 0.0,
                   crossfade: float = CROSSFADE_SECONDS) -> tuple[np.ndarray, list[Range]]:
-    """Put silence of `before` and `after` seconds around a waveform (..., N), and name the ranges (s) to make anew.
+    """Put silence of `before` and `after` seconds around a waveform (..., N), and name the ranges (s) to regenerate.
 
     The ranges reach a crossfade into the waveform, so that `paste` fades from real sound and not from silence.
     Raises ValueError if neither is above zero, or one is negative.

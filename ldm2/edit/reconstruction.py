@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm2.call import Call, takes_settings
+from ldm2.call import Call, takes_sound
 from ldm2.edit import metrics
 from ldm2.edit.edits import Source, check_duration, through_diffusion
 from ldm2.edit.sound import open_sound
@@ -29,7 +29,7 @@ class Reconstruction:
     distances: dict[str, float]
 
 
-@takes_settings(RECONSTRUCT, Call)
+@takes_sound(RECONSTRUCT, Call)
 @usual_numpy
 def reconstruct(stages: Stages, sound: Source, stage: str | None = None, *args: Any, **options: Any) -> Reconstruction:
     """A sound after the way to a stage and back.

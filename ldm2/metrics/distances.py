@@ -106,7 +106,7 @@ def median_distance(y: np.ndarray) -> float:
 def _factor(x: np.ndarray) -> np.ndarray:
     """A matrix F with F^T F = covariance of x (N, D), of at most D rows."""
     centred = (x - x.mean(axis=0)) / np.sqrt(len(x) - 1)
-    return np.linalg.qr(centred, mode="r") if len(x) > x.shape[1] else centred
+    return np.asarray(np.linalg.qr(centred, mode="r")) if len(x) > x.shape[1] else centred
 
 
 def _squares(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -96,7 +96,8 @@ def manifest_prompts(manifest: str | Path, paths: Sequence[Path]) -> dict[Path, 
     those whose "status" is "error", do not count. Raises ValueError for lines that make no sense and files without one.
     """
     manifest = Path(manifest).expanduser()
-    whole, names = {path.resolve(): path for path in paths}, {}
+    whole = {path.resolve(): path for path in paths}
+    names: dict[str, list[Path]] = {}
     for path in paths:
         names.setdefault(path.name, []).append(path)
     found: dict[Path, str] = {}

@@ -8,13 +8,14 @@ Reference: "DeepCache: Accelerating Diffusion Models for Free", arXiv:2312.00858
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
-from ldm2.unet import PreparedConditioning, UNet
+from ldm2.unet import PreparedConditioning
 
 
-def reusing(unet: UNet, every: int) -> Callable[..., Tensor]:
+def reusing(unet: Any, every: int) -> Callable[..., Tensor]:
     """A function like unet(x_t, t, prepared, time=None) with a memory of its own: make one for each run and window.
 
     It counts timesteps, not calls: samplers that call the model twice at one timestep get the same kind of features

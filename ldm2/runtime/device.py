@@ -35,5 +35,5 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether a device is a CPU with instructions for bfloat16, with which a model is faster than in float32."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()                   # an old PyTorch cannot tell
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()   # an old PyTorch cannot tell
     return device.type == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,10 +26,10 @@ VARIABLES = ("LDM2_KERNELS", "LDM2_CPU_ISA", "ATEN_CPU_CAPABILITY", "OMP_NUM_THR
 ASKED = "cvssp/audioldm2"                                  # what the hub is asked for, to see whether it answers
 PATIENCE = 5.0                                             # seconds for its answer
 
-Rows = list[dict[str, object]]
+Rows = list[dict[str, Any]]
 
 
-def examine() -> dict[str, object]:
+def examine() -> dict[str, Any]:
     """Everything, as plain values. Takes 10 to 20 seconds."""
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     return {
@@ -85,10 +86,10 @@ def kernels(device: torch.device) -> Rows:
     None where it leaves the dtype to PyTorch; "faults" what is wrong, by dtype, where anything is.
     """
     loaded, why = _loaded(device.type)
-    rows = []
+    rows: Rows = []
     for name, reason in _operations(device.type).items():
-        row = {"device": device.type, "operation": name, "kernel": None, "why": reason or why, "shares": {},
-               "faults": {}}
+        row: dict[str, Any] = {"device": device.type, "operation": name, "kernel": None, "why": reason or why,
+                               "shares": {}, "faults": {}}
         kernel = loaded.get(name)
         if kernel is not None:
             row |= {"kernel": f"{kernel.__module__}.{name}", "why": None}
@@ -180,7 +181,7 @@ def disk() -> Rows:
     return rows
 
 
-def faults(found: dict[str, object]) -> list[str]:
+def faults(found: dict[str, Any]) -> list[str]:
     """What is wrong in the findings of `examine`, one line each."""
     return [f"the fused {row['operation']} on {row['device']} in {dtype}: {fault}"
             for row in found["kernels"] for dtype, fault in row["faults"].items()]

@@ -47,8 +47,7 @@ def accelerated(unet: UNet) -> UNet | CompiledUNet | GraphedUNet:
 
 
 def graphs_of(unet: UNet, device: torch.device) -> Graphs:
-    """Those that exist, unless its weights have moved since. A compiled UNet has its own beside those of the plain one.
-    """
+    """The recorded CUDA graphs of a UNet; new ones if its weights have moved. A compiled UNet has graphs of its own."""
     first, addresses = next(unet.parameters()), tuple(parameter.data_ptr() for parameter in unet.parameters())
     compiled = is_compiled(unet)
     with _lock:

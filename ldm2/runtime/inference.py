@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass, replace
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -74,11 +74,11 @@ def ordinary() -> ExitStack:
     return stack
 
 
-def _ordinary(value: R) -> R:
+def _ordinary(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone() if value.is_inference() else value
     if isinstance(value, tuple):
         return tuple(map(_ordinary, value))
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{field.name: _ordinary(getattr(value, field.name)) for field in fields(value)})
     return value

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,9 +33,9 @@ class Stage:
     """The time during which a part is at work: `with stage:`. Blocks may be nested; the outermost counts.
 
     At its end the time and the peak of memory go to the log, as information.
-    load: for a part that sleeps outside, its weights on the meta device. load(device) reads the module; it is called
-    with "meta" at once, which checks the files but reads no weights, and with `device` each time a stage begins. Who
-    calls a sleeping part gets a RuntimeError: PyTorch would take weights of the meta device for some memory's contents.
+    load: for a part that is in memory during its stage only and on the meta device otherwise. load(device) reads the
+    module; it is called with "meta" at once, which checks the files but reads no weights, and with `device` each time a
+    stage begins. Calling an unloaded module raises RuntimeError; PyTorch could otherwise read uninitialized memory.
     """
 
     def __init__(self, name: str, device: torch.device, load: Load | None = None):
@@ -105,7 +106,7 @@ def in_stage(name: str) -> Callable[[Callable], Callable]:
 
 def _take_over(module: nn.Module, other: nn.Module) -> None:
     """Give `module` the parameters and buffers of `other`, which has the same structure; ties stay ties."""
-    tied = {"remove_duplicate": False}
+    tied: dict[str, Any] = {"remove_duplicate": False}
     for name, value in list(chain(other.named_parameters(**tied), other.named_buffers(**tied))):
         weights.assign(module, name, value)
 

@@ -23,7 +23,7 @@ def arrange(module: Module) -> Module:
 def for_tensor_cores(module: nn.Module) -> None:
     """Kernels of convolutions with their channels last, as tensor cores take them, where cuDNN would transpose weights,
     inputs and outputs at each call; weights of q, k and v as one matrix, so that a self-attention has one product."""
-    module.to(memory_format=torch.channels_last)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for part in module.modules():
         if isinstance(part, Attention):
             part.join_projections()

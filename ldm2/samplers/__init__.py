@@ -67,7 +67,7 @@ def check_settings(name: str, steps: int, eta: float = 0.0, schedule: Schedule |
         schedule.check_steps(steps)
         check_options(name, schedule, steps)
     elif isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
-        raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
+        raise ValueError(f"steps must be a positive integer, got {steps!r}")
     if isinstance(eta, bool) or not isinstance(eta, numbers.Real) or not 0 <= eta <= 1:
         raise ValueError(f"eta must be a number from 0 to 1, got {eta!r}")
     if eta > 0 and name != "ddim":
@@ -115,7 +115,7 @@ def sample(
     """
     check_settings(name, steps, eta, schedule)
     if isinstance(start, bool) or not isinstance(start, numbers.Integral) or not 0 <= start <= steps:
-        raise ValueError(f"start must be a whole number from 0 to steps ({steps}), got {start!r}")
+        raise ValueError(f"start must be an integer from 0 to steps ({steps}), got {start!r}")
     if start > 0 and x0 is None:
         raise ValueError(f"start {start} needs the latents x0 to start from")
     if x0 is not None and x0.shape != x_T.shape:

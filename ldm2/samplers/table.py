@@ -55,7 +55,7 @@ def pndm(eps: Epsilon, run: Run, x: Tensor) -> Solver:
     paper, the first three steps are those of Runge-Kutta (equation 13) and call it four times: skip_prk_steps.
     The history holds what the model predicts, so v stays v until it is used, as in diffusers.
     """
-    def transfer(prediction: Tensor, t: int, t_prev: int) -> Tensor:
+    def transfer(prediction: Tensor, t: float, t_prev: float) -> Tensor:
         a, a_prev = run.schedule.alpha_cumprod(t), run.schedule.alpha_cumprod(t_prev)
         e = eps.of(prediction, x, t)
         return axpby(sqrt(a_prev / a), x, sqrt(1 - a_prev) - sqrt(a_prev / a) * sqrt(1 - a), e)

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -27,13 +27,15 @@ from ldm2.runtime.inference import inference
 from ldm2.text.encoders import ClapText, T5Text
 from ldm2.text.gpt2 import Projection, continue_sequence, load_gpt2, load_projection
 from ldm2.text.phonemes import PhonemeText
-from ldm2.text.tokenizers import TextTokenizer, read_folder
+from ldm2.text.tokenizers import read_folder
 
 __all__ = ["Conditioning", "TextEncoder"]
 
 REFERENCES = ("authors", "diffusers")
 NUM_VECTORS = 8                # vectors that GPT-2 writes
 NUM_SPEECH_VECTORS = 512       # the same in the speech models
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,8 @@ class TextEncoder(nn.Module):
 
     def generate(self, clap: Tensor, states: Tensor, mask: Tensor, num_vectors: int) -> Tensor:
         """clap (B, D0), states (B, L, D1) of T5 or phonemes, mask (B, L) bool -> GPT-2's (B, num_vectors, D)."""
-        return continue_sequence(self.gpt2, *self.projection(clap, states, mask), num_vectors)
+        sequence, places = self.projection(clap, states, mask)
+        return continue_sequence(self.gpt2, sequence, places, num_vectors)
 
     def _lines(
         self, prompts: Sequence[str], transcription: str | Sequence[str] | None, phonemes: str | Sequence[str] | None
@@ -182,7 +185,7 @@ class TextEncoder(nn.Module):
         given = {name: text for name, text in given.items() if text is not None}
         if not self.speaks:
             if given:
-                raise ValueError(f"this model does not speak, it takes no {' and no '.join(given)}")
+                raise ValueError(f"{' and '.join(given)} is only for speech models; this checkpoint is not one")
             return [Line(prompt) for prompt in prompts]
         if len(given) != 1:
             count = "both" if given else "neither"
@@ -306,7 +309,7 @@ class Parts:
         to_copy = self.dtype not in (None, torch.float32)
         return weights.read_tensors(self.folder / name, self.variant, to_copy=to_copy)
 
-    def tokenizer(self, name: str, kind: str) -> TextTokenizer | transformers.VitsTokenizer:
+    def tokenizer(self, name: str, kind: str) -> Any:
         """The tokenizer in a folder; kind: see `VOCABULARIES`."""
         return read_folder(kind, self.folder / name)
 
@@ -315,7 +318,7 @@ class Parts:
         has_clap = self.has("feature_extractor") and self.has("text_encoder")
         return has_clap and "audio_config" in self.fields("text_encoder")
 
-    def load(self, name: str, loader: Callable, *extra: object) -> nn.Module:
+    def load(self, name: str, loader: Callable[..., Module], *extra: object) -> Module:
         """The part `name`, made by `loader(config fields, tensors, *extra, device, dtype, source)`."""
         source = str(self.folder / name)
         return loader(

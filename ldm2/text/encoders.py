@@ -59,7 +59,7 @@ class ClapText(nn.Module):
             config = transformers_config(transformers.ClapTextConfig, fields, source)
         with weights.on_meta():
             clap = cls(tokenizer, config)
-        tables = clap.text_model.embeddings
+        tables: Any = clap.text_model.embeddings
         tables.position_ids = torch.arange(config.max_position_embeddings, device="cpu")[None]
         tables.token_type_ids = torch.zeros_like(tables.position_ids)
         return weights.load(clap, tensors, table=CLAP_TEXT_ONLY, dtype=dtype, device=device, source=source)
@@ -133,7 +133,7 @@ def tokenize(
     return torch.tensor(ids, device="cpu"), torch.tensor(mask, device="cpu")
 
 
-def clap_config(fields: Mapping[str, Any], branch: str, source: str) -> transformers.PreTrainedConfig:
+def clap_config(fields: Mapping[str, Any], branch: str, source: str) -> Any:
     """Config of one branch of CLAP, "text_config" or "audio_config", from the fields of a ClapModel's config.json."""
     for name in ("text_config", "audio_config"):
         if not isinstance(fields.get(name), Mapping):

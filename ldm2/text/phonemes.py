@@ -106,7 +106,7 @@ class PhonemeText(nn.Module):
         check_symbols(tokenizer, config.vocab_size, source)
         with weights.on_meta():
             phonemes = cls(tokenizer, config, max_length)
-        table = weights.OLD_NAMES | TEXT_ENCODER_ONLY
+        table = {**weights.OLD_NAMES, **TEXT_ENCODER_ONLY}
         weights.load(phonemes.text_encoder, tensors, table=table, dtype=dtype, device=device, source=source)
         return phonemes.eval()
 
@@ -127,14 +127,14 @@ class PhonemeText(nn.Module):
         unknown = sorted(set(phonemes) - self.tokenizer.get_vocab().keys())
         if unknown:
             raise ValueError(f"phonemes hold symbols that the model does not know: {' '.join(unknown)}")
-        ids = self.tokenizer.convert_tokens_to_ids(list(phonemes))
+        ids: Any = self.tokenizer.convert_tokens_to_ids(list(phonemes))
         if self.tokenizer.add_blank:
             ids = [PAD, *(number for symbol in ids for number in (symbol, PAD))]
         return self._fit(ids, phonemes)
 
     def _fit(self, ids: Sequence[int], text: str) -> tuple[int, ...]:
         if not ids:
-            raise ValueError(f"there is nothing to say in {text[:40]!r}")
+            raise ValueError(f"no phonemes found in {text[:40]!r}")
         if len(ids) > self.max_length:
             logger.warning("speech ends after %d phonemes; cut from %r: the last %d",
                            self.max_length, text[:40], len(ids) - self.max_length)

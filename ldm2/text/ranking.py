@@ -32,7 +32,7 @@ CLAP_AUDIO_ONLY = {
 }
 
 # Settings of the published checkpoints' feature_extractor, for files that bring none.
-FEATURE_EXTRACTOR = {
+FEATURE_EXTRACTOR: dict[str, Any] = {
     "feature_size": 64, "sampling_rate": 48_000, "hop_length": 480, "max_length_s": 10, "fft_window_size": 1024,
     "frequency_min": 50, "frequency_max": 14_000, "truncation": "rand_trunc", "padding": "repeatpad",
 }

@@ -166,7 +166,7 @@ def save_tokenizer(encoder: str, folder: str | Path | None, local_files_only: bo
     """
     source = SOURCES[encoder]
     if folder is None and encoder == "phonemes":
-        loaded = tokenizer(encoder)
+        loaded: Any = tokenizer(encoder)
     else:
         place = from_hub(source, local_files_only) if folder is None else _local(source, encoder, folder)
         loaded = from_pretrained(source.kind, place)
@@ -190,8 +190,11 @@ def read(source: Source, folder: Path) -> TextTokenizer | transformers.VitsToken
     return loaded
 
 
-def read_folder(kind: str, folder: Path) -> TextTokenizer | transformers.VitsTokenizer:
-    """The tokenizer of a kind (see VOCABULARIES) in a folder. Raises ValueError naming it if it is not complete."""
+def read_folder(kind: str, folder: Path) -> Any:
+    """The TextTokenizer, or transformers' VitsTokenizer, of a kind (see VOCABULARIES) in a folder.
+
+    Raises ValueError naming the folder if it is not complete.
+    """
     check_complete(kind, folder)
     if kind != "VitsTokenizer" and (folder / "tokenizer.json").is_file():
         return TextTokenizer.from_file(folder / "tokenizer.json")

@@ -85,7 +85,7 @@ def train_diffusion(
         t = spread_steps(len(x_0), len(alphas_cumprod), generator)
         eps = torch.randn(x_0.shape, generator=generator)
         prompts = list(held_out_captions[: len(x_0)])
-        right, wrong = (error(x_0, t, eps, model.text(p)).mean() for p in (prompts, prompts[1:] + prompts[:1]))
+        right, wrong = (error(x_0, t, eps, model.text(p)).mean().item() for p in (prompts, prompts[1:] + prompts[:1]))
         return {"error": right, "error_swapped": wrong}
 
     train("diffusion", model, loss, recipe, clock, evaluate, evaluate_every=500)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +114,7 @@ def train(
     _put(parameters, averaged)
 
 
-def _share_gradients(parameters: list[Tensor]) -> None:
+def _share_gradients(parameters: Sequence[Tensor]) -> None:
     """Mean over all processes, if there are several: each has drawn a batch of its own."""
     if not dist.is_initialized():
         return
@@ -152,7 +152,7 @@ def _report(name, step, recent, module, parameters, averaged, evaluate, clock) -
 
 
 @torch.no_grad()
-def _put(parameters: list[Tensor], values: list[Tensor]) -> None:
+def _put(parameters: Sequence[Tensor], values: list[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
 

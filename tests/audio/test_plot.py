@@ -1,11 +1,14 @@
 """Pictures: a readable PNG, and what is refused."""
 
 import builtins
+import io
 
 import numpy as np
 import pytest
+import torch
 
 from ldm2.audio import plot
+from ldm2.result import Result
 
 SOUND = (0.1 * np.random.default_rng(0).standard_normal(8000)).astype(np.float32)
 
@@ -51,3 +54,21 @@ def test_without_matplotlib_its_installation_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         plot.check_plot(tmp_path / "x.png")
+
+
+def test_a_spectrogram_for_notebooks_is_a_picture_with_low_frequencies_at_the_bottom():
+    pytest.importorskip("matplotlib")
+    image = pytest.importorskip("PIL.Image")
+    mel = np.zeros((20, 8), np.float32)
+    mel[:, 0] = 5                                          # the lowest bin is the loudest
+    pixels = np.asarray(image.open(io.BytesIO(plot.spectrogram_png(mel))).convert("L"), float)
+    assert pixels[-5].mean() > pixels[5].mean() + 100
+
+
+def test_a_result_in_a_notebook_has_a_picture_and_a_player():
+    pytest.importorskip("matplotlib")
+    one = Result(waveforms=np.zeros((2, 160), np.float32), sample_rate=16000, latents=torch.zeros(2, 8, 1, 16),
+                 mel=torch.zeros(2, 4, 64), seeds=[0, 1], scores=None, settings={"prompt": "<b>", "seed": [0, 1]})
+    page = one._repr_html_()
+    assert page.count("<audio") == page.count("<img") == 2
+    assert "<b>" not in page

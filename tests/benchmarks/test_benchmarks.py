@@ -275,13 +275,13 @@ def test_there_is_no_plot_without_length_and_batch(tmp_path):
 @pytest.mark.parametrize("main, arguments, told", [
     (benchmarks.main, ("--seconds", "-1"), "--seconds: must be a number above 0, got '-1'"),
     (benchmarks.main, ("--seconds", "nan"), "--seconds: must be a number above 0, got 'nan'"),
-    (benchmarks.main, ("--steps", "0"), "--steps: must be a whole number from 1 on, got '0'"),
-    (benchmarks.main, ("--threads", "-3"), "--threads: must be a whole number from 1 on, got '-3'"),
+    (benchmarks.main, ("--steps", "0"), "--steps: must be a positive integer, got '0'"),
+    (benchmarks.main, ("--threads", "-3"), "--threads: must be a positive integer, got '-3'"),
     (benchmarks.main, ("--dtype", "nope"), "unknown dtype 'nope'"),
     (benchmarks.main, ("--device", "abacus"), "unknown device 'abacus'"),
     (benchmarks.main, ("--rows", "unet,magic"), "unknown rows magic, choose from unet, "),
     (parity.main, ("--dtypes", "float32,nope"), "unknown dtype 'nope'"),
-    (parity.main, ("--steps", "1.5"), "--steps: must be a whole number from 1 on, got '1.5'"),
+    (parity.main, ("--steps", "1.5"), "--steps: must be a positive integer, got '1.5'"),
     (on_gpu.main, ("--minutes", "nan"), "--minutes: must be a number above 0, got 'nan'"),
 ])
 def test_bad_values_are_refused_before_anything_is_loaded(main, arguments, told, capsys):

@@ -133,22 +133,22 @@ def test_a_cached_model_works_offline(hub, resolve, resolve_under):
 
 def test_offline_without_a_cache_says_what_to_run(hub, resolve_under):
     _, error, _ = resolve_under(HF_HUB_OFFLINE="1")
-    assert error == (f"FileNotFoundError: {NAME} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: "
-                     f"where there is a network, run `ldm2 download {NAME}`")
+    assert error == (f"FileNotFoundError: {NAME} is not in the cache, and downloading is disabled by HF_HUB_OFFLINE: "
+                     f"when online, run `ldm2 download {NAME}`")
     assert hub.requests == []
 
 
 def test_local_files_only_without_a_cache_says_what_to_run(hub, resolve):
     _, error = resolve(local_files_only=True, revision="v2")
-    assert error == (f"FileNotFoundError: {NAME} is not in the cache, and local_files_only forbids to fetch it: "
-                     f"where there is a network, run `ldm2 download {NAME} --revision v2`")
+    assert error == (f"FileNotFoundError: {NAME} is not in the cache, and downloading is disabled by local_files_only: "
+                     f"when online, run `ldm2 download {NAME} --revision v2`")
     assert hub.requests == []
 
 
 def test_no_network_says_what_to_run(resolve_under):
     _, error, _ = resolve_under(HF_ENDPOINT="http://127.0.0.1:9")
     assert error.startswith(f"ConnectionError: {NAME} is not in the cache, and http://127.0.0.1:9 does not answer (")
-    assert error.endswith(f"where there is a network, run `ldm2 download {NAME}`")
+    assert error.endswith(f"when online, run `ldm2 download {NAME}`")
     assert "\n" not in error
 
 

@@ -108,6 +108,7 @@ def test_kernel_distance_is_that_of_loops_with_the_median_of_the_reference():
 
 def test_kernel_distance_of_two_and_two_points_is_the_closed_form():
     x, y = np.array([[0.0], [1.0]]), np.array([[0.0], [2.0]])               # the reference's bandwidth is 2
+
     def k(d):
         return np.exp(-d * d / 8)
 

@@ -15,6 +15,7 @@ from tests.samplers.toy import SCHEDULE, SHAPE, STOCHASTIC, draw_latents, error,
 
 # ------------------------------------------------------------------------------------------------ what must come out
 
+
 @pytest.mark.parametrize("start", [0, 1, 5])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_model_that_knows_x0_leads_to_x0(name, start):
@@ -275,7 +276,7 @@ def test_a_bad_number_of_steps_is_refused(steps):
 
 @pytest.mark.parametrize("steps", [0, -1, 1.5, True, "5", None])
 def test_a_bad_number_of_steps_is_refused_without_a_schedule(steps):
-    with pytest.raises(ValueError, match=r"steps must be a whole number of at least 1, got "):
+    with pytest.raises(ValueError, match=r"steps must be a positive integer, got "):
         samplers.check_settings("ddim", steps)
 
 
@@ -299,7 +300,7 @@ def test_stochastic_samplers_need_noise(name, eta):
 
 @pytest.mark.parametrize("start", [-1, 6, 1.0, True, None])
 def test_start_must_be_one_of_the_steps(start):
-    with pytest.raises(ValueError, match=r"start must be a whole number from 0 to steps \(5\), got "):
+    with pytest.raises(ValueError, match=r"start must be an integer from 0 to steps \(5\), got "):
         sample("ddim", model, draw_latents(2), SCHEDULE, 5, x0=draw_latents(1), start=start)
 
 

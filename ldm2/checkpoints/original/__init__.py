@@ -32,7 +32,7 @@ from ldm2.text.encoders import ClapText, T5Text
 from ldm2.text.gpt2 import load_gpt2, load_projection
 from ldm2.text.phonemes import PhonemeText
 from ldm2.text.ranking import FEATURE_EXTRACTOR, ClapAudio, Ranker
-from ldm2.text.tokenizers import LazyTokenizer, TextTokenizer, tokenizer
+from ldm2.text.tokenizers import tokenizer
 from ldm2.unet import UNet
 from ldm2.vae import VAE
 from ldm2.vocoder import Vocoder
@@ -53,7 +53,7 @@ _KINDS = {
     "phonemes": r"text_encoder\.emb\.weight",
 }
 
-_MODULES = {
+_MODULES: dict[str, tuple[Any, Any, str]] = {
     "unet": (UNet, UNetConfig, "UNet"), "vae": (VAE, VAEConfig, "VAE"), "vocoder": (Vocoder, VocoderConfig, "vocoder"),
 }
 
@@ -129,12 +129,12 @@ def part(
     parts: Mapping[str, Part], name: str, *, tokenizers: str | Path | None = None, reference: str = "authors",
     device: torch.device | str | None = None, dtype: torch.dtype | None = None, local_files_only: bool = False,
     source: str = "",
-) -> nn.Module | None:
+) -> Any:
     """One of "unet", "vae", "vocoder" and "text" (all encoders), loaded; None if the file does not hold it.
 
     parts: what `read` returned; source: what errors begin with; the rest as for `components`.
     """
-    where = {"device": device, "dtype": dtype}
+    where: dict[str, Any] = {"device": device, "dtype": dtype}
     if name == "text":
         find_tokenizer = partial(tokenizer, folder=tokenizers, local_files_only=local_files_only)
         return _text(parts, source, find_tokenizer, reference, where)
@@ -159,19 +159,19 @@ def ranker(
     if part is None:
         raise ValueError("the file holds no CLAP: this checkpoint cannot rank")
     if text is None:
-        words = tokenizer("clap", tokenizers, local_files_only)
+        words: Any = tokenizer("clap", tokenizers, local_files_only)
         text = ClapText.load(part.fields, part.tensors, words, device=device, dtype=torch.float32)
     extractor = transformers.ClapFeatureExtractor(**FEATURE_EXTRACTOR)
     return Ranker(text, ClapAudio.load(part.fields, part.tensors, extractor, device=device))
 
 
 def _text(
-    parts: Mapping[str, Part], source: str, find_tokenizer: Callable[[str], TextTokenizer | LazyTokenizer],
+    parts: Mapping[str, Part], source: str, find_tokenizer: Callable[[str], Any],
     reference: str, where: dict[str, Any],
 ) -> TextEncoder | None:
     """The text encoders that the file holds; a T5 without GPT-2 needs no CLAP."""
 
-    def load(name: str, loader: Callable[..., nn.Module], encoder: str | None = None, *more: int) -> nn.Module | None:
+    def load(name: str, loader: Callable[..., nn.Module], encoder: str | None = None, *more: int) -> Any:
         if name not in parts:
             return None
         arguments = more if encoder is None else (find_tokenizer(encoder), *more)

@@ -28,7 +28,7 @@ SPEECH_VECTORS = 512                                       # that GPT-2 writes i
 VECTORS = 8                                                # in all others
 
 # Kernel sizes of the upsampling stages, which the shapes show -> their rates and the sample rate, which they do not.
-VOCODERS = {
+VOCODERS: dict[tuple[int, ...], tuple[tuple[int, ...], int]] = {
     (16, 16, 8, 4, 4): ((5, 4, 2, 2, 2), 16000),
     (12, 10, 8, 4, 4): ((6, 5, 4, 2, 2), 48000),
 }
