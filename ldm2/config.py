@@ -8,19 +8,20 @@ something else is refused.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
+
+from ldm2.fields import MOST_ENTRIES, Fields, boolean, layer_count, optional_integer, read_json
 
 REFERENCES = ("authors", "diffusers")
 AUDIOLDM1_FRAMES = 256                                     # latent frames (10.24 s) that each AudioLDM 1 was trained on
-_REQUIRED = object()
+PUBLISHED_HEADS = 8                                        # the single number in each published UNet config
 
 # Fields with the only value that any published checkpoint has; a file may leave them out.
 _UNET_FIXED = {
+    "_class_name": ("AudioLDM2UNet2DConditionModel", "UNet2DConditionModel"),
     "act_fn": ("silu", "swish"), "norm_eps": (1e-5,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
     "downsample_padding": (1,), "flip_sin_to_cos": (True,), "freq_shift": (0,), "center_input_sample": (False,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",), "mid_block_scale_factor": (1,), "dropout": (0,),
@@ -33,9 +34,11 @@ _UNET_FIXED = {
     "reverse_transformer_layers_per_block": (None,), "mid_block_only_cross_attention": (None, False),
 }
 _VAE_FIXED = {
+    "_class_name": ("AutoencoderKL",),
     "act_fn": ("silu", "swish"), "mid_block_add_attention": (True,), "use_quant_conv": (True,),
     "use_post_quant_conv": (True,), "shift_factor": (None,), "latents_mean": (None,), "latents_std": (None,),
 }
+_VOCODER_FIXED = {"model_type": ("hifigan", "speecht5_hifigan"), "architectures": (["SpeechT5HifiGan"], None)}
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class UNetConfig:
     @classmethod
     def from_json(cls, path: str | PathLike, reference: str = "authors") -> UNetConfig:
         """Reads unet/config.json; `reference` as in `from_dict`. Raises ValueError naming file and field."""
-        return cls.from_dict(_read_json(path), source=str(path), reference=reference)
+        return cls.from_dict(read_json(path), source=str(path), reference=reference)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], source: str = "UNet config", reference: str = "authors") -> UNetConfig:
@@ -81,7 +84,7 @@ class UNetConfig:
         """
         if reference not in REFERENCES:
             raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
-        read = _Fields(fields, source)
+        read = Fields(fields, source)
         read.check_fixed(_UNET_FIXED)
         channels = read.integers("block_out_channels")
         levels = len(channels)
@@ -91,7 +94,7 @@ class UNetConfig:
         up = read.block_types("up_block_types", levels, plain="UpBlock2D", attention="CrossAttnUpBlock2D")[::-1]
         used = tuple(d or u for d, u in zip(down, up, strict=True))
         used = (*used[:-1], True)                          # the middle block attends with the last level's sizes
-        if any(read.per_level("only_cross_attention", levels, _boolean, default=False)):
+        if any(read.per_level("only_cross_attention", levels, boolean, default=False)):
             raise read.error("only_cross_attention", "must be false", read.get("only_cross_attention"))
         return cls(
             in_channels=read.integer("in_channels"),
@@ -99,8 +102,8 @@ class UNetConfig:
             channels=channels,
             down_attention=down,
             up_attention=up,
-            resnets=read.per_level("layers_per_block", levels, _positive_integer),
-            transformer_depth=read.per_level("transformer_layers_per_block", levels, _positive_integer, default=1),
+            resnets=read.per_level("layers_per_block", levels, layer_count),
+            transformer_depth=read.per_level("transformer_layers_per_block", levels, layer_count, default=1),
             context_dims=_context_dims(read, channels, used),
             num_heads=_num_heads(read, channels, used, reference),
             norm_groups=groups,
@@ -149,12 +152,12 @@ class VAEConfig:
     @classmethod
     def from_json(cls, path: str | PathLike) -> VAEConfig:
         """Reads vae/config.json. Raises ValueError naming file and field."""
-        return cls.from_dict(_read_json(path), source=str(path))
+        return cls.from_dict(read_json(path), source=str(path))
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], source: str = "VAE config") -> VAEConfig:
         """Reads the fields of a vae/config.json. Raises ValueError naming `source` and the field."""
-        read = _Fields(fields, source)
+        read = Fields(fields, source)
         read.check_fixed(_VAE_FIXED)
         channels = read.integers("block_out_channels")
         groups = read.integer("norm_num_groups")
@@ -166,7 +169,7 @@ class VAEConfig:
             out_channels=read.integer("out_channels"),
             latent_channels=read.integer("latent_channels"),
             channels=channels,
-            resnets=read.integer("layers_per_block"),
+            resnets=read.layers("layers_per_block"),
             norm_groups=groups,
             scaling_factor=read.positive_number("scaling_factor"),
         )
@@ -194,12 +197,13 @@ class VocoderConfig:
     @classmethod
     def from_json(cls, path: str | PathLike) -> VocoderConfig:
         """Reads vocoder/config.json. Raises ValueError naming file and field."""
-        return cls.from_dict(_read_json(path), source=str(path))
+        return cls.from_dict(read_json(path), source=str(path))
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], source: str = "vocoder config") -> VocoderConfig:
         """Reads the fields of a vocoder/config.json. Raises ValueError naming `source` and the field."""
-        read = _Fields(fields, source)
+        read = Fields(fields, source)
+        read.check_fixed(_VOCODER_FIXED)
         rates = read.integers("upsample_rates")
         channels = read.integer("upsample_initial_channel")
         if channels % 2 ** len(rates):
@@ -223,12 +227,12 @@ class VocoderConfig:
         )
 
 
-def _is_audioldm1(read: _Fields) -> bool:
+def _is_audioldm1(read: Fields) -> bool:
     """Whether a file is of the plain UNet2DConditionModel, as those of AudioLDM 1 are."""
     return read.get("_class_name", None) == "UNet2DConditionModel"
 
 
-def _trained_frames(read: _Fields) -> int | None:
+def _trained_frames(read: Fields) -> int | None:
     """Latent frames of the training's pieces.
 
     The published files of AudioLDM 1 say 128, half of what the authors' configurations (latent_t_size) trained on: the
@@ -239,7 +243,7 @@ def _trained_frames(read: _Fields) -> int | None:
 
 
 def _context_dims(
-    read: _Fields, channels: tuple[int, ...], used: tuple[bool, ...]
+    read: Fields, channels: tuple[int, ...], used: tuple[bool, ...]
 ) -> tuple[tuple[int | None, ...], ...]:
     """The transformers of each level, () where nothing attends.
 
@@ -267,13 +271,16 @@ def _context_dims(
 
 
 def _num_heads(
-    read: _Fields, channels: tuple[int, ...], used: tuple[bool, ...], reference: str
+    read: Fields, channels: tuple[int, ...], used: tuple[bool, ...], reference: str
 ) -> tuple[int | None, ...]:
     named = read.get("num_attention_heads", None) is not None                # a name that says what it holds
     name = "num_attention_heads" if named else "attention_head_dim"
     value = read.get(name)
-    heads = read.per_level(name, len(channels), _optional_integer)
+    heads = read.per_level(name, len(channels), optional_integer)
     if isinstance(value, int) and reference == "authors" and not named:
+        if value != PUBLISHED_HEADS:
+            rule = f"must list the heads of each level, or be {PUBLISHED_HEADS} as in the published files"
+            raise read.error(name, f"{rule} (reference=\"diffusers\" takes any number as it stands)", value)
         heads = tuple(h if width % 32 else width // 32 for width, h in zip(channels, heads, strict=True))
     for width, number, attends in zip(channels, heads, used, strict=True):
         if attends and (number is None or width % number):
@@ -281,7 +288,7 @@ def _num_heads(
     return heads
 
 
-def _film_dim(read: _Fields) -> int | None:
+def _film_dim(read: Fields) -> int | None:
     kind = read.get("class_embed_type", None)
     if kind is None:
         return None
@@ -293,116 +300,11 @@ def _film_dim(read: _Fields) -> int | None:
     return read.integer("projection_class_embeddings_input_dim")
 
 
-def _read_json(path: str | PathLike) -> dict[str, Any]:
-    try:
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(fields).__name__}")
-    return fields
-
-
-def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")
-    return value
-
-
-def _positive_integer(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError("must be a positive integer")
-    return value
-
-
-def _optional_integer(value: Any) -> int | None:
-    return None if value is None else _positive_integer(value)
-
-
 def _optional_widths(value: Any) -> tuple[int | None, ...]:
     """One level of cross_attention_dim: a width, or one entry per transformer; null for a level without any."""
     if value is None:
         return ()
-    return tuple(_optional_integer(entry) for entry in (value if isinstance(value, (list, tuple)) else [value]))
-
-
-class _Fields:
-    """Typed reading of a JSON object; each error names the source and the field."""
-
-    def __init__(self, fields: dict[str, Any], source: str):
-        self.fields = fields
-        self.source = source
-
-    def error(self, name: str, rule: str, value: Any) -> ValueError:
-        return ValueError(f"{self.source}: field '{name}' {rule}, got {json.dumps(value)}")
-
-    def get(self, name: str, default: Any = _REQUIRED) -> Any:
-        value = self.fields.get(name, default)
-        if value is _REQUIRED:
-            raise ValueError(f"{self.source}: missing field '{name}'")
-        return value
-
-    def _parse(self, name: str, parse, value: Any) -> Any:
-        try:
-            return parse(value)
-        except ValueError as error:
-            raise self.error(name, str(error), self.get(name, None)) from None
-
-    def integer(self, name: str) -> int:
-        return self._parse(name, _positive_integer, self.get(name))
-
-    def first_integer(self, name: str) -> int | None:
-        """An integer, or the first of a list of them; None where there is none."""
-        value = self.get(name, None)
-        first = self.integers(name)[0] if isinstance(value, (list, tuple)) else value
-        return self._parse(name, _optional_integer, first)
-
-    def boolean(self, name: str) -> bool:
-        return self._parse(name, _boolean, self.get(name))
-
-    def positive_number(self, name: str, default: Any = _REQUIRED) -> float:
-        value = self.get(name, default)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value <= 0:
-            raise self.error(name, "must be a positive number", value)
-        return float(value)
-
-    def sequence(self, name: str, length: int | None = None) -> tuple[Any, ...]:
-        value = self.get(name)
-        if not isinstance(value, (list, tuple)) or not value:
-            raise self.error(name, "must be a non-empty list", value)
-        if length is not None and len(value) != length:
-            raise self.error(name, f"must have {length} entries", value)
-        return tuple(value)
-
-    def integers(self, name: str, length: int | None = None) -> tuple[int, ...]:
-        return tuple(self._parse(name, _positive_integer, entry) for entry in self.sequence(name, length))
-
-    def integer_lists(self, name: str, length: int) -> tuple[tuple[int, ...], ...]:
-        rows = self.sequence(name, length)
-        if not all(isinstance(row, (list, tuple)) and row for row in rows):
-            raise self.error(name, "must be a list of non-empty lists", rows)
-        return tuple(tuple(self._parse(name, _positive_integer, entry) for entry in row) for row in rows)
-
-    def per_level(self, name: str, levels: int, parse, default: Any = _REQUIRED) -> tuple[Any, ...]:
-        """A list with one entry per level, or one value that stands for each level."""
-        value = self.get(name, default)
-        entries = self.sequence(name, levels) if isinstance(value, (list, tuple)) else (value,) * levels
-        return tuple(self._parse(name, parse, entry) for entry in entries)
-
-    def block_types(self, name: str, levels: int, plain: str, attention: str | None = None) -> tuple[bool, ...]:
-        """For each block of the list, whether it is of the kind with attention."""
-        names = self.sequence(name, levels)
-        known = [kind for kind in (plain, attention) if kind is not None]
-        if any(kind not in known for kind in names):
-            raise self.error(name, f"may hold {' and '.join(known)} only", names)
-        return tuple(kind == attention for kind in names)
-
-    def check_groups(self, name: str, channels: tuple[int, ...], groups: int) -> None:
-        if any(width % groups for width in channels):
-            raise self.error(name, f"must be multiples of norm_num_groups = {groups}", channels)
-
-    def check_fixed(self, fixed: dict[str, tuple[Any, ...]]) -> None:
-        for name, allowed in fixed.items():
-            if name in self.fields and self.fields[name] not in allowed:
-                raise self.error(name, f"must be {' or '.join(json.dumps(v) for v in allowed)}", self.fields[name])
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    if len(entries) > MOST_ENTRIES:
+        raise ValueError(f"must have at most {MOST_ENTRIES} entries a level")
+    return tuple(optional_integer(entry) for entry in entries)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,9 @@ from torch import nn
 
 from ldm2 import weights
 from ldm2.checkpoints import hub, original
+from ldm2.checkpoints.fit import check_fit
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
+from ldm2.fields import named, read_json, short
 from ldm2.options import options_of
 from ldm2.pipeline import AudioLDM2
 from ldm2.result import Result
@@ -26,6 +27,7 @@ from ldm2.runtime.memory import Load, Stage
 from ldm2.schedules import Schedule
 from ldm2.settings import Settings
 from ldm2.text.encoder import TextEncoder
+from ldm2.text.encoders import ClapText
 from ldm2.text.ranking import Ranker
 from ldm2.unet import UNet
 from ldm2.vae import VAE
@@ -86,7 +88,7 @@ def load(
     }
     if path.is_dir() and tokenizers is not None:
         raise ValueError(f"{path} brings its own tokenizers: leave out tokenizers={str(tokenizers)!r}")
-    with ordinary():
+    with ordinary(), hub.opened(path, model):
         if path.is_dir():
             pipe = _from_folder(path, reference, settings, low_memory, variant)
         else:
@@ -112,11 +114,16 @@ def _from_folder(
         name = build.__name__.lower()
         loads[name] = functools.partial(_part, build, config, folder / name, dtype=dtype, variant=variant)
     parts = _parts(loads, settings["device"], low_memory)
+
+    def make_ranker(clap: ClapText, device: torch.device) -> Ranker:
+        with hub.opened(folder, settings["origin"]["model"]):
+            return Ranker.from_folder(folder, clap, device=device, variant=variant)
+
     return AudioLDM2(
         **parts,
         schedule=Schedule.from_json(folder / "scheduler/scheduler_config.json"),
         defaults=_checkpoint_defaults(folder),
-        make_ranker=lambda clap, device: Ranker.from_folder(folder, clap, device=device, variant=variant),
+        make_ranker=make_ranker,
         **settings,
     )
 
@@ -138,11 +145,15 @@ def _from_original(
 
     loads: dict[str, Load] = {name: functools.partial(load, name) for name in ("unet", "vae", "vocoder", "text")}
     parts = _parts(loads, settings["device"], low_memory)
-    can_rank = "text_encoder" in found
+
+    def make_ranker(clap: ClapText, device: torch.device) -> Ranker:
+        with named(path):
+            return original.ranker(read(), clap, device=device, **where)
+
     return AudioLDM2(
         **parts,
         schedule=original.schedule(found, str(path)),
-        make_ranker=(lambda clap, device: original.ranker(read(), clap, device=device, **where)) if can_rank else None,
+        make_ranker=make_ranker if "text_encoder" in found else None,
         **settings,
     )
 
@@ -150,9 +161,13 @@ def _from_original(
 def _parts(loads: dict[str, Load], device: torch.device, low_memory: bool) -> dict:
     """The modules by their names, as AudioLDM2 takes them; with low_memory asleep outside of their stages."""
     if not low_memory:
-        return {name: weight_layout.arrange(load(device)) for name, load in loads.items()}
+        modules = {name: load(device) for name, load in loads.items()}
+        check_fit(**modules)
+        return {name: weight_layout.arrange(module) for name, module in modules.items()}
     stages = [Stage(name, device, load) for name, load in loads.items()]
-    return {stage.name: stage.module for stage in stages} | {"stages": stages}
+    modules = {stage.name: stage.module for stage in stages}
+    check_fit(**modules)
+    return modules | {"stages": stages}
 
 
 _loading = threading.Lock()
@@ -178,10 +193,11 @@ def _part(
     variant: str | None,
 ) -> nn.Module:
     """A module with the weights of its folder."""
-    with weights.on_meta():
-        module = build(config)
-    tensors = weights.read_tensors(folder, variant, to_copy=dtype != torch.float32)
-    return weights.load(module, tensors, device=device, dtype=dtype, source=folder)
+    with named(folder):
+        with weights.on_meta():
+            module = build(config)
+        tensors = weights.read_tensors(folder, variant, to_copy=dtype != torch.float32)
+        return weights.load(module, tensors, device=device, dtype=dtype, source=folder)
 
 
 def _checkpoint_defaults(folder: Path) -> dict[str, Any]:
@@ -189,15 +205,10 @@ def _checkpoint_defaults(folder: Path) -> dict[str, Any]:
     path = folder / "ldm2.json"
     if not path.exists():
         return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    values = read_json(path)
     known = {name: each for name, each in options_of(Settings).items() if each.of_checkpoint}
-    unknown = set(values) - set(known) if isinstance(values, dict) else {"no object"}
+    unknown = set(values) - set(known)
     if unknown:
-        raise ValueError(f"{path} may hold {', '.join(known)}, found {', '.join(sorted(unknown))}")
-    try:
+        raise ValueError(f"{path} may hold {', '.join(known)}, found {short(sorted(unknown))}")
+    with named(path):
         return {name: known[name].kind.check(name, value) for name, value in values.items()}
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None

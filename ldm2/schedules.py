@@ -10,7 +10,6 @@ equation 17 (cosine schedule); "Common Diffusion Noise Schedules and Sample Step
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ldm2 import solver_options
+from ldm2.fields import read_json, short
 from ldm2.solver_options import SolverOptions
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -29,6 +29,13 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
 
 _OLD_SAMPLERS = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
+# Classes whose files describe a noise schedule of this kind. Others (LCM, TCD, EDM, flow matching, ...) belong to
+# models that were trained for something else, which no sampler here would sample right.
+CLASSES = (
+    *_OLD_SAMPLERS, "LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
+)
+MOST_TIMESTEPS = 100_000                                   # a limit far above every training's
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,9 @@ class Schedule:
     def __post_init__(self) -> None:
         _whole("num_train_timesteps", self.num_train_timesteps, 1)
         _whole("steps_offset", self.steps_offset, 0)
+        if max(self.num_train_timesteps, self.steps_offset) > MOST_TIMESTEPS:
+            most = f"num_train_timesteps and steps_offset must be at most {MOST_TIMESTEPS}"
+            raise ValueError(f"{most}, got {self.num_train_timesteps} and {self.steps_offset}")
         for name in ("beta_start", "beta_end"):
             if not _is_beta(getattr(self, name)):
                 raise ValueError(f"{name} must be a number between 0 and 1, got {getattr(self, name)!r}")
@@ -77,11 +87,7 @@ class Schedule:
     @classmethod
     def from_json(cls, path: str | Path) -> Schedule:
         """Read scheduler_config.json. Raises ValueError naming the file and the field."""
-        try:
-            config = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not a JSON file: {error}") from None
-        return cls.from_dict(config, source=str(path))
+        return cls.from_dict(read_json(path), source=str(path))
 
     @classmethod
     def from_dict(cls, config: Mapping[str, object], source: str = "scheduler_config.json") -> Schedule:
@@ -89,6 +95,8 @@ class Schedule:
         if not isinstance(config, Mapping):
             raise ValueError(f"{source}: must hold a JSON object, got {type(config).__name__}")
         name = config.get("_class_name")
+        if name is not None and name not in CLASSES:
+            raise ValueError(f"{source}: _class_name must be one of {', '.join(CLASSES)}, got {short(name)}")
         defaults = {
             "prediction_type": "epsilon",
             "timestep_spacing": "leading" if name in (None, *_OLD_SAMPLERS) else "linspace",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,12 +24,16 @@ from torch.overrides import TorchFunctionMode
 
 from ldm2 import pickle_file
 from ldm2.checkpoints.hub import weight_files
+from ldm2.fields import check_file
 
 logger = logging.getLogger(__name__)
 
 Table = Mapping[str, "str | None"]
 Module = TypeVar("Module", bound=nn.Module)
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+SMALL = 64_000_000                                         # bytes of a part that are looked through in no time
 STRETCH = 128_000_000                                      # bytes of a file that are mapped at once to be copied
 
 # Names that older versions of the libraries wrote, for every part of a hub folder: {regular expression: new name}.
@@ -100,11 +104,10 @@ class Stretches(Mapping[str, Tensor]):
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """Tensors of one safetensors file, memory-mapped."""
+    check_file(Path(path))
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing") from error
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is {_kind(path)}, not a complete safetensors file ({_one_line(error)})") from error
 
@@ -115,10 +118,9 @@ def read_pickle(path: str | Path) -> object:
     Nothing in the file is run: a file that asks for anything else is a ValueError, except for what training frameworks
     leave beside the tensors, which is not read.
     """
+    check_file(Path(path))
     try:
         return pickle_file.read(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing") from error
     except pickle_file.Forbidden as error:
         what = f"{path} is" if error.name else f"{path} is {_kind(path)},"
         way_out = f". {_save_alone(Path(path), error.name)}" if error.name else ""
@@ -235,8 +237,10 @@ def load(
 
     The tensors become the parameters themselves (no copy), on `device` and, where they are floating, in `dtype`; None
     keeps what the file has. Parameters that the module ties are filled from whichever of their names the file has. What
-    `table` drops is not expected either: such a buffer keeps the value that it has. Returns the module, in eval
-    mode, without gradients. Raises ValueError if names or shapes differ, listing the first few, before it assigns any.
+    `table` drops is not expected either: such a buffer keeps the value that it has. Returns the module, in eval mode,
+    without gradients. Raises ValueError if names, shapes or kinds of numbers differ, listing a few, before it assigns
+    any, and for NaN and infinite numbers. Large mapped weights are not looked through for these here, but by
+    `check_finite`.
     """
     given = list(tensors)
     tensors = rename(tensors, table, source=source, keep_others=True)
@@ -248,7 +252,9 @@ def load(
     for name in [name for name in tensors if name in chosen]:                # in the order of the file, see Stretches
         names, target = chosen[name]
         tensor = tensors.pop(name)
-        tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        mapped, tensor = tensor, tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        if tensor is not mapped:
+            _check_finite(tensor, name, source)
         value = nn.Parameter(tensor, requires_grad=False) if isinstance(target, nn.Parameter) else tensor
         for name in names:
             assign(module, name, value)
@@ -258,7 +264,32 @@ def load(
             raise RuntimeError(f"no file fills the buffer {name}: whoever builds the module must")
         if device is not None:
             assign(module, name, buffer.to(device))
+    module.unchecked = str(source)
+    if sum(target.nbytes for _, target in groups) <= SMALL:
+        check_finite(module)
     return module.eval()
+
+
+def check_finite(module: nn.Module) -> None:
+    """Raise ValueError, naming file and tensor, if weights that `load` left mapped hold NaN or infinite numbers.
+
+    They are read from the disk for it, so this belongs to the door of what needs them next. Later calls cost nothing.
+    """
+    for part in module.modules():
+        source = vars(part).get("unchecked")
+        if source is not None:
+            for name, tensor in part.state_dict().items():
+                _check_finite(tensor, name, source)
+            vars(part).pop("unchecked", None)              # another thread may have come to the same end
+
+
+def _check_finite(tensor: Tensor, name: str, source: str | Path) -> None:
+    # A sum is NaN or infinite where any number is, and takes no memory; it is the exact look that decides.
+    if not tensor.is_floating_point() or tensor.is_meta or torch.isfinite(tensor.sum(dtype=torch.float32)):
+        return
+    if not torch.isfinite(tensor).all():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{source}: {name} holds NaN or infinite numbers in {kind}: the weights are damaged")
 
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:
@@ -296,11 +327,36 @@ def _check(groups: list[tuple[list[str], Tensor]], tensors: Mapping[str, Tensor]
     ]
     problems = [
         f"{len(names)} {kind} ({_few(names)})"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        for kind, names in (
+            ("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen),
+            (f"not {_names(FLOATS)}", [name for name in tensors if name in known and _odd(tensors[name], known[name])]),
+            ("different under two names", [names[0] for names, _ in groups if not _agree(tensors, names)]),
+        )
         if names
     ]
     if problems:
         raise ValueError(f"{source} does not fit the model: {', '.join(problems)}")
+
+
+def _odd(tensor: Tensor, target: Tensor) -> bool:
+    """Whether a tensor holds numbers of a kind that `target` cannot have: a parameter or table needs floating ones."""
+    plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+    if target.is_floating_point():
+        return not plain or tensor.dtype not in FLOATS
+    return not plain or tensor.dtype not in ((torch.bool,) if target.dtype == torch.bool else INTEGERS)
+
+
+def _agree(tensors: Mapping[str, Tensor], names: list[str]) -> bool:
+    """Whether those of the tied `names` that a file holds are one tensor, or equal ones."""
+    first, *others = [tensors[name] for name in names if name in tensors] or [None]
+    return all(
+        other.data_ptr() == first.data_ptr() or other.shape != first.shape or torch.equal(other, first)
+        for other in others
+    )
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _few(names: list[str], most: int = 3) -> str:

@@ -27,6 +27,7 @@ from ldm2.checkpoints import hub, known, original
 from ldm2.checkpoints.original import configs
 from ldm2.checkpoints.writer import write_safetensors
 from ldm2.config import UNetConfig
+from ldm2.fields import read_json
 from ldm2.text.ranking import FEATURE_EXTRACTOR
 from ldm2.text.tokenizers import SOURCES, save_tokenizer
 
@@ -95,17 +96,19 @@ def convert(
     """
     dtype = _dtype(dtype)
     path = hub.resolve(source, revision, local_files_only, variant=variant)
-    folder = Path(folder).expanduser().absolute()
+    folder = hub.home(str(folder)).absolute()
     _check_target(folder, path, overwrite)
     if path.is_dir() and (config is not None or tokenizers is not None):
         raise ValueError(f"config and tokenizers belong to authors' files, {path} is a folder that has its own")
     partial = folder.with_name(f"{folder.name}.partial")
     _begin(partial, _job(path, dtype, config, reference, variant))
     lacking: list[str] = []
-    if path.is_dir():
-        index = _write_hub_folder(path, partial, dtype, reference, variant)
-    else:
-        index, lacking = _write_original(original.read(path, config), partial, dtype, tokenizers, local_files_only)
+    with hub.opened(path, source):
+        if path.is_dir():
+            index = _write_hub_folder(path, partial, dtype, reference, variant)
+        else:
+            parts = original.read(path, config)
+            index, lacking = _write_original(parts, partial, dtype, tokenizers, local_files_only)
     licence = _licence(source, path)
     _write_readme(partial, path, licence, dtype)
     _write_json(partial / "model_index.json", index)
@@ -183,24 +186,27 @@ def _write_hub_folder(
     path: Path, partial: Path, dtype: torch.dtype | None, reference: str, variant: str | None
 ) -> dict[str, Any]:
     """Write all parts of a folder. Returns the model_index.json."""
-    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(path / "model_index.json")
     for name, kind in hub.parts(path).items():
         if hub.WITHOUT_WEIGHTS.fullmatch(kind):
-            shutil.copytree(path / name, partial / name, dirs_exist_ok=True)
+            (partial / name).mkdir(exist_ok=True)
+            for file in _files(path / name):
+                shutil.copyfile(file, partial / name / file.name)
         else:
             _write_part(partial, _hub_part(path / name, reference, variant), dtype)
     if index.get("language_model") == ["transformers", "GPT2Model"]:
         index["language_model"] = list(CLASSES["language_model"])
-    for file in path.iterdir():
-        if file.is_file() and file.name.upper().startswith(("README", "LICENSE", "NOTICE", "LDM2.JSON")):
+    for file in _files(path):
+        if file.name.upper().startswith(("README", "LICENSE", "NOTICE", "LDM2.JSON")):
             shutil.copyfile(file, partial / file.name)
     return index
 
 
 def _hub_part(folder: Path, reference: str, variant: str | None) -> _Part:
     """One part of a folder, its weights still in the files."""
+    files = _files(folder)
     config = folder / "config.json"
-    fields = _read_json(config)
+    fields = read_json(config)
     if folder.name == "unet":
         heads = _heads(UNetConfig.from_dict(fields, str(config), reference))
         fields |= {"attention_head_dim": heads, "num_attention_heads": None}     # the second is refused by diffusers
@@ -209,8 +215,26 @@ def _hub_part(folder: Path, reference: str, variant: str | None) -> _Part:
     tensors = dict(weights.read_tensors(folder, variant))
     if "shared.weight" in tensors:
         tensors.pop("encoder.embed_tokens.weight", None)   # T5's table under its second name
-    small = [file for file in folder.iterdir() if file.suffix in hub.SMALL and ".index." not in file.name]
+    small = [file for file in files if file.suffix in hub.SMALL and ".index." not in file.name]
     return _Part(folder.name, fields, tensors, tuple(file for file in small if file != config))
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files in a folder, by their names.
+
+    Raises ValueError for a link that leads out of the checkpoint: what it points to would be copied. In the hub's cache
+    every file is a link into the folder of its repository.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is missing")
+    whole = folder if (folder / "model_index.json").exists() else folder.parent
+    root = whole.resolve()
+    if root.parent.name == "snapshots":
+        root = root.parents[1]
+    for file in (folder, *folder.iterdir()):
+        if root not in (target := file.resolve(), *target.parents):
+            raise ValueError(f"{file} is a link to {target}, outside of the checkpoint: not converted")
+    return sorted(file for file in folder.iterdir() if file.is_file())
 
 
 def _heads(config: UNetConfig) -> list[int]:
@@ -222,7 +246,7 @@ def _heads(config: UNetConfig) -> list[int]:
 
 
 def _speaks(folder: Path) -> bool:
-    return _read_json(folder / "text_encoder_2" / "config.json").get("model_type") == "vits"
+    return read_json(folder / "text_encoder_2" / "config.json").get("model_type") == "vits"
 
 
 # Writing
@@ -252,6 +276,8 @@ def _stored_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> s
 
 def _check_target(folder: Path, source: Path, overwrite: bool) -> None:
     """Raise ValueError or OSError if `folder` may not be written."""
+    if folder.is_symlink() or folder.with_name(f"{folder.name}.partial").is_symlink():
+        raise ValueError(f"{folder} or its .partial is a link: write to a folder")
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"{folder.parent} is not a folder")
     here = source.resolve()
@@ -279,7 +305,7 @@ def _job(
 def _begin(partial: Path, job: dict[str, Any]) -> None:
     """An empty folder for the parts, or that of an earlier call if it did the same."""
     path = partial / JOB
-    if partial.exists() and not (path.is_file() and _read_json(path) == job):
+    if partial.exists() and not (path.is_file() and read_json(path) == job):
         if any(partial.iterdir()) and not path.is_file():
             raise ValueError(f"{partial} is in the way, and no conversion made it")
         shutil.rmtree(partial)
@@ -323,18 +349,6 @@ def _write_readme(partial: Path, path: Path, licence: str | None, dtype: torch.d
 
 
 # JSON and dtypes
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} must hold an object, got {type(fields).__name__}")
-    return fields
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

@@ -7,18 +7,22 @@ HF_HUB_OFFLINE count. A checkpoint that is complete in the cache is used without
 from __future__ import annotations
 
 import glob
-import json
+import hashlib
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm2.checkpoints import known
 from ldm2.checkpoints.known import Model
+from ldm2.fields import named, one_line, read_json, short
+from ldm2.schedules import CLASSES as SCHEDULERS
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile, RepoFolder
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +31,23 @@ SUFFIXES = (".safetensors", ".bin")                        # in order of prefere
 WITHOUT_WEIGHTS = re.compile(r".*(Scheduler|Tokenizer|TokenizerFast|FeatureExtractor|Processor)")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 SMALL = (".json", ".txt", ".model")                        # configs and tokenizers
+PIPELINES = ("AudioLDM2Pipeline", "AudioLDMPipeline", "MusicLDMPipeline")
+# What each part may be, by the class names of model_index.json; parts of other names are nothing that sound is made of.
+CLASSES = {
+    "unet": re.compile(r"AudioLDM2UNet2DConditionModel|UNet2DConditionModel"),
+    "vae": re.compile(r"AutoencoderKL"),
+    "vocoder": re.compile(r"SpeechT5HifiGan"),
+    "scheduler": re.compile(rf"{'|'.join(SCHEDULERS)}"),
+    "text_encoder": re.compile(r"ClapModel|ClapTextModelWithProjection"),
+    "text_encoder_2": re.compile(r"T5EncoderModel|T5ForConditionalGeneration|VitsModel"),
+    "projection_model": re.compile(r"AudioLDM2ProjectionModel"),
+    "language_model": re.compile(r"GPT2Model|GPT2LMHeadModel"),
+    "tokenizer": re.compile(r"(Roberta|PreTrained)Tokenizer(Fast)?|TokenizersBackend"),
+    "tokenizer_2": re.compile(r"(T5|Vits|PreTrained)Tokenizer(Fast)?|TokenizersBackend"),
+    "feature_extractor": re.compile(r"ClapFeatureExtractor|ClapProcessor"),
+}
+_PLAIN_NAME = re.compile(r"\w[\w-]{0,99}", re.ASCII)
+_PLAIN_FILE = re.compile(r"\w[\w.-]{0,199}", re.ASCII)
 BUNDLED = Path(__file__).parents[1]                          # folders of the checkpoints that travel with this package
 
 
@@ -88,12 +109,14 @@ def _infix(variant: str | None) -> str:
 def _shards(index: Path) -> list[Path]:
     """Files named by `*.index.json`, each once."""
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        paths = [index.parent / name for name in dict.fromkeys(names)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of weight files: it needs an object 'weight_map'") from error
+        table = read_json(index).get("weight_map")
+    except ValueError as error:
+        raise ValueError(f"{index} is not an index of weight files ({one_line(error)})") from error
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+        raise ValueError(f"{index} is not an index of weight files: it needs an object 'weight_map'")
+    paths = [index.parent / name for name in dict.fromkeys(table.values())]
     for path in paths:
-        if path.parent != index.parent:
+        if not _PLAIN_FILE.fullmatch(path.name) or path.parent != index.parent:
             raise ValueError(f"{index} names {path}, which is outside its folder")
         if not path.is_file():
             raise ValueError(f"{path} is missing: {index.name} names it as one of {len(paths)} shards")
@@ -103,16 +126,23 @@ def _shards(index: Path) -> list[Path]:
 def parts(folder: str | Path) -> dict[str, str]:
     """Parts of a checkpoint and their class names, after its model_index.json. Raises ValueError if that is not one."""
     path = Path(folder) / "model_index.json"
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            name: entry[1] for name, entry in index.items()
-            if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
-        }
-    except FileNotFoundError as error:
-        raise ValueError(f"{path.parent} has no model_index.json: not a checkpoint in the hub's layout") from error
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a table of parts") from error
+    if not path.exists():
+        raise ValueError(f"{path.parent} has no model_index.json: not a checkpoint in the hub's layout")
+    index = read_json(path)
+    kind = index.get("_class_name", PIPELINES[0])
+    if kind not in PIPELINES:
+        raise ValueError(f"{path}: _class_name must be one of {', '.join(PIPELINES)}, got {short(kind)}")
+    kinds = {}
+    for name, entry in index.items():
+        if not name.startswith("_") and isinstance(entry, list) and entry != [None, None]:
+            if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+                raise ValueError(f"{path}: {short(name)} must be a list of library and class, got {short(entry)}")
+            if not _PLAIN_NAME.fullmatch(name):
+                raise ValueError(f"{path}: {short(name)} is not the name of a folder in it")
+            if name in CLASSES and not CLASSES[name].fullmatch(entry[1]):
+                raise ValueError(f"{path}: ldm2 has no {entry[1][:80]!r} for the part {name}")
+            kinds[name] = entry[1]
+    return kinds
 
 
 def missing(folder: str | Path, variant: str | None = None) -> str | None:
@@ -145,6 +175,7 @@ def _has(folder: Path, variant: str) -> bool:
 def resolve(
     name: str | Path, revision: str | None = None, local_files_only: bool = False, *,
     cache_dir: str | Path | None = None, token: str | bool | None = None, variant: str | None = None,
+    force: bool = False,
 ) -> Path:
     """The checkpoint called `name`: its folder in the hub's layout, or its file if the authors' .pth layout is meant.
 
@@ -153,14 +184,19 @@ def resolve(
     revision: branch, tag or commit; without it the commit in the table of models, or else the main branch.
     variant:  word in the names of the weight files to take, such as "fp16"; parts without it give their plain ones.
     cache_dir, token: of the hub's client; by default HF_HUB_CACHE (or HF_HOME) and HF_TOKEN, or the stored one
+    force:    fetch what is in the cache anew
 
     Raises ValueError or OSError, one line, that says what is missing and what to do.
     """
     name = str(name)
     if not name:
         raise ValueError("the name of the model is empty")
-    path = Path(name).expanduser()
+    if "\0" in name:
+        raise ValueError(f"{name!r} is neither a name nor a path")
+    path = home(name)
     if _looks_local(name) or (path.exists() and ("/" in name or known.find(name) is None)):
+        if force:
+            raise ValueError(f"only what comes from the hub can be fetched anew, {path} is on this machine")
         return _local(path, revision, variant)
     model = known.find(name)
     if model is None:
@@ -169,12 +205,22 @@ def resolve(
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             raise ValueError(f"{name!r} is not a hub name OWNER/MODEL, and there is no such folder")
         model = Model(name, "unknown", "unknown", name)
-    found = find_cached(model, revision, cache_dir=cache_dir, variant=variant)
+    if model.layout == "bundled" and (revision is not None or variant is not None or force):
+        raise ValueError(f"{name} is part of this package: there is no other revision or variant of it, nor a download")
+    found = None if force else find_cached(model, revision, cache_dir=cache_dir, variant=variant)
     if found is not None:
         return found
     if model.layout == "bundled":
         raise FileNotFoundError(f"{BUNDLED / model.name} is missing: this installation of ldm2 is not complete")
-    return _fetch(model, revision, local_files_only, cache_dir, token, variant)
+    return _fetch(model, revision, local_files_only, cache_dir, token, variant, force)
+
+
+def home(name: str) -> Path:
+    """A path, with ~ or ~user at its start replaced by the home folder. Raises ValueError where there is none."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{name}: this user has no home folder here, write the path in full") from None
 
 
 def commit_of(path: Path) -> str | None:
@@ -241,9 +287,11 @@ def _cached_file(model: Model, revision: str, cache_dir: str | Path | None) -> P
 
 def _fetch(
     model: Model, revision: str | None, local_files_only: bool, cache_dir: str | Path | None,
-    token: str | bool | None, variant: str | None,
+    token: str | bool | None, variant: str | None, force: bool,
 ) -> Path:
-    """Download what the cache lacks of `model`. Raises OSError, one line: ConnectionError without an answer."""
+    """Download what the cache lacks of `model`, or all of it. Raises ValueError or OSError, one line: ConnectionError
+    without an answer.
+    """
     from huggingface_hub import constants, errors
 
     wanted = _revisions(model, revision)
@@ -251,7 +299,8 @@ def _fetch(
         why = f"downloading is disabled by {'local_files_only' if local_files_only else 'HF_HUB_OFFLINE'}"
         raise FileNotFoundError(f"{_state(model, wanted, cache_dir, variant)}, and {why}: {_way_out(model, revision)}")
     try:
-        return _download(model, wanted, cache_dir, token, variant)
+        with named(model.repo, passing=(errors.HTTPError, errors.LocalEntryNotFoundError)):
+            return _download(model, wanted, cache_dir, token, variant, force)
     except (errors.LocalEntryNotFoundError, errors.HTTPError) as error:
         cause: BaseException = error
         while isinstance(cause, errors.LocalEntryNotFoundError) and cause.__cause__ is not None:
@@ -266,7 +315,8 @@ def _fetch(
 
 
 def _download(
-    model: Model, revisions: list[str], cache_dir: str | Path | None, token: str | bool | None, variant: str | None
+    model: Model, revisions: list[str], cache_dir: str | Path | None, token: str | bool | None, variant: str | None,
+    force: bool,
 ) -> Path:
     """Fetch the files of `model` that are needed. Small ones come first: where the weights are, all is there."""
     from huggingface_hub import HfApi, snapshot_download
@@ -281,7 +331,8 @@ def _download(
     def fetch(revision: str, names: list[str]) -> Path:
         patterns = [glob.escape(name) for name in names]
         return Path(snapshot_download(
-            model.repo, revision=revision, allow_patterns=patterns, cache_dir=cache_dir, token=token, tqdm_class=Bar
+            model.repo, revision=revision, allow_patterns=patterns, cache_dir=cache_dir, token=token, tqdm_class=Bar,
+            force_download=force,
         ))
 
     hub = HfApi(token=token)
@@ -291,15 +342,55 @@ def _download(
     folder = fetch(revision, [first])
     if not (folder / first).is_file():
         raise ValueError(f"{model.repo} has no {first} at revision {revision}: not a checkpoint that ldm2 knows")
+    commit = folder.name
+    tree = {entry.path: entry for entry in hub.list_repo_tree(model.repo, recursive=True, revision=commit)}
+    _check_download(folder, [first], tree, model.name)
     if model.file is not None:
         return folder / first
-    commit = folder.name
-    for names in needed(hub.list_repo_files(model.repo, revision=commit), parts(folder), variant):
+    for names in needed(tree, parts(folder), variant):
         fetch(commit, names)
+        _check_download(folder, names, tree, model.name)
     lack = missing(folder, variant)
     if lack is not None:
         raise ValueError(f"{model.repo} at revision {revision} is not complete, it lacks: {lack}")
     return folder
+
+
+def _check_download(folder: Path, names: list[str], tree: dict[str, RepoFile | RepoFolder], model: str) -> None:
+    """Raise OSError, and let go of the file, if one has not the size or the hash that the hub lists."""
+    for name in names:
+        file, entry = folder / name, tree.get(name)
+        if entry is None or not file.is_file():            # some are optional, and the weights are looked for later
+            continue
+        size, found = getattr(entry, "size", None), file.stat().st_size
+        digest = getattr(getattr(entry, "lfs", None), "sha256", None)
+        if size is not None and found != size:
+            problem = f"has {found} bytes, the hub lists {size}"
+        elif digest is not None and _sha256(file) != digest:
+            problem = "has another SHA-256 than the hub lists"
+        else:
+            continue
+        file.resolve().unlink()                            # else it would pass for complete at the next call
+        file.unlink(missing_ok=True)
+        raise OSError(f"{name} {problem}: it came damaged and was removed, run `ldm2 download {model}` again")
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+@contextmanager
+def opened(path: Path, name: str | Path) -> Iterator[None]:
+    """Around what reads the checkpoint `path`, resolved from `name`: errors are ValueErrors or OSErrors of one line
+    that name it, and those of a file in the hub's cache say how to fetch it anew."""
+    try:
+        with named(path):
+            yield
+    except ValueError as error:
+        if path.parent.name != "snapshots" and path.parent.parent.name != "snapshots":
+            raise
+        raise ValueError(f"{error}; if the file came damaged: `ldm2 download --force {name}`") from error
 
 
 def _available(hub: HfApi, repo: str, revisions: list[str]) -> str:

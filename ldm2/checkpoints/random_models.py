@@ -5,7 +5,6 @@ The fields are those of the published config.json files. What such a model makes
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ldm2 import weights
 from ldm2.checkpoints.hub import BUNDLED
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
+from ldm2.fields import read_json
 from ldm2.pipeline import AudioLDM2
 from ldm2.runtime import weight_layout
 from ldm2.schedules import Schedule
@@ -63,7 +63,7 @@ NAMES = ("tiny", *SIZES)
 def fields(name: str) -> dict[str, Fields]:
     """The config of each part, by the names of a hub folder. Raises ValueError for a name not in NAMES."""
     if name == "tiny":
-        return {part: json.loads((BUNDLED / "tiny" / part / "config.json").read_text(encoding="utf-8")) for part in (
+        return {part: read_json(BUNDLED / "tiny" / part / "config.json") for part in (
             "unet", "vae", "vocoder", "text_encoder", "text_encoder_2", "language_model", "projection_model")}
     if name not in SIZES:
         raise ValueError(f"no random model is called {name!r}, choose from {', '.join(NAMES)}")

@@ -24,9 +24,15 @@ NAMES = {
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
     """Write `tensors`, floating ones in `dtype` unless it is None. The file has its name only when it is complete.
 
-    Raises ValueError, naming the tensor, where a number does not fit into `dtype`.
+    Raises ValueError, naming the tensor, where a number is not finite, does not fit into `dtype`, or is of a kind that
+    no part of a model has.
     """
     path = Path(path)
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in NAMES:
+            kind = "meta" if tensor.is_meta else f"{str(tensor.dtype)[6:]} ({str(tensor.layout)[6:]})"
+            known = ", ".join(str(dtype)[6:] for dtype in NAMES)
+            raise ValueError(f"{name} is {kind}, a plain tensor of one of these is needed: {known}")
     kinds = {
         name: dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         for name, tensor in tensors.items()
@@ -37,8 +43,10 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], dtype: to
         file.write(_header({name: (kinds[name], tensors[name].shape) for name in order}))
         for name in order:
             tensor = tensors[name].detach().to("cpu", kinds[name]).contiguous()
-            if not torch.isfinite(tensor).all() and torch.isfinite(tensors[name]).all():
-                raise ValueError(f"{name} holds numbers beyond the range of {dtype}: choose bfloat16 or float32")
+            if not torch.isfinite(tensor).all():
+                if torch.isfinite(tensors[name]).all():
+                    raise ValueError(f"{name} holds numbers beyond the range of {dtype}: choose bfloat16 or float32")
+                raise ValueError(f"{name} holds NaN or infinite numbers: the weights are damaged")
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
     os.replace(temporary, path)
 

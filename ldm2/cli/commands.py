@@ -48,7 +48,7 @@ def download(args: argparse.Namespace) -> None:
     """Fetch a checkpoint into the hub's cache."""
     from ldm2.checkpoints import hub
 
-    print(hub.resolve(args.model, revision=args.revision, variant=args.variant))
+    print(hub.resolve(args.model, revision=args.revision, variant=args.variant, force=args.force))
 
 
 def info(args: argparse.Namespace) -> None:
@@ -60,7 +60,8 @@ def info(args: argparse.Namespace) -> None:
     from ldm2.checkpoints.describe import describe
 
     path = hub.resolve(args.model, args.revision, args.local_files_only, variant=args.variant)
-    print(describe(path, args.variant))
+    with hub.opened(path, args.model):
+        print(describe(path, args.variant))
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -102,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("download", help="fetch a checkpoint, to work offline later")
     command.add_argument("model", help="short name or hub name")
     options.add_revision_options(command)
+    command.add_argument("--force", action="store_true", help="fetch it anew, also where it is in the cache")
     command.set_defaults(run=download)
 
     command = commands.add_parser("info", help="describe a checkpoint: parts, parameters, dtype, heads; or a sound "

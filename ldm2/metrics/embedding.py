@@ -13,7 +13,7 @@ import torch
 
 from ldm2 import __version__, audio, weights
 from ldm2.checkpoints import hub, known, original
-from ldm2.text.encoder import read_json
+from ldm2.fields import read_json
 from ldm2.text.encoders import ClapText
 from ldm2.text.ranking import ClapAudio, Ranker
 from ldm2.text.tokenizers import from_pretrained, read_folder

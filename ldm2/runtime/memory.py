@@ -71,7 +71,9 @@ class Stage:
     def _wake(self) -> None:
         if self._load is not None:
             with ordinary():
-                _take_over(self.module, self._load(self.device))
+                loaded = self._load(self.device)
+                weights.check_finite(loaded)
+                _take_over(self.module, loaded)
             weight_layout.arrange(self.module)
             while self._guards:
                 self._guards.pop().remove()
@@ -96,6 +98,8 @@ def in_stage(name: str) -> Callable[[Callable], Callable]:
         @functools.wraps(function)
         def run(pipe, *args, **keywords):
             check_precision(pipe.device, pipe.dtype)
+            for part in (pipe.text, pipe.unet, pipe.vae, pipe.vocoder):
+                weights.check_finite(part)                 # before minutes of work, not after
             with pipe.stages[name]:
                 return function(pipe, *args, **keywords)
 

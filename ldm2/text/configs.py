@@ -6,17 +6,71 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+
+from ldm2.fields import Fields, layer_count, named, positive_integer
+
+# Fields with the values that published checkpoints have, by config class; a file may leave them out.
+FIXED = {
+    "ClapConfig": {"model_type": ("clap",)},
+    "ClapTextConfig": {
+        "hidden_act": ("gelu",), "projection_hidden_act": ("relu",), "position_embedding_type": ("absolute",),
+        "layer_norm_eps": (1e-12, 1e-5), "is_decoder": (False,), "add_cross_attention": (False,),
+    },
+    "ClapAudioConfig": {
+        "hidden_act": ("gelu",), "projection_hidden_act": ("relu",), "layer_norm_eps": (1e-5,), "qkv_bias": (True,),
+        "enable_patch_layer_norm": (True,), "flatten_patch_embeds": (True,), "patch_embed_input_channels": (1,),
+    },
+    "T5Config": {
+        "model_type": ("t5",), "feed_forward_proj": ("gated-gelu", "relu"), "dense_act_fn": ("gelu_new", "relu"),
+        "layer_norm_epsilon": (1e-6,), "relative_attention_max_distance": (128,), "is_decoder": (False,),
+    },
+    "GPT2Config": {
+        "model_type": ("gpt2",), "activation_function": ("gelu_new",), "layer_norm_epsilon": (1e-5,),
+        "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+        "reorder_and_upcast_attn": (False,),
+    },
+    "VitsConfig": {"model_type": ("vits",), "hidden_act": ("relu",), "layer_norm_eps": (1e-5,), "use_bias": (True,)},
+}
+
+# Number of heads and the width that it divides: libraries leave out what has its default, but only both at once.
+HEADS = {
+    "ClapTextConfig": ("num_attention_heads", "hidden_size"), "GPT2Config": ("n_head", "n_embd"),
+    "VitsConfig": ("num_attention_heads", "hidden_size"),
+}
 
 Config = TypeVar("Config", bound=transformers.PreTrainedConfig)
 
 
 def transformers_config(kind: type[Config], fields: Mapping[str, Any], source: str) -> Config:
-    """A transformers config from the fields of a config.json. Raises ValueError naming `source`."""
-    for name, default in kind().to_dict().items():         # before 5.4 transformers takes anything, and fails later
-        if isinstance(default, (int, float)) and isinstance(fields.get(name), (str, list, dict)):
-            raise ValueError(f"{source}: {name} must be a number, got {fields[name]!r}")
-    try:
+    """A transformers config from the fields of a config.json. Raises ValueError naming `source` and the field."""
+    branches = {transformers.ClapConfig: {
+        "text_config": transformers.ClapTextConfig, "audio_config": transformers.ClapAudioConfig,
+    }}
+    _check_sizes(kind, fields, source)
+    for name, branch in branches.get(kind, {}).items():
+        _check_sizes(branch, fields.get(name) or {}, f"{source}: {name}")
+    with named(source):
         return kind.from_dict(dict(fields))
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
+
+
+def _check_sizes(kind: type, fields: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError unless each field that has a size as its default holds one, and the fixed ones their value.
+
+    transformers takes -1 layers, or a width of 10^9, and fails or fills the memory later.
+    """
+    read = Fields(fields, source)
+    read.check_fixed(FIXED[kind.__name__])
+    heads, width = HEADS.get(kind.__name__, (None, None))
+    if heads is not None and heads not in fields and fields.get(width) not in (None, getattr(kind(), width)):
+        raise ValueError(f"{source}: missing field '{heads}', which no shape tells")
+    for name, default in kind().to_dict().items():
+        value = fields.get(name)
+        if value is None or name.endswith("_token_id"):
+            continue
+        check = layer_count if "layer" in name or name == "depths" else positive_integer
+        if isinstance(default, list) and default and all(isinstance(each, int) for each in default):
+            read.per_level(name, len(value) if isinstance(value, list) else 1, check)
+        elif isinstance(default, int) and not isinstance(default, bool) and default > 0:
+            read.parse(name, check)
+        elif isinstance(default, (int, float)) and isinstance(value, (str, list, dict)):
+            raise read.error(name, "must be a number", value)    # before 5.4 transformers takes anything

@@ -10,7 +10,6 @@ References: "AudioLDM 2", arXiv:2308.05734, section III; "AudioLDM", arXiv:2301.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from ldm2 import weights
 from ldm2.conditioning import Conditioning
+from ldm2.fields import named, read_json, short
 from ldm2.options import check_text
 from ldm2.runtime.inference import inference
 from ldm2.text.encoders import ClapText, T5Text
@@ -104,8 +104,8 @@ class TextEncoder(nn.Module):
 
         Converted speech checkpoints may still list the 8 of the others, where the authors generate 512.
         """
-        if listed is not None and (not isinstance(listed, int) or listed < 1):
-            raise ValueError(f"max_new_tokens must be a positive integer, got {listed!r}")
+        if listed is not None and (isinstance(listed, bool) or not isinstance(listed, int) or not 0 < listed < 10_000):
+            raise ValueError(f"max_new_tokens must be a positive integer, got {short(listed)}")
         if self.phonemes is not None and (listed is None or (listed == NUM_VECTORS and self.reference == "authors")):
             room = self.gpt2.config.n_positions - self.phonemes.max_length - 5
             return min(NUM_SPEECH_VECTORS, room)
@@ -321,19 +321,7 @@ class Parts:
     def load(self, name: str, loader: Callable[..., Module], *extra: object) -> Module:
         """The part `name`, made by `loader(config fields, tensors, *extra, device, dtype, source)`."""
         source = str(self.folder / name)
-        return loader(
-            self.fields(name), self.tensors(name), *extra, device=self.device, dtype=self.dtype, source=source
-        )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError naming it."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} is missing or not readable") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} must hold an object, got {type(fields).__name__}")
-    return fields
+        with named(source):
+            return loader(
+                self.fields(name), self.tensors(name), *extra, device=self.device, dtype=self.dtype, source=source
+            )

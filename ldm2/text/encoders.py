@@ -67,6 +67,7 @@ class ClapText(nn.Module):
     def forward(self, prompts: Sequence[str], max_length: int | None = None) -> Tensor:
         """Prompts -> (B, D), L2 norm 1. Texts of more than max_length tokens are cut, with a warning."""
         ids, mask = tokenize(self.tokenizer, prompts, min(max_length or self.max_length, self.max_length), "CLAP")
+        check_ids(ids, self.text_model.embeddings.word_embeddings.weight, "CLAP")
         device = self.text_projection.linear1.weight.device
         states = self.text_model(input_ids=ids.to(device), attention_mask=mask.to(device))
         return F.normalize(self.text_projection(states.pooler_output), dim=-1)
@@ -109,6 +110,7 @@ class T5Text(nn.Module):
         L is the length of the longest prompt in tokens, or `length`, to which all are then padded and cut.
         """
         ids, mask = tokenize(self.tokenizer, prompts, length or self.max_length, "T5", pad=length is not None)
+        check_ids(ids, self.model.shared.weight, "T5")
         device = self.model.shared.weight.device
         ids, mask = ids.to(device), mask.to(device)
         return self.model(input_ids=ids, attention_mask=mask).last_hidden_state, mask
@@ -139,3 +141,12 @@ def clap_config(fields: Mapping[str, Any], branch: str, source: str) -> Any:
         if not isinstance(fields.get(name), Mapping):
             raise ValueError(f"{source}: {name} is missing: the file does not describe a whole CLAP model")
     return getattr(transformers_config(transformers.ClapConfig, fields, source), branch)
+
+
+def check_ids(ids: Tensor, table: Tensor, name: str) -> None:
+    """Raise ValueError if a token has no row in the table of embeddings; `name` is the encoder's."""
+    if int(ids.max()) >= table.shape[0]:
+        raise ValueError(
+            f"the tokenizer of {name} gives the number {int(ids.max())}, but its table has {table.shape[0]} rows: it "
+            "is the tokenizer of another model"
+        )

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from ldm2 import weights
+from ldm2.fields import Fields, positive_integer, short
 from ldm2.text.configs import transformers_config
 
 # Names of GPT-2 with its word head (GPT2LMHeadModel) -> names without; the head is not used.
@@ -36,14 +37,17 @@ class ProjectionConfig:
         """Reads the fields of a projection_model/config.json. Raises ValueError naming `source` and the field."""
         learned = fields.get("use_learned_position_embedding")
         if learned not in (None, False, True):
-            raise ValueError(f"{source}: use_learned_position_embedding must be true, false or null, got {learned!r}")
+            rule = "use_learned_position_embedding must be true, false or null"
+            raise ValueError(f"{source}: {rule}, got {short(learned)}")
         names = ["text_encoder_dim", "text_encoder_1_dim", "langauge_model_dim"]  # misspelt in the files
         if learned is not None:
             names.append("max_seq_length")
+        Fields(fields, source).check_fixed({"_class_name": ("AudioLDM2ProjectionModel",)})
         for name in names:
-            value = fields.get(name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{source}: {name} must be a positive integer, got {value!r}")
+            try:
+                positive_integer(fields.get(name))
+            except ValueError as error:
+                raise ValueError(f"{source}: {name} {error}, got {repr(fields.get(name))[:100]}") from None
         return cls(*(fields[name] for name in names))
 
 

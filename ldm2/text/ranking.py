@@ -18,6 +18,7 @@ from transformers.models.clap import modeling_clap
 
 from ldm2 import weights
 from ldm2.audio import check_rows, resample
+from ldm2.fields import Fields, read_json
 from ldm2.runtime.host import usual_numpy
 from ldm2.runtime.inference import inference
 from ldm2.text.encoder import Parts
@@ -36,6 +37,22 @@ FEATURE_EXTRACTOR: dict[str, Any] = {
     "feature_size": 64, "sampling_rate": 48_000, "hop_length": 480, "max_length_s": 10, "fft_window_size": 1024,
     "frequency_min": 50, "frequency_max": 14_000, "truncation": "rand_trunc", "padding": "repeatpad",
 }
+
+
+def check_extractor(path: Path) -> None:
+    """Raise ValueError, naming the field, unless a preprocessor_config.json says how CLAP's spectrograms are made."""
+    read = Fields(read_json(path), str(path))
+    read.check_fixed({
+        "feature_extractor_type": ("ClapFeatureExtractor",), "padding": ("repeatpad", "repeat", "pad"),
+        "truncation": ("rand_trunc", "fusion"), "padding_value": (0,), "padding_side": ("right",), "top_db": (None,),
+        "return_attention_mask": (False,),
+    })
+    for name in ("feature_size", "hop_length", "sampling_rate", "max_length_s", "fft_window_size", "frequency_max"):
+        if name in read.fields:
+            read.integer(name)
+    lowest = read.get("frequency_min", 0)
+    if isinstance(lowest, bool) or not isinstance(lowest, (int, float)) or not 0 <= lowest < 1e6:
+        raise read.error("frequency_min", "must be a frequency in Hz", lowest)
 
 
 class ClapAudio(nn.Module):
@@ -60,9 +77,9 @@ class ClapAudio(nn.Module):
             for module in audio.modules():
                 if isinstance(module, modeling_clap.ClapAudioSelfAttention):
                     module.relative_position_index = module.create_relative_position_index()
-        return weights.load(
-            audio, tensors, table=CLAP_AUDIO_ONLY, dtype=torch.float32, device=device, source=source
-        )
+        weights.load(audio, tensors, table=CLAP_AUDIO_ONLY, dtype=torch.float32, device=device, source=source)
+        weights.check_finite(audio)                        # a score of NaN would put candidates into any order
+        return audio
 
     def forward(self, waveforms: np.ndarray, sample_rate: int) -> Tensor:
         """waveforms (B, N) at sample_rate Hz -> (B, D), L2 norm 1.
@@ -106,8 +123,13 @@ class Ranker:
         source = str(parts.folder / "text_encoder")
         if not parts.can_rank():
             raise ValueError(f"{source} has no audio branch with a feature_extractor: this checkpoint cannot rank")
+        check_extractor(parts.folder / "feature_extractor/preprocessor_config.json")
         extractor = from_pretrained("ClapFeatureExtractor", parts.folder / "feature_extractor")
         fields, tensors = parts.fields("text_encoder"), parts.tensors("text_encoder")
+        bins = clap_config(fields, "audio_config", source).num_mel_bins
+        if extractor.feature_size != bins:
+            sizes = f"feature_extractor gives {extractor.feature_size} mel bins, it takes {bins}"
+            raise ValueError(f"{source} is of another model than what is beside it: the {sizes}")
         if text is None:
             tokenizer = parts.tokenizer("tokenizer", "RobertaTokenizer")
             text = ClapText.load(fields, tensors, tokenizer, device=device, dtype=torch.float32, source=source)

@@ -7,7 +7,6 @@ encoded, so that a file can be opened without a network. The symbols of the spee
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
+
+from ldm2.fields import one_line, read_json, short
 
 if TYPE_CHECKING:
     import transformers
@@ -26,6 +27,8 @@ VOCABULARIES = {
     "VitsTokenizer": (("vocab.json",),),
     "ClapFeatureExtractor": (("preprocessor_config.json",), ("processor_config.json",)),
 }
+# What each kind makes of "A a", its tokens joined: how words are told apart, and what stands around a text.
+READS = {"RobertaTokenizer": "<s>A\u0120a</s>", "T5Tokenizer": "\u2581A\u2581a</s>"}
 UNLIMITED = 10**30                         # model_max_length where the files set no limit
 
 FILES = (
@@ -87,23 +90,30 @@ class TextTokenizer:
         """From a tokenizer.json and the tokenizer_config.json beside it. Raises ValueError naming the file."""
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:                         # the library raises nothing more precise
+        except BaseException as error:                     # nothing more precise, and panics are not even an Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise ValueError(f"{path} is no tokenizer ({_first_line(error)})") from error
         config = path.with_name("tokenizer_config.json")
-        fields = _read_object(config) if config.is_file() else {}
+        fields = read_json(config) if config.is_file() else {}
         limit = fields.get("model_max_length", fields.get("max_len"))
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit < 1):
-            raise ValueError(f"{config}: model_max_length must be a number from 1 up, got {limit!r}")
+        number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+        if limit is not None and not (number and 1 <= limit < float("inf")):
+            raise ValueError(f"{config}: model_max_length must be a number from 1 up, got {short(limit)}")
         pad = fields.get("pad_token", "<pad>")
         pad = pad.get("content") if isinstance(pad, dict) else pad
         number = backend.token_to_id(pad) if isinstance(pad, str) else None
         if number is None:
-            raise ValueError(f"{path} knows no token {pad!r}, the pad_token")
+            raise ValueError(f"{path} knows no token {short(pad)}, the pad_token")
         return cls(backend, UNLIMITED if limit is None else int(limit), number)
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text with the special tokens around them, of any length."""
         return [self._backend.encode(text).ids for text in texts]
+
+    def tokens(self, text: str) -> list[str]:
+        """The tokens of a text as words, special ones included."""
+        return self._backend.encode(text).tokens
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
@@ -196,10 +206,14 @@ def read_folder(kind: str, folder: Path) -> Any:
     Raises ValueError naming the folder if it is not complete.
     """
     check_complete(kind, folder)
-    if kind != "VitsTokenizer" and (folder / "tokenizer.json").is_file():
-        return TextTokenizer.from_file(folder / "tokenizer.json")
-    loaded = from_pretrained(kind, folder)
-    return loaded if kind == "VitsTokenizer" else TextTokenizer.of(loaded)
+    if kind == "VitsTokenizer":
+        return from_pretrained(kind, folder)
+    file = folder / "tokenizer.json"
+    loaded = TextTokenizer.from_file(file) if file.is_file() else TextTokenizer.of(from_pretrained(kind, folder))
+    tokens = loaded.tokens("A a")
+    if "".join(tokens) != READS[kind]:
+        raise ValueError(f"{folder} holds no {kind}: of 'A a' it makes {short(tokens)}")
+    return loaded
 
 
 def check_complete(kind: str, folder: Path) -> None:
@@ -212,7 +226,7 @@ def check_complete(kind: str, folder: Path) -> None:
         wanted = " or ".join(" and ".join(files) for files in choices)
         raise ValueError(f"{folder} is not complete: it needs {wanted}")
     for file in folder.glob("*.json"):
-        _read_object(file)
+        read_json(file)
 
 
 def from_pretrained(kind: str, folder: Path) -> Any:
@@ -222,8 +236,10 @@ def from_pretrained(kind: str, folder: Path) -> Any:
     check_complete(kind, folder)
     try:
         return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
-    except (OSError, ImportError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder} holds no {kind} ({_first_line(error)})") from error
+    except MemoryError:
+        raise
+    except Exception as error:                             # of any kind: it takes damaged files for its own mistakes
+        raise ValueError(f"{folder} holds no {kind} ({one_line(error)})") from error
 
 
 def from_hub(source: Source, local_files_only: bool = False) -> Path:
@@ -252,16 +268,6 @@ def _fetch(repository: str, subfolder: str, cached: bool) -> Path:
     prefix = f"{subfolder}/" if subfolder else ""
     patterns = [f"{prefix}{file}" for file in FILES]
     return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=cached)) / subfolder
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} must hold an object, got {type(fields).__name__}")
-    return fields
 
 
 def _first_line(error: BaseException) -> str:

@@ -163,7 +163,8 @@ def change(tensors: dict[str, torch.Tensor], pick: Chooser) -> str:
         tensors[name] = tensor.to(pick.choose(DTYPES))
         kind = f"as {tensors[name].dtype}"
     elif kind == "shape":
-        tensors[name] = pick.choose([tensor[None].clone(), tensor.repeat([2] * tensor.ndim or [2]), torch.zeros(3, 5, 7)])
+        wide = tensor.repeat([2] * tensor.ndim or [2])
+        tensors[name] = pick.choose([tensor[None].clone(), wide, torch.zeros(3, 5, 7)])
     elif kind == "rename":
         tensors[f"{name}x"] = tensors.pop(name)
     elif kind == "add":

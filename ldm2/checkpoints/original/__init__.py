@@ -26,6 +26,7 @@ from ldm2 import weights
 from ldm2.checkpoints.original import configs as configs
 from ldm2.checkpoints.original import keys as keys
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
+from ldm2.fields import named
 from ldm2.schedules import Schedule
 from ldm2.text.encoder import TextEncoder
 from ldm2.text.encoders import ClapText, T5Text
@@ -42,6 +43,10 @@ EXPECTED = "an authors' checkpoint with names such as model.diffusion_model.*, f
 _UNET = "model.diffusion_model."
 _VOCODER = "first_stage_model.vocoder."
 _VAE = "first_stage_model."
+_AVERAGE = "model_ema.diffusion_model"                     # of the UNet, its names without dots
+_FAR = re.compile(r"\.\d{4,}(?:\.|$)")                    # a number in a name that no layer of any model has
+MOST_TENSORS = 100_000
+_TABLES = re.compile(r"(?:.*\.)?(?:position_ids|token_type_ids|attn_mask|embed_tokens\.weight)|mel_transform\..*")
 _RANKING = "clap."                                         # CLAP once more, to rank candidates with
 _STAGE = re.compile(r"(cond_stage_models\.\d+\.(?:cond_stage_models\.\d+\.)?|cond_stage_model\.).*")
 
@@ -141,7 +146,7 @@ def part(
     if name not in parts:
         return None
     model, config, title = _MODULES[name]
-    with weights.on_meta():
+    with named(source + title), weights.on_meta():
         module = model(config.from_dict(parts[name].fields, source + title))
     return weights.load(module, parts[name].tensors, table={}, source=source + name, **where)
 
@@ -175,7 +180,8 @@ def _text(
         if name not in parts:
             return None
         arguments = more if encoder is None else (find_tokenizer(encoder), *more)
-        return loader(parts[name].fields, parts[name].tensors, *arguments, source=source + name, **where)
+        with named(source + name):
+            return loader(parts[name].fields, parts[name].tensors, *arguments, source=source + name, **where)
 
     speaks = "text_encoder_2" in parts and parts["text_encoder_2"].fields["model_type"] == "vits"
     gpt2 = load("language_model", load_gpt2)
@@ -211,12 +217,16 @@ def read(path: str | Path, config: Mapping[str, Any] | str | Path | None = None)
 
 def split(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: str) -> dict[str, Part]:
     """As `read`, from the tensors of a file; `source` is its name, for errors."""
-    groups = _groups(tensors, source)
-    try:
-        parts = _models(groups, config, source) | _texts(groups, source)
-    except KeyError as error:
-        raise ValueError(f"{source} is not complete: {error.args[0]} is missing") from error
-    return parts | {"scheduler": Part(configs.scheduler(config, tensors.get("betas"), source), {})}
+    with named(source):
+        groups = _groups(tensors, source)
+        _check_average(tensors, groups, source)
+        try:
+            parts = _models(groups, config, source) | _texts(groups, source)
+        except KeyError as error:
+            raise ValueError(f"{source} is not complete: {error.args[0]} is missing") from error
+        if "unet" in parts:
+            configs.check_layers({name: part.fields for name, part in parts.items()}, source)
+        return parts | {"scheduler": Part(configs.scheduler(config, tensors.get("betas"), source), {})}
 
 
 def _open(path: str | Path) -> Tensors:
@@ -231,6 +241,8 @@ def _open(path: str | Path) -> Tensors:
 
 def _groups(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensors]:
     """Tensors by the prefix of their names, which is cut off. Raises ValueError for a prefix that is not known."""
+    if len(tensors) > MOST_TENSORS:
+        raise ValueError(f"{source} holds {len(tensors)} tensors, at most {MOST_TENSORS} make sense")
     dropped = re.compile("|".join(keys.DROPPED))
     groups: dict[str, Tensors] = {}
     unknown = []
@@ -241,7 +253,7 @@ def _groups(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensors]:
             stage = _STAGE.fullmatch(name)
             known = (_UNET, _VOCODER, _VAE, _RANKING)
             prefix = stage[1] if stage else next((prefix for prefix in known if name.startswith(prefix)), None)
-            if prefix is None:
+            if prefix is None or _FAR.search(name):
                 unknown.append(name)
             else:
                 groups.setdefault(prefix, {})[name.removeprefix(prefix)] = tensor
@@ -251,6 +263,14 @@ def _groups(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensors]:
     if unknown:
         raise ValueError(f"{source} holds {len(unknown)} unknown tensors ({_few(unknown)}), expected {EXPECTED}")
     return groups
+
+
+def _check_average(tensors: Mapping[str, Tensor], groups: Mapping[str, Tensors], source: str) -> None:
+    """Raise ValueError if the moving average has tensors that the UNet, which is run, has lost."""
+    there = {name.replace(".", "") for name in groups.get(_UNET, ())}
+    lost = [name for name in tensors if name.startswith(_AVERAGE) and name.removeprefix(_AVERAGE) not in there]
+    if there and lost:
+        raise ValueError(f"{source} is not complete: its UNet lacks what {_few(lost)} is the moving average of")
 
 
 def _models(groups: Mapping[str, Tensors], config: Mapping[str, Any], source: str) -> dict[str, Part]:
@@ -269,11 +289,15 @@ def _models(groups: Mapping[str, Tensors], config: Mapping[str, Any], source: st
 
 
 def _scale_factor(groups: Mapping[str, Tensors], config: Mapping[str, Any], source: str) -> float:
-    if "scale_factor" in groups:
-        return groups["scale_factor"]["scale_factor"].item()
-    if "scale_factor" not in config:
+    if "scale_factor" not in groups and "scale_factor" not in config:
         raise ValueError(f"{source} holds a VAE but no scale_factor: pass the authors' configuration (config=) with it")
-    return float(config["scale_factor"])
+    value = groups["scale_factor"]["scale_factor"] if "scale_factor" in groups else config["scale_factor"]
+    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+        found = f"of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else repr(value)[:100]
+        raise ValueError(f"{source}: scale_factor must be one positive number, got {found}")
+    return float(value)
 
 
 def _texts(groups: Mapping[str, Tensors], source: str) -> dict[str, Part]:
@@ -283,6 +307,7 @@ def _texts(groups: Mapping[str, Tensors], source: str) -> dict[str, Part]:
     projection: Tensors = {}
     places = None
     claps = stages["clap"] + ([groups[_RANKING]] if _RANKING in groups else [])
+    _check_names(claps, source, "CLAPs")
     if claps:
         tensors = keys.clap(_inside(claps[0], "model."), source)
         parts["text_encoder"] = Part(configs.clap(tensors), tensors)
@@ -317,8 +342,19 @@ def _stages(groups: Mapping[str, Tensors], source: str) -> dict[str, list[Tensor
     return stages
 
 
+def _check_names(copies: list[Tensors], source: str, kind: str) -> None:
+    """Raise ValueError unless the copies of an encoder have the same tensors: one that lost a layer is told by it."""
+    for copy in copies[1:]:
+        shapes, others = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (copies[0], copy))
+        differing = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
+        differing = [name for name in differing if not _TABLES.fullmatch(name)]
+        if differing:
+            raise ValueError(f"{source} is not complete: its {len(copies)} {kind} differ in {_few(differing)}")
+
+
 def _check_copies(copies: list[Tensors], source: str) -> None:
-    """Raise ValueError unless the copies of T5, which no training changed, agree (in all their norms)."""
+    """Raise ValueError unless the copies of T5, which no training changed, agree (in names and all their norms)."""
+    _check_names(copies, source, "T5 encoders")
     for name, tensor in copies[0].items():
         if name.endswith("norm.weight") and not all(torch.equal(tensor, copy[name]) for copy in copies[1:]):
             raise ValueError(f"{source}: its {len(copies)} T5 encoders differ, which ldm2 cannot run")

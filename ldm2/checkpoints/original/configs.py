@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm2.fields import check_file, one_line, short
 from ldm2.schedules import Schedule
 
 Tensors = Mapping[str, Tensor]
 Fields = dict[str, Any]
 
+LARGEST_FILE = 1_000_000                                   # bytes of a configuration; the authors' have some thousands
+MOST_VALUES = 10_000                                       # in a configuration
 GROUPS = 32                                                # of every group norm, in UNet and VAE
 HEAD_CHANNELS = 32                                         # channels of each head of the UNet
 MEL_FRAMES = 1024                                       # mel frames of the length that the models were trained on
@@ -55,16 +58,30 @@ def read(config: Mapping[str, Any] | str | Path | None) -> Mapping[str, Any]:
         return config or {}
     import yaml  # reads JSON too
 
-    path = Path(config)
+    path = Path(config).expanduser()
+    check_file(path)
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, a configuration has at most {LARGEST_FILE}")
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path} is not a YAML or JSON file ({' '.join(str(error).split())[:200]})") from error
+    except (yaml.YAMLError, ValueError, OSError, RecursionError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a YAML or JSON file ({one_line(error)})") from error
     if not isinstance(fields, Mapping):
         raise ValueError(f"{path} must hold a mapping, got {type(fields).__name__}")
+    if _is_large(fields):
+        raise ValueError(f"{path} holds more than {MOST_VALUES} values, its aliases written out")
     return fields
+
+
+def _is_large(fields: Mapping[str, Any]) -> bool:
+    """Whether there are more than MOST_VALUES values inside, aliases counted each time."""
+    waiting, seen = [fields], 0
+    while waiting and seen <= MOST_VALUES:
+        value = waiting.pop()
+        inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+        seen += 1 + len(inside)
+        waiting += list(inside)[:MOST_VALUES]
+    return seen > MOST_VALUES
 
 
 def section(config: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
@@ -72,7 +89,7 @@ def section(config: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
     for i, name in enumerate(names):
         config = config.get(name) or {}
         if not isinstance(config, Mapping):
-            raise ValueError(f"config: {'.'.join(names[: i + 1])} must be a mapping, got {config!r}")
+            raise ValueError(f"config: {'.'.join(names[: i + 1])} must be a mapping, got {short(config)}")
     return config
 
 
@@ -143,7 +160,7 @@ def _heads(channels: list[int], given: Mapping[str, Any]) -> list[int]:
     name = "num_heads" if given.get("num_head_channels", HEAD_CHANNELS) == -1 else "num_head_channels"
     number = given.get(name, HEAD_CHANNELS)
     if not isinstance(number, int) or number < 1:
-        raise ValueError(f"config: {name} must be a positive integer, got {number!r}")
+        raise ValueError(f"config: {name} must be a positive integer, got {short(number)}")
     return [number if name == "num_heads" else max(count // number, 1) for count in channels]
 
 
@@ -216,7 +233,7 @@ def scheduler(config: Mapping[str, Any], betas: Tensor | None, source: str) -> F
     fields["num_train_timesteps"] = given.get("timesteps", fields["num_train_timesteps"])
     parameterization = given.get("parameterization", "eps")
     if parameterization not in _PREDICTIONS:
-        raise ValueError(f"config: parameterization must be eps or v, got {parameterization!r}")
+        raise ValueError(f"config: parameterization must be eps or v, got {short(parameterization)}")
     fields["prediction_type"] = _PREDICTIONS[parameterization]
     expected = torch.from_numpy(Schedule.from_dict(fields, source="config").betas)
     if betas is not None and (betas.shape != expected.shape or not torch.allclose(betas.double(), expected, rtol=1e-4)):
@@ -329,6 +346,38 @@ def gpt2(tensors: Tensors, phoneme_places: int | None) -> Fields:
     }
 
 
+def check_layers(parts: Mapping[str, Fields], source: str) -> None:
+    """Raise ValueError if an encoder of a published width has another number of layers than is published.
+
+    Layers are counted, so a file that lost its last ones would pass for a smaller model.
+    """
+    for part, fields in parts.items():
+        for name, (found, known) in _layers(part, fields).items():
+            if known is not None and found != known:
+                raise ValueError(f"{source} is not complete: its {part} has {name} {found}, the published one {known}")
+
+
+def _layers(part: str, fields: Fields) -> dict[str, tuple[Any, Any]]:
+    """Numbers of layers by their names: (found, published with these widths, or None)."""
+    if part == "text_encoder":
+        text, audio = fields["text_config"], fields["audio_config"]
+        return {
+            "num_hidden_layers": (text["num_hidden_layers"], {768: 12, 1024: 24}.get(text["hidden_size"])),
+            "depths": (audio["depths"], {
+                96: [2, 2, 6, 2], 128: [2, 2, 12, 2], 256: [2, 2, 12, 2],
+            }.get(audio["patch_embeds_hidden_size"])),
+        }
+    if part == "language_model":
+        return {"n_layer": (fields["n_layer"], {768: 12, 1024: 24, 1280: 36, 1600: 48}.get(fields["n_embd"]))}
+    if part == "text_encoder_2" and fields["model_type"] == "vits":
+        return {"num_hidden_layers": (fields["num_hidden_layers"], {192: 6}.get(fields["hidden_size"]))}
+    if part == "text_encoder_2":
+        known = {(512, 1024): 8, (512, 2048): 6, (768, 2048): 12, (768, 3072): 12, (1024, 2816): 24, (1024, 4096): 24,
+                 (2048, 5120): 24, (4096, 10240): 24}
+        return {"num_layers": (fields["num_layers"], known.get((fields["d_model"], fields["d_ff"])))}
+    return {}
+
+
 def projection(tensors: Tensors) -> Fields:
     """projection_model/config.json from tensors under diffusers' names; {} for a table of positions alone."""
     if set(tensors) == {"learnable_positional_embedding"}:
@@ -349,8 +398,7 @@ def _compare(given: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Raise ValueError if the authors' configuration says anything else than the file holds."""
     for name, value in found.items():
         if name in given and json.dumps(given[name], default=str) != json.dumps(value):
-            said = json.dumps(given[name], default=str)
-            raise ValueError(f"the config says {name} {said}, the file holds {json.dumps(value)}")
+            raise ValueError(f"the config says {name} {short(given[name])}, the file holds {json.dumps(value)}")
 
 
 def _rows(tensors: Tensors, name: str) -> int:
