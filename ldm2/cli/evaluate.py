@@ -75,8 +75,8 @@ def table(report: Report) -> str:
         more = "".join(f", {name.replace('_', ' ')} {value:.4g}" for name, value in score.more.items())
         against = ""
         if score.n_reference is not None:
-            against = f" against {score.n_reference} sounds of {score.seconds_reference:.1f} s"
-        lines.append(f"{score.name}: {score.value:.6g}{more} ({score.n} sounds of {score.seconds:.1f} s{against}; "
+            against = f" against {score.n_reference} sounds, {score.seconds_reference:.1f} s in all"
+        lines.append(f"{score.name}: {score.value:.6g}{more} ({score.n} sounds, {score.seconds:.1f} s in all{against}; "
                      f"{score.embedding} at {score.revision}, {score.resampler})")
     lines += [f"note: {note}" for note in report.notes]
     shown = {name: title for name, title in SHOWN.items()

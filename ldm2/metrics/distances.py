@@ -55,12 +55,12 @@ def frechet_of_points(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def frechet_infinity(x: np.ndarray, y: np.ndarray, seed: int = 0) -> Extrapolated:
     """The Frechet distance of x (N, D) from all of y (M, D) without its bias, which is about proportional to 1 / N.
 
-    A line through the distances of random subsets of x, of a fifth of it up to all, against 1 / N. Raises
-    ValueError for less than 10 embeddings in x.
+    A line through the distances of random subsets of x, of half of it up to all, against 1 / N: in smaller ones the
+    bias is no longer proportional. Raises ValueError for less than 10 embeddings in x.
     """
     x = _checked(x, "x", least=FEWEST_TO_EXTRAPOLATE)
     generator = np.random.Generator(np.random.PCG64(seed))
-    sizes = np.unique(np.linspace(max(2, len(x) // 5), len(x), _SIZES).round().astype(int))
+    sizes = np.unique(np.linspace(len(x) // 2, len(x), _SIZES).round().astype(int))
     subsets = [generator.permutation(len(x))[:size] for size in sizes for _ in range(1 if size == len(x) else _DRAWS)]
     inverse = np.array([1 / len(subset) for subset in subsets])
     values = np.array([frechet(x[subset], y) for subset in subsets])

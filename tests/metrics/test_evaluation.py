@@ -97,7 +97,7 @@ def test_the_table_shows_each_number_with_what_it_depends_on(folder, run, tiny_c
     assert code == 0
     first = out.splitlines()[0]
     assert first.startswith("frechet_audio_distance: ")
-    for words in ("2 sounds of 1.0 s against 3 sounds of 1.5 s", str(tiny_checkpoint), "sha256 ", "soxr "):
+    for words in ("2 sounds, 1.0 s in all against 3 sounds, 1.5 s in all", str(tiny_checkpoint), "sha256 ", "soxr "):
         assert words in first
     assert "note: no extrapolation to infinite N: it needs 10 generated sounds" in out
     assert "note: 2 of 2 sounds have no prompt: give --prompts" in out
