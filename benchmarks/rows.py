@@ -15,6 +15,7 @@ from benchmarks.kernels import kernels
 from benchmarks.timing import Make, Row, Run
 from ldm2 import ops
 from ldm2.conditioning import Conditioning
+from ldm2.guidance import guide
 from ldm2.runtime.compilation import compile_step, stepper
 from ldm2.runtime.graphs import GraphedUNet, accelerated
 from ldm2.settings import Settings
@@ -79,7 +80,7 @@ def _our_step(bench: Bench, rows: int, unet: UNet | GraphedUNet, backend: str = 
     @torch.inference_mode()
     def step() -> Tensor:
         with ops.backend(backend):
-            return ops.guide(unet(x, 1.0, prepared, time=time), SCALE)
+            return guide(unet(x, 1.0, prepared, time=time), SCALE)
 
     return step
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm2.conditioning import Conditioning
-from ldm2.ops import guide
-from ldm2.samplers.core import Denoiser, Guided
+from ldm2.samplers.core import Denoiser
 from ldm2.unet import PreparedConditioning, UNet
 
 
@@ -32,17 +31,18 @@ def everywhere(t: float) -> bool:
     return True
 
 
-def rescaled(prediction: Tensor, scale: float | None, rescale: float) -> Tensor:
-    """Guidance whose result keeps the standard deviation of the conditional prediction, as far as `rescale` says.
+def guide(prediction: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """u + scale * (c - u) in float32 (B, ...) from both branches in any dtype (2 B, ...), u above c.
 
-    prediction (2 B, ...) of both branches, unconditional above conditional, or (B, ...) of one, for which `scale` is
-    None -> float32 (B, ...). The deviation is that of each row. arXiv:2305.08891, equations 14 to 16.
+    Classifier-free guidance, arXiv:2207.12598, equation 6 with scale = 1 + w.
+    rescale: how far the deviation of each row is brought back to that of the conditional prediction, 0 to 1,
+             arXiv:2305.08891, equations 14 to 16.
     """
-    guided = guide(prediction, scale)
-    if scale is None:
+    unconditional, conditional = prediction.float().chunk(2)
+    guided = unconditional + scale * (conditional - unconditional)
+    if rescale == 0:
         return guided
     axes = tuple(range(1, guided.ndim))
-    conditional = prediction.float().chunk(2)[1]
     factor = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
     return rescale * factor * guided + (1 - rescale) * guided
 
@@ -55,8 +55,7 @@ class Guidance:
     timesteps:     those whose embeddings are computed here, once, instead of in every call.
     acts_at:       whether there is guidance at a timestep; without it the conditional branch is evaluated alone, at
                    half the cost.
-    rescale:       how far the guided prediction is brought back to the deviation of the conditional one, 0 to 1, see
-                   `rescaled`.
+    rescale:       see `guide`.
 
     Raises ValueError if the rows disagree, or the unconditional side or a finite scale is missing.
     """
@@ -85,14 +84,13 @@ class Guidance:
         """
         predict = self.unet if predict is None else predict
 
-        def branches(x: Tensor, t: float) -> tuple[Tensor, float | None]:
+        def denoise(x: Tensor, t: float) -> Tensor:
             guided = self.scale > 1 and self.acts_at(t)
             prepared = self._both if guided else self._conditional
-            return predict(x.to(self.dtype), t, prepared, time=self.times.get(t)), self.scale if guided else None
+            prediction = predict(x.to(self.dtype), t, prepared, time=self.times.get(t))
+            return guide(prediction, self.scale, self.rescale) if guided else prediction.float()
 
-        if self.rescale == 0:
-            return Guided(branches)
-        return lambda x, t: rescaled(*branches(x, t), self.rescale)
+        return denoise
 
     @cached_property
     def _both(self) -> PreparedConditioning:

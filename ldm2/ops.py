@@ -133,7 +133,7 @@ def _fault(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return verdict(name, _kernels[device.type][name], globals()[name].reference, device, dtype)[1]
 
 
-def _obstacle(tensors: list[Tensor], mixed: bool) -> str | None:
+def _obstacle(tensors: list[Tensor]) -> str | None:
     """Why no kernel can take these tensors, None if nothing is in the way."""
     first = tensors[0]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -144,7 +144,7 @@ def _obstacle(tensors: list[Tensor], mixed: bool) -> str | None:
         return "autocast chooses the dtype"
     if any(tensor.device != first.device for tensor in tensors):
         return "the tensors are on several devices"
-    if not mixed and any(tensor.dtype != first.dtype for tensor in tensors):
+    if any(tensor.dtype != first.dtype for tensor in tensors):
         return "the tensors are of several dtypes"
     for tensor in tensors:
         if tensor.dtype not in _DTYPES:
@@ -168,8 +168,8 @@ class Operation(Protocol):
     def __call__(self, *args: Any, **named: Any) -> Any: ...
 
 
-def _fusible(reference: Callable, mixed: bool = False) -> Operation:
-    """The operation that `reference` defines, by its kernel where there is one; `mixed` ones take unlike dtypes."""
+def _fusible(reference: Callable) -> Operation:
+    """The operation that `reference` defines, by its kernel where there is one."""
     name = reference.__name__
 
     @functools.wraps(reference)
@@ -177,7 +177,7 @@ def _fusible(reference: Callable, mixed: bool = False) -> Operation:
         tensors = [arg for arg in (*args, *named.values()) if isinstance(arg, Tensor)]
         device_type = tensors[0].device.type
         there, strict = _choice(name, device_type)
-        obstacle = _obstacle(tensors, mixed) if there else None
+        obstacle = _obstacle(tensors) if there else None
         if there and obstacle is None and (strict or _trusted(name, tensors[0].device, tensors[-1].dtype)):
             result = _kernels[device_type][name](*args, **named)
             if result is not NotImplemented:
@@ -326,22 +326,3 @@ def residual_blocks(x: Tensor, slope: float, dilations: tuple[tuple[int, ...], .
                 y, activated = add_leaky_relu(y, h, slope)
         total = add_up(y, h, total, len(dilations) if done == len(dilations) else 1)
     return total
-
-
-@_fusible
-def guide(prediction: Tensor, scale: float | None) -> Tensor:
-    """u + scale * (c - u) in float32 (B, ...) from both branches, u above c, in any dtype (2 B, ...).
-
-    Classifier-free guidance, arXiv:2207.12598, equation 6 with scale = 1 + w. None: there is one branch (B, ...).
-    """
-    prediction = prediction.float()
-    if scale is None:
-        return prediction
-    negative, positive = prediction.chunk(2)
-    return negative + scale * (positive - negative)
-
-
-@functools.partial(_fusible, mixed=True)
-def axpby(a: float, x: Tensor, b: float, y: Tensor, scale: float | None = None) -> Tensor:
-    """a * x + b * guide(y, scale): the update of the samplers, from x (B, ...) in float32 and y in any dtype."""
-    return a * x + b * guide.reference(y, scale)

@@ -1,7 +1,6 @@
 """Guidance: the formula, one model call for both branches, nothing computed twice, and errors."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +12,7 @@ from benchmarks import checkpoints
 from ldm2 import samplers
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig
-from ldm2.guidance import Guidance, rescaled
-from ldm2.noise import SeededNoise
+from ldm2.guidance import Guidance, guide
 from ldm2.schedules import Schedule
 from ldm2.unet import UNet
 from tests.helpers import PUBLISHED, draw
@@ -105,34 +103,8 @@ def test_each_timestep_is_embedded_once(name):
     assert all(time.tolist() == [[t]] for _, t, time in unet.calls)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
-def test_guidance_within_the_samplers_update_changes_nothing(name, prediction_type):
-    schedule = replace(SCHEDULE, prediction_type=prediction_type)
-    guided = denoiser(FakeUNet(), 3.5, acts_at=lambda t: 200 < t < 800)
-
-    def run(model):
-        x_T = torch.randn(2, 4, 5, 3, generator=torch.Generator().manual_seed(0))
-        return samplers.sample(name, model, x_T, schedule, 6, noise=SeededNoise([0, 1]))
-
-    torch.testing.assert_close(run(guided), run(lambda x_t, t: guided(x_t, t)))
-
-
-@pytest.mark.parametrize("name, eta", [
-    ("ddim", 0), ("ddim", 0.5), ("ddpm", 0), ("euler", 0), ("euler-ancestral", 0), ("dpmpp-2m", 0),
-    ("dpmpp-2m-sde", 0), ("unipc", 0),
-])
-def test_guidance_and_the_samplers_update_are_one_operation(name, eta, monkeypatch):
-    def refuse(prediction, scale):
-        raise AssertionError("guidance by itself")
-
-    monkeypatch.setattr("ldm2.samplers.core.guide", refuse)
-    guided = denoiser(FakeUNet(), 3.5)
-    samplers.sample(name, guided, torch.zeros(2, 4, 5, 3), SCHEDULE, 4, eta=eta, noise=SeededNoise([0, 1]))
-
-
 def test_latents_must_have_the_rows_of_the_conditioning():
-    for name in ("ddim", "pndm"):                          # with guidance in the update, and before it
+    for name in ("ddim", "pndm"):
         with pytest.raises(ValueError, match=r"the denoiser returned \(2, 4, 5, 3\) for x_t \(4, 4, 5, 3\)"):
             samplers.sample(name, denoiser(FakeUNet(), 3.5), torch.zeros(4, 4, 5, 3), SCHEDULE, 4)
 
@@ -228,11 +200,15 @@ def test_rescaled_guidance_is_that_of_diffusers(rescale):
     unconditional, conditional = draw(3, 4, 6, 8), 2 * draw(3, 4, 6, 8, seed=1)
     guided = unconditional + 3.5 * (conditional - unconditional)
     expected = rescale_noise_cfg(guided, conditional, guidance_rescale=rescale)
-    torch.testing.assert_close(rescaled(torch.cat([unconditional, conditional]), 3.5, rescale), expected)
+    torch.testing.assert_close(guide(torch.cat([unconditional, conditional]), 3.5, rescale), expected)
 
 
-def test_a_step_without_guidance_is_not_rescaled():
-    assert torch.equal(rescaled(draw(2, 4, 6, 8), None, 0.7), draw(2, 4, 6, 8))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_guidance_goes_from_the_first_rows_past_the_last_by_the_scale(dtype):
+    prediction = draw(4, 3, 5).to(dtype)
+    unconditional, conditional = prediction.double().chunk(2)
+    expected = unconditional + 3.5 * (conditional - unconditional)
+    torch.testing.assert_close(guide(prediction, 3.5), expected.float(), rtol=1e-6, atol=1e-6)
 
 
 def test_rescaling_reaches_the_sound_and_is_off_by_default(tiny_checkpoint):

@@ -119,33 +119,6 @@ def test_add_up_divides_the_total_by_the_count(dtype):
     assert_near(ops.add_up(x, added, total, 3), (x.double() + added.double() + total.double()) / 3, dtype)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_guide_goes_from_the_first_rows_past_the_last_by_the_scale(dtype):
-    prediction = draw(4, 3, 5, dtype=dtype)
-    negative, positive = prediction.double().chunk(2)
-    assert_near(ops.guide(prediction, 3.5), negative + 3.5 * (positive - negative), torch.float32)
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_one_branch_is_what_it_is_in_float32(dtype):
-    prediction = draw(3, 5, dtype=dtype)
-    assert torch.equal(ops.guide(prediction, None), prediction.float())
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_axpby_adds_multiples(dtype):
-    x, y = draw(2, 5), draw(2, 5, seed=1, dtype=dtype)
-    assert_near(ops.axpby(0.3, x, -1.2, y), 0.3 * x.double() - 1.2 * y.double(), torch.float32)
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_axpby_guides_what_it_adds(dtype):
-    x, prediction = draw(2, 5), draw(4, 5, seed=1, dtype=dtype)
-    negative, positive = prediction.double().chunk(2)
-    expected = 0.3 * x.double() - 1.2 * (negative + 3.5 * (positive - negative))
-    assert_near(ops.axpby(0.3, x, -1.2, prediction, 3.5), expected, torch.float32)
-
-
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_group_norm_survives_a_large_mean(offset):
     x = draw(1, 4, 9, 7)
@@ -224,10 +197,6 @@ def test_what_a_kernel_cannot_take_goes_to_pytorch_or_raises_where_fused_is_aske
     with ops.backend("fused"), pytest.raises(RuntimeError, match=f"on cpu cannot be used: {reason}"):
         ops.leaky_relu(x, 0.1)
 
-
-def test_the_samplers_update_takes_unlike_dtypes_to_its_kernel(kernel):
-    kernel("axpby", lambda a, x, b, y, scale: x * 0)
-    assert not ops.axpby(1.0, torch.ones(1, 3), 1.0, torch.ones(2, 3, dtype=torch.float16), 2.0).any()
 
 
 def test_fused_raises_where_there_is_no_kernel(kernel):

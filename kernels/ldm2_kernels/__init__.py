@@ -21,8 +21,6 @@ MODULES: dict[str, dict[str, str | None]] = {
         "geglu": "ldm2_kernels.geglu",
         "add_leaky_relu": "ldm2_kernels.leaky_relu",
         "add_up": "ldm2_kernels.leaky_relu",
-        "guide": "ldm2_kernels.update",
-        "axpby": "ldm2_kernels.update",
         "attention": None,
         "linear": None,
         "linear_geglu": None,
@@ -51,8 +49,6 @@ MODULES: dict[str, dict[str, str | None]] = {
         "leaky_relu": None,
         "add_leaky_relu": None,
         "add_up": None,
-        "guide": None,
-        "axpby": None,
     },
 }
 
@@ -78,8 +74,6 @@ REASONS: dict[str, dict[str, str]] = {
         "leaky_relu": "part of the residual blocks",
         "add_leaky_relu": "part of the residual blocks",
         "add_up": "part of the residual blocks",
-        "guide": "once a step",
-        "axpby": "once a step",
     },
 }
 

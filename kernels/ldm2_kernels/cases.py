@@ -93,6 +93,4 @@ def cases(
         "conv_transpose1d": lambda: (new(1, 2 * inside, s.wave * 2 // 5), weight(2 * inside, inside, 16), new(inside),
                                      4, 6),
         "residual_blocks": lambda: (new(*wave), 0.1, ((1, 3, 5),) * len(s.kernels), *pairs()),
-        "guide": lambda: (laid(new(2, 8, s.latents, 16)), 3.5),
-        "axpby": lambda: (0.5, new(1, 8, s.latents, 16).float(), 0.5, laid(new(2, 8, s.latents, 16)), 3.5),
     }

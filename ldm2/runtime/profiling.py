@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm2 import ops, samplers
 from ldm2.conditioning import Conditioning
+from ldm2.guidance import guide
 from ldm2.noise import SeededNoise
 from ldm2.runtime.graphs import accelerated
 from ldm2.runtime.memory import process_bytes
-from ldm2.samplers.core import Guided
 from ldm2.settings import Settings
 from ldm2.stages import Stages
 
@@ -208,7 +208,8 @@ def works(pipe: Stages, settings: Settings) -> list[Work]:
 
     prediction = step()
 
-    guided = Guided(lambda x, t: (prediction, settings.guidance_scale if settings.guided else None))
+    def guided(x: Tensor, t: float) -> Tensor:
+        return guide(prediction, settings.guidance_scale) if settings.guided else prediction.float()
 
     @torch.inference_mode()
     def walk() -> Tensor:

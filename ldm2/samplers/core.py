@@ -15,7 +15,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ldm2.ops import axpby, guide
 from ldm2.schedules import Schedule
 from ldm2.solver_options import SolverOptions
 
@@ -99,19 +98,6 @@ class Run:
         return math.hypot(signal, sigma) * x_T
 
 
-@dataclass(frozen=True)
-class Guided:
-    """A denoiser that can leave guidance to the sampler's update, which then reads the branches where they are.
-
-    branches: branches(x_t, t) -> (prediction, scale) for `ops.guide`
-    """
-
-    branches: Callable[[Tensor, float], tuple[Tensor, float | None]]
-
-    def __call__(self, x: Tensor, t: float) -> Tensor:
-        return guide(*self.branches(x, t))
-
-
 class Epsilon:
     """eps(x_t, t) in float32, for variance preserving x_t, from a denoiser that predicts eps, v or x_0.
 
@@ -125,28 +111,12 @@ class Epsilon:
     def __call__(self, x: Tensor, t: float) -> Tensor:
         return self.of(self.predict(x, t), x, t)
 
-    def step(self, a: float, x: Tensor, b: float, t: float, divisor: float = 1.0) -> Tensor:
-        """a * x + b * eps(x / divisor, t) in one pass over what the model returns, unless x_0 is limited."""
-        scaled = x if divisor == 1 else x / divisor
-        if self.options.limits:
-            return axpby(a, x, b, self(scaled, t))
-        of_x, of_prediction = self._weights(t)
-        return axpby(a + b * of_x / divisor, x, b * of_prediction, *self._branches(scaled, t))
-
     def predict(self, x: Tensor, t: float) -> Tensor:
-        """What the denoiser predicts, eps, v or x_0, in float32."""
-        return guide(*self._branches(x, t))
-
-    def _branches(self, x: Tensor, t: float) -> tuple[Tensor, float | None]:
-        """The arguments of `ops.guide` for the denoiser's prediction. Raises ValueError if its shape is not x's."""
-        if isinstance(self.denoiser, Guided):
-            prediction, scale = self.denoiser.branches(x, t)
-        else:
-            prediction, scale = self.denoiser(x, t).float(), None
-        shape = (len(prediction) // (1 if scale is None else 2), *prediction.shape[1:])
-        if shape != x.shape:
-            raise ValueError(f"the denoiser returned {shape} for x_t {tuple(x.shape)}")
-        return prediction, scale
+        """What the denoiser predicts, eps, v or x_0, in float32. Raises ValueError if its shape is not x's."""
+        prediction = self.denoiser(x, t).float()
+        if prediction.shape != x.shape:
+            raise ValueError(f"the denoiser returned {tuple(prediction.shape)} for x_t {tuple(x.shape)}")
+        return prediction
 
     def of(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
         """The eps which a prediction at (x, t) stands for."""
@@ -158,15 +128,12 @@ class Epsilon:
 
     def unlimited(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
         """The same, whatever x_0 it leads to."""
-        of_x, of_prediction = self._weights(t)
-        return prediction if of_x == 0 else of_x * x + of_prediction * prediction
-
-    def _weights(self, t: float) -> tuple[float, float]:
-        """(p, q) with eps = p * x_t + q * prediction."""
         if self.schedule.prediction_type == "epsilon":
-            return 0.0, 1.0
+            return prediction
         alpha, sigma = preserving(self.schedule.sigma(t))
-        return (sigma, alpha) if self.schedule.prediction_type == "v_prediction" else (1 / sigma, -alpha / sigma)
+        if self.schedule.prediction_type == "v_prediction":
+            return alpha * prediction + sigma * x
+        return (x - alpha * prediction) / sigma
 
     def limit(self, x0: Tensor) -> Tensor:
         """x_0 (B, ...) as the options limit it: arXiv:2205.11487, section 2.3, static and dynamic thresholding."""

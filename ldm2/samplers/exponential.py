@@ -13,7 +13,6 @@ from math import expm1, factorial, log, sqrt
 import numpy as np
 from torch import Tensor
 
-from ldm2.ops import axpby
 from ldm2.samplers.core import Epsilon, Run, Solver
 
 
@@ -26,7 +25,7 @@ def dpmpp_2m(eps: Epsilon, run: Run, x: Tensor) -> Solver:
         history = [predict_x0(eps, run, i, x, t), *history[:2]]
         (_, sigma), (alpha_next, sigma_next) = run.levels(i), run.levels(i + 1)
         shrink = run.sigmas[i + 1] / run.sigmas[i]                           # exp(-h)
-        x = axpby(sigma_next / sigma, x, alpha_next * (1 - shrink), direction(run, i, history))
+        x = sigma_next / sigma * x + alpha_next * (1 - shrink) * direction(run, i, history)
     return x
 
 
@@ -38,8 +37,8 @@ def dpmpp_2m_sde(eps: Epsilon, run: Run, x: Tensor) -> Solver:
         history = [predict_x0(eps, run, i, x, t), *history[:1]]
         (_, sigma), (alpha_next, sigma_next) = run.levels(i), run.levels(i + 1)
         shrink = run.sigmas[i + 1] / run.sigmas[i]                           # exp(-h)
-        x = axpby(sigma_next / sigma * shrink, x, alpha_next * (1 - shrink**2), direction(run, i, history, speed=2))
-        x = axpby(1, x, sigma_next * sqrt(1 - shrink**2), run.noise(x))
+        x = sigma_next / sigma * shrink * x + alpha_next * (1 - shrink**2) * direction(run, i, history, speed=2)
+        x = x + sigma_next * sqrt(1 - shrink**2) * run.noise(x)
     return x
 
 
@@ -91,7 +90,7 @@ def unipc(eps: Epsilon, run: Run, x: Tensor) -> Solver:
         order = min(run.options.solver_order, left, len(history))
         (_, sigma), (alpha_next, sigma_next) = run.levels(i), run.levels(i + 1)
         shrink = run.sigmas[i + 1] / run.sigmas[i]                           # exp(-h)
-        x = axpby(sigma_next / sigma, x, alpha_next * (1 - shrink), x0)
+        x = sigma_next / sigma * x + alpha_next * (1 - shrink) * x0
         if order > 1:
             lengths, weights = unipc_weights(run, i, order)
             x = x + alpha_next * extrapolation(history, lengths, weights)
@@ -138,4 +137,4 @@ def unipc_weights(run: Run, i: int, order: int, corrects: bool = False) -> tuple
 def predict_x0(eps: Epsilon, run: Run, i: int, x: Tensor, t: float) -> Tensor:
     """The model's x_0 at the state x before step i."""
     alpha, sigma = run.levels(i)
-    return eps.step(1 / alpha, x, -sigma / alpha, t)
+    return (x - sigma * eps(x, t)) / alpha

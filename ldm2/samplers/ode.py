@@ -10,7 +10,6 @@ from math import hypot, prod, sqrt
 
 from torch import Tensor
 
-from ldm2.ops import axpby
 from ldm2.samplers.core import Epsilon, Run, Solver
 
 
@@ -19,7 +18,7 @@ def euler(eps: Epsilon, run: Run, x: Tensor) -> Solver:
     for i, t in run:
         x = yield run.step(i, x)
         sigma, sigma_next = run.sigmas[i], run.sigmas[i + 1]
-        x = eps.step(1, x, sigma_next - sigma, t, divisor=hypot(1, sigma))
+        x = x + (sigma_next - sigma) * eps(x / hypot(1, sigma), t)
     return x
 
 
@@ -33,7 +32,7 @@ def euler_ancestral(eps: Epsilon, run: Run, x: Tensor) -> Solver:
         sigma, sigma_next = run.sigmas[i], run.sigmas[i + 1]
         ratio = sigma_next / sigma
         down, up = sigma_next * ratio, sigma_next * sqrt(1 - ratio**2)
-        x = eps.step(1, x, down - sigma, t, divisor=hypot(1, sigma)) + up * run.noise(x)
+        x = x + (down - sigma) * eps(x / hypot(1, sigma), t) + up * run.noise(x)
     return x
 
 
@@ -44,9 +43,9 @@ def heun(eps: Epsilon, run: Run, x: Tensor) -> Solver:
         sigma, sigma_next = run.sigmas[i], run.sigmas[i + 1]
         slope = eps(x / hypot(1, sigma), t)
         if sigma_next > 0:
-            trial = axpby(1, x, sigma_next - sigma, slope)
+            trial = x + (sigma_next - sigma) * slope
             slope = (slope + eps(trial / hypot(1, sigma_next), run.timesteps[i + 1])) / 2
-        x = axpby(1, x, sigma_next - sigma, slope)
+        x = x + (sigma_next - sigma) * slope
     return x
 
 

@@ -9,7 +9,6 @@ from math import sqrt
 
 from torch import Tensor
 
-from ldm2.ops import axpby
 from ldm2.samplers.core import Epsilon, Run, Solver
 
 
@@ -19,13 +18,9 @@ def ddim(eps: Epsilon, run: Run, x: Tensor) -> Solver:
         x = yield run.step(i, x)
         a, a_prev = run.schedule.alpha_cumprod(t), run.schedule.alpha_cumprod(t - run.stride)
         sigma = run.eta * sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
-        toward = sqrt(1 - a_prev - sigma**2)
-        keep = sqrt(a_prev / a)                            # equation 12 with x0 = (x - sqrt(1 - a) e) / sqrt(a) put in
-        if run.options.limits:                             # which eps itself does not follow
-            e = eps.unlimited(eps.predict(x, t), x, t)
-            x = axpby(sqrt(a_prev), eps.limit((x - sqrt(1 - a) * e) / sqrt(a)), toward, e)
-        else:
-            x = eps.step(keep, x, toward - keep * sqrt(1 - a), t)
+        e = eps.unlimited(eps.predict(x, t), x, t)
+        x0 = eps.limit((x - sqrt(1 - a) * e) / sqrt(a))
+        x = sqrt(a_prev) * x0 + sqrt(1 - a_prev - sigma**2) * e
         if run.eta > 0:
             x = x + sigma * run.noise(x)
     return x
@@ -41,7 +36,7 @@ def ddpm(eps: Epsilon, run: Run, x: Tensor) -> Solver:
         a = run.schedule.alpha_cumprod(t)
         a_prev = 1.0 if run.last(i) else run.schedule.alpha_cumprod(run.timesteps[i + 1])
         beta = 1 - a / a_prev
-        x = eps.step(1 / sqrt(1 - beta), x, -beta / sqrt((1 - beta) * (1 - a)), t)
+        x = (x - beta / sqrt(1 - a) * eps(x, t)) / sqrt(1 - beta)
         if t > 0:
             share = (1 - a_prev) / (1 - a) if run.options.variance_type == "fixed_small" else 1.0
             x = x + sqrt(share * beta) * run.noise(x)
@@ -58,7 +53,7 @@ def pndm(eps: Epsilon, run: Run, x: Tensor) -> Solver:
     def transfer(prediction: Tensor, t: float, t_prev: float) -> Tensor:
         a, a_prev = run.schedule.alpha_cumprod(t), run.schedule.alpha_cumprod(t_prev)
         e = eps.of(prediction, x, t)
-        return axpby(sqrt(a_prev / a), x, sqrt(1 - a_prev) - sqrt(a_prev / a) * sqrt(1 - a), e)
+        return sqrt(a_prev) * (x - sqrt(1 - a) * e) / sqrt(a) + sqrt(1 - a_prev) * e
 
     history: list[Tensor] = []                                               # newest first
     for i, t in run:

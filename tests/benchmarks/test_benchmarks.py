@@ -172,8 +172,8 @@ def test_on_cuda_a_row_of_kernels_times_the_replay_of_a_graph(device, monkeypatc
         return lambda run: (lambda: replayed.append(run()), None)
 
     monkeypatch.setattr(kernel_rows, "CudaCapture", capture)
-    monkeypatch.setattr(ops, "guide", lambda *arguments: ran.append(ops.asked()))
-    variants = kernel_rows._variants("guide", (), SimpleNamespace(type=device))
+    monkeypatch.setattr(ops, "geglu", lambda *arguments: ran.append(ops.asked()))
+    variants = kernel_rows._variants("geglu", (), SimpleNamespace(type=device))
     assert list(variants) == ["fused", "plain PyTorch"]
     for make, backend in zip(variants.values(), ("fused", "reference")):
         run = make()

@@ -5,7 +5,7 @@ The interpreter takes more than the compiler does; this shows that the kernels a
 
 import sys
 
-from ldm2_kernels import convolution, geglu, group_norm, layer_norm, leaky_relu, update
+from ldm2_kernels import convolution, geglu, group_norm, layer_norm, leaky_relu
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -31,9 +31,6 @@ KERNELS = [
     (leaky_relu._activate, {"BLOCK": leaky_relu.BLOCK}),
     (leaky_relu._add, {"BLOCK": leaky_relu.BLOCK, "TOTAL": True}),
     (leaky_relu._add, {"BLOCK": leaky_relu.BLOCK, "TOTAL": False, "total": None, "count": 1}),
-    (update._guide_kernel, {"BLOCK": update.BLOCK}),
-    (update._axpby_kernel, {"BLOCK": update.BLOCK, "GUIDED": True}),
-    (update._axpby_kernel, {"BLOCK": update.BLOCK, "GUIDED": False, "scale": None}),
 ]
 
 

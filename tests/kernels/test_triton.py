@@ -14,7 +14,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from ldm2_kernels import MODULES, check, convolution, geglu, group_norm, layer_norm, leaky_relu, update  # noqa: E402
+from ldm2_kernels import MODULES, check, convolution, geglu, group_norm, layer_norm, leaky_relu  # noqa: E402
 from ldm2_kernels.cases import TALL, cases  # noqa: E402
 
 from ldm2 import ops  # noqa: E402
@@ -202,43 +202,11 @@ def test_add_up(dtype, totalled, count):
     assert_as_exact_as_pytorch(leaky_relu.add_up, ops.add_up.reference, x, added, total, count)
 
 
-def guided(prediction, scale):
-    """Guidance in the dtype that it gets, which `ops.guide` leaves for float32."""
-    if scale is None:
-        return prediction
-    negative, positive = prediction.chunk(2)
-    return negative + scale * (positive - negative)
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape, scale", [((2, 3, 5, 7), 3.5), ((4, 1100), 3.5), ((3, 5), None)])
-def test_guide(dtype, shape, scale):
-    prediction = draw(*shape, dtype=dtype)
-    assert_as_exact_as_pytorch(update.guide, ops.guide.reference, prediction, scale, formula=guided)
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("scale", [3.5, None])
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 1100)])
-def test_axpby(dtype, scale, shape):
-    rows = shape[0] * (1 if scale is None else 2)
-    y = draw(*shape[:0:-1], rows, seed=1, dtype=dtype).permute(*range(len(shape) - 1, -1, -1))
-    args = 0.3, draw(*shape), -1.2, y, scale
-
-    def formula(a, x, b, y, scale):
-        return a * x + b * guided(y, scale)
-
-    assert_as_exact_as_pytorch(update.axpby, ops.axpby.reference, *args, formula=formula)
-
-
 @pytest.mark.parametrize("kernel, args", [
     (layer_norm.add_layer_norm, (draw(2, 3), draw(3), draw(3), draw(3), 1e-5)),
     (geglu.geglu, (draw(2, 3), draw(1, 3))),
     (leaky_relu.add_leaky_relu, (draw(2, 3), draw(1, 3), 0.1)),
     (leaky_relu.add_up, (draw(2, 3), draw(2, 3), draw(1, 3))),
-    (update.guide, (draw(3, 2), 2.0)),
-    (update.axpby, (1.0, draw(2, 3), 1.0, draw(3))),
-    (update.axpby, (1.0, draw(2, 3), 1.0, draw(2, 3), 2.0)),
 ])
 def test_shapes_that_pytorch_would_broadcast_are_left_to_it(kernel, args):
     assert kernel(*args) is NotImplemented
@@ -252,9 +220,6 @@ OPERATORS = [
     (geglu._geglu, lambda: draw(2, 6).chunk(2, dim=-1)),
     (leaky_relu._add_leaky_relu, lambda: (draw(2, 6), draw(2, 6), 0.1)),
     (leaky_relu._add_up, lambda: (draw(2, 6), draw(2, 6), None, 1)),
-    (update._guide, lambda: (draw(2, 6, dtype=torch.float16), 2.0)),
-    (update._axpby, lambda: (0.5, draw(2, 6), 2.0, draw(2, 6), None)),
-    (update._axpby, lambda: (0.5, draw(2, 6), 2.0, draw(4, 6, dtype=torch.float16), 3.5)),
 ]
 
 
