@@ -267,9 +267,8 @@ def test_global_random_state_is_left_alone(pipe):
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_stays_near_float32(tiny_checkpoint, pipe, dtype):
-    half = ldm2.load(tiny_checkpoint, dtype=dtype).generate(PROMPT, seconds=0.2, steps=2, seed=0)
+def test_half_precision_stays_near_float32(tiny_checkpoint, pipe):
+    half = ldm2.load(tiny_checkpoint, dtype="bfloat16").generate(PROMPT, seconds=0.2, steps=2, seed=0)
     full = pipe.generate(PROMPT, seconds=0.2, steps=2, seed=0)
     assert half.waveforms.dtype == np.float32
     assert relative(half.latents, full.latents) < 0.1

@@ -139,7 +139,7 @@ class Calls:
 
     def samplers(self, tmp):
         return [value for sampler in ("ddim", "pndm", "lms", "euler-ancestral", "heun", "unipc") for value in
-                _sound(self.pipe.generate("rain", seconds=0.3, loop=True, sampler=sampler, reuse=2, **FAST))]
+                _sound(self.pipe.generate("rain", seconds=0.3, loop=True, sampler=sampler, cache_interval=2, **FAST))]
 
     def speak(self, tmp):
         return _sound(self.voice.generate("a voice", transcription="hello", seconds=0.3, **FAST))

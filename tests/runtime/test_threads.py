@@ -75,7 +75,7 @@ def test_whole_sounds_with_their_ranks_are_those_of_one_thread(pipe):
     def sound(job):
         seed, prompt = job
         settings = {"steps": 2, "seconds": 0.3 + 0.1 * (seed % 3), "seed": seed, "num_waveforms": 1 + seed % 2}
-        return pipe.generate(prompt, prompt[:10], reuse=1 + seed % 2, **settings)
+        return pipe.generate(prompt, prompt[:10], cache_interval=1 + seed % 2, **settings)
 
     threads = in_threads(sound, jobs)                      # first, so that they race for the ranker
     for got, alone in zip(threads, map(sound, jobs), strict=True):
