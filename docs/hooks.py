@@ -17,7 +17,7 @@ from ldm2.options import default_value, options_of
 from ldm2.settings import Output, Settings
 
 MARKER = re.compile(r"<!-- options: (\w+) -->")
-TERM = re.compile(r"([A-Za-z_][\w., ]*): +(\S.*)")
+TERM = re.compile(r"(?!References?:)([A-Za-z_][\w., ]*): +(\S.*)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -29,7 +29,8 @@ def table(task: str) -> str:
     """The options of a task (or of "save") as Markdown."""
     cls = Output if task == "save" else Settings
     rows = ["| option | default | what it does |", "|---|---|---|"]
-    for name, each in options_of(cls, task).items():
+    known = sorted(options_of(cls, task).items(), key=lambda item: item[1].group != "prompt")     # these come first
+    for name, each in known:
         if name == "task":
             continue
         default = each.default_for(task)
@@ -45,7 +46,7 @@ def listed(text: str) -> str:
     in_list = False
     for line in text.splitlines():
         term = TERM.fullmatch(line)
-        if term and (in_list or not lines or not lines[-1]):
+        if term and lines and (in_list or not lines[-1]):
             lines += [""] * (not in_list) + [f"- `{term[1]}`: {term[2]}"]
             in_list = True
         elif in_list and line.startswith("  "):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
 from ldm2 import weights
+from ldm2.call import Call
 from ldm2.checkpoints import hub, original
 from ldm2.checkpoints.fit import check_fit
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
@@ -35,6 +37,8 @@ from ldm2.vocoder import Vocoder
 
 DEFAULT_MODEL = "cvssp/audioldm2"
 REFERENCES = ("authors", "diffusers")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def load(
@@ -178,9 +182,25 @@ def _loaded(model: str, device: str, dtype: str, reference: str) -> AudioLDM2:
     return load(model, device=device, dtype=dtype, reference=reference)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Request(Call):
+    """What `generate` takes: the options of a call, and those of the model that it is for."""
+
+    model: str = DEFAULT_MODEL
+    device: str = "auto"
+    dtype: str = "auto"
+    reference: str = "authors"
+
+
+def _takes(request: Callable[P, Call]) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Decorator: type checkers and editors see the fields of `request` as the parameters of a function."""
+    return lambda function: function
+
+
+@_takes(_Request)
 def generate(
     prompt: str | Sequence[str], *, model: str = DEFAULT_MODEL, device: str = "auto", dtype: str = "auto",
-    reference: str = "authors", **settings,
+    reference: str = "authors", **settings: Any,
 ) -> Result:
     """`load` and `AudioLDM2.generate` in one call; the last model stays loaded. `settings` as for the latter."""
     with _loading:                                         # else threads would each load it

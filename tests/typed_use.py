@@ -16,4 +16,5 @@ def use(pipe: ldm2.AudioLDM2) -> None:
     pipe.generate("a siren", stepz=3)  # type: ignore[call-arg]
     pipe.generate("a siren", steps="many")  # type: ignore[arg-type]
     pipe.transfer("bell.wav", "a siren", strength="loud")  # type: ignore[arg-type]
+    ldm2.generate("a siren", model="tiny", stepz=3)  # type: ignore[call-arg]
     ldm2.load("tiny", devise="cpu")  # type: ignore[call-arg]
