@@ -66,7 +66,7 @@ def asked() -> str:
     return _backend.get()
 
 
-def _constant(function: Callable) -> Callable:
+def _constant(function: Any) -> Any:
     """Marks a function whose result torch.compile may take for a constant.
 
     As `torch.compiler.assume_constant_result` does, without the import of torch._dynamo, which takes a second.
