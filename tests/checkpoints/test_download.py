@@ -299,3 +299,43 @@ def test_the_command_prints_the_folder(hub, tmp_path):
     output, stderr = command.communicate(timeout=300)
     assert command.returncode == 0, stderr
     assert Path(output.strip().splitlines()[-1], "model_index.json").is_file()
+
+
+# What came is what the hub lists
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "vocoder/config.json", "vocoder/model.safetensors"])
+def test_a_file_that_comes_short_is_refused_and_fetched_again(hub, resolve, source, name):
+    hub.short.add(name)
+    _, error = resolve()
+    size = (source / name).stat().st_size
+    assert f"{name} has {size - 7} bytes, the hub lists {size}" in error
+    assert "run `ldm2 download somebody/a-model` again" in error
+    hub.short.clear()
+    folder, error = resolve()
+    assert error is None
+    assert (Path(folder) / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_weights_of_another_hash_are_refused(hub, resolve, source):
+    hub.wrong.add("vocoder/model.safetensors")
+    _, error = resolve()
+    assert "vocoder/model.safetensors has another SHA-256 than the hub lists" in error
+    hub.wrong.clear()
+    assert resolve()[1] is None
+
+
+def test_force_fetches_what_is_in_the_cache_anew(hub, resolve, source):
+    folder, _ = resolve()
+    file = Path(folder) / "vocoder/model.safetensors"
+    Path(os.path.realpath(file)).write_bytes(b"damaged")
+    assert resolve()[1] is None                            # names alone tell nothing
+    assert file.read_bytes() == b"damaged"
+    assert resolve(force=True)[1] is None
+    assert file.read_bytes() == (source / "vocoder/model.safetensors").read_bytes()
+
+
+def test_force_is_for_the_hub(resolve, tmp_path):
+    (tmp_path / "model.pth").write_bytes(b"")
+    assert "only what comes from the hub can be fetched anew" in resolve(str(tmp_path / "model.pth"), force=True)[1]
+    assert "tiny is part of this package" in resolve("tiny", force=True)[1]
