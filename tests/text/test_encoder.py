@@ -315,7 +315,7 @@ def test_negative_prompts_must_be_one_or_one_each(tiny_checkpoint, reference):
 
 
 def test_negative_prompt_that_is_no_string_is_an_error(authors):
-    with pytest.raises(ValueError, match="negative prompt must be a string, got int"):
+    with pytest.raises(ValueError, match=r"negative.prompt.*got int"):
         authors.encode_unconditional(authors.encode("rain"), [3])
 
 
