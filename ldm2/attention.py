@@ -52,7 +52,7 @@ class Attention(nn.Module):
         return Memory(self._split(self.to_k(context)), self._split(self.to_v(context)), bias)
 
     def join_projections(self) -> None:
-        """Lay the weights of q, k and v one behind the other, as one matrix. They stay three parameters."""
+        """Lay the weights of q, k and v one after the other, as one matrix. They stay three parameters."""
         if self.joins:
             layers = self.to_q, self.to_k, self.to_v
             joint = torch.cat([layer.weight.detach() for layer in layers])

@@ -136,7 +136,7 @@ def _check_record(file: BinaryIO, entry: zipfile.ZipInfo, after: int) -> None:
     if signature != b"PK\x03\x04" or name != entry.orig_filename.encode() or flags != entry.flag_bits or flags & 1:
         raise ValueError(f"record {entry.filename} has another header than the archive's table")
     if method or entry.compress_type or entry.file_size != entry.compress_size:
-        raise ValueError(f"record {entry.filename} is compressed, which torch.save never does: save the tensors anew")
+        raise ValueError(f"record {entry.filename} is compressed, which torch.save never does: save the tensors again")
     start = entry.header_offset + _LOCAL.size + name_length + extra_length
     rest = after - start - entry.file_size                 # with flag 8 sizes and checksum follow, in 12 to 24 bytes
     if rest not in ((12, 16, 20, 24) if flags & 8 else (0,)):

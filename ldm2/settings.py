@@ -70,8 +70,8 @@ class Sampling:
     """
 
     preset: str | None = option(
-        choice(tuple(PRESETS)), "values for what is not given here: fast is dpmpp-2m in 25 steps, trailing, with "
-        "guidance in 0:0.7", metavar="NAME")
+        choice(tuple(PRESETS)), "defaults for options that are not given: fast is dpmpp-2m in 25 steps, trailing, "
+        "with guidance in 0:0.7", metavar="NAME")
     steps: int | None = option(
         integer(1), "sampler steps", default=200, of_checkpoint=True, foreign=("num_inference_steps", "ddim_steps"))
     guidance_scale: float | None = option(
@@ -89,9 +89,9 @@ class Sampling:
     eta: float = option(
         number(0, 1), "DDIM's eta: 0 is deterministic, 1 is as random as DDPM", value=0.0)
     spacing: str | None = option(
-        choice(SPACINGS), "of the timesteps: leading, trailing (starts at the last one of the training, which leading "
-        "misses by more the fewer the steps) or linspace (arXiv:2305.08891, table 2)", of_checkpoint=True,
-        metavar="NAME", foreign=("timestep_spacing",))
+        choice(SPACINGS), "spacing of the timesteps: leading, trailing (starts at the last timestep of the "
+        "training, which leading misses, by more the fewer the steps) or linspace (arXiv:2305.08891, table 2)",
+        of_checkpoint=True, metavar="NAME", foreign=("timestep_spacing",))
     cache_interval: int | None = option(
         integer(1), "compute the deep part of the UNet in every N-th step and reuse it in between (DeepCache, "
         "arXiv:2312.00858): faster and less exact", default=1, metavar="N", words=("reuse",))

@@ -129,7 +129,7 @@ class Stages:
         Raises ValueError for a pipeline whose parts come and go (low_memory).
         """
         if self.low_memory:
-            raise ValueError(f"a pipeline with low_memory reads its parts for {self.device}: load it anew for {device}")
+            raise ValueError(f"low_memory reads the parts for {self.device}: load the model again for {device}")
         graphs.forget(self.unet)
         for module in (self.unet, self.vae, self.vocoder):
             weight_layout.arrange(module.to(device, dtype))

@@ -24,7 +24,7 @@ def nothing() -> None:
 
 
 def receptive_field(config: VocoderConfig) -> tuple[int, int]:
-    """How many mel frames before and behind a frame its samples depend on: the exact numbers for this generator.
+    """How many mel frames before and after a frame its samples depend on: the exact numbers for this generator.
 
     Walks from the samples of frame 0 back to the mel. A transposed convolution makes its output o from the inputs i
     with 0 <= o + padding - rate * i < kernel.
@@ -45,7 +45,7 @@ def vocode(
 ) -> Tensor:
     """Log-mel (B, 1, T, F) -> waveform (B, N), `chunk` frames at a time; equal to vocoder(mel) within rounding.
 
-    With loop=True the frames behind the end are those at the start and the other way round, at each layer: the result
+    With loop=True the frames after the end are those at the start and the other way round, at each layer: the result
     (B, hop_length * T) goes on at its start. The waveform is float32 on the CPU.
     """
     left, right = receptive_field(vocoder.config)

@@ -252,7 +252,7 @@ def _transformers(config: UNetConfig, level: int, widths: tuple[int | None, ...]
 
 
 def _layers(block: DownBlock | MidBlock | UpBlock) -> list[tuple[ResnetBlock, list[Transformer2D]]]:
-    """Each residual block with the transformers behind it (none behind the middle block's second)."""
+    """Each residual block with the transformers after it (none after the middle block's second)."""
     count, attentions = len(block.contexts), list(block.attentions)
     return [(resnet, attentions[i * count : (i + 1) * count]) for i, resnet in enumerate(block.resnets)]
 

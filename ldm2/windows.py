@@ -23,7 +23,7 @@ from ldm2.samplers.core import Denoiser
 class Window:
     """A stretch of the timeline that a model sees at once.
 
-    frames:  (W,) indices into the timeline, in order; in a loop they go on at the start behind the end
+    frames:  (W,) indices into the timeline, in order; in a loop they continue at the start after the end
     weights: (W,) float32, the share of this window in the result at these frames; over all windows they sum to one
     prompt:  which of the prompts over time it is conditioned on
     """

@@ -1,4 +1,4 @@
-"""Group normalisation with a shift per channel before it and SiLU behind it, in Triton: see `ops.group_norm_silu`.
+"""Group normalisation with a shift per channel before it and SiLU after it, in Triton: see `ops.group_norm_silu`.
 
 A group that fits into the registers of one program is read once. A larger one is read twice: programs take parts of it,
 first for their moments, then to normalise. Moments are two-pass within a part and merged by the formula of Chan, Golub
@@ -38,7 +38,7 @@ def _read(
     x, shift, shift_stride, n, end, row, groups: tl.constexpr, width: tl.constexpr, positions,
     SHIFT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):
-    """x + shift at the elements n < end of a group in float32, 0 behind."""
+    """x + shift at the elements n < end of a group in float32, 0 after it."""
     channel, start, place = _address(n, row, groups, width, positions, CHANNELS_LAST)
     value = tl.load(x + start + place, mask=n < end, other=0.0).to(tl.float32)
     if SHIFT:

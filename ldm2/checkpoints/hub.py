@@ -196,7 +196,7 @@ def resolve(
     path = home(name)
     if _looks_local(name) or (path.exists() and ("/" in name or known.find(name) is None)):
         if force:
-            raise ValueError(f"only what comes from the hub can be fetched anew, {path} is on this machine")
+            raise ValueError(f"only what comes from the hub can be downloaded again, {path} is a local path")
         return _local(path, revision, variant)
     model = known.find(name)
     if model is None:

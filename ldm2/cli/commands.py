@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("generate", help="make sound from a prompt", description="Make sound from a prompt.")
     options.add_prompt(command)
     command.add_argument("--settings", metavar="FILE", help="take the options from a file .json or .toml, or from a "
-                         "sound file of ldm2; those on the command line go before")
+                         "sound file of ldm2; options on the command line take precedence")
     options.add_settings(command, GENERATE)
     options.add_output(command, "prompt")
     options.add_model_options(command)
@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("download", help="fetch a checkpoint, to work offline later")
     command.add_argument("model", help="short name or hub name")
     options.add_revision_options(command)
-    command.add_argument("--force", action="store_true", help="fetch it anew, also where it is in the cache")
+    command.add_argument("--force", action="store_true", help="download it again even if it is in the cache")
     command.set_defaults(run=download)
 
     command = commands.add_parser("info", help="describe a checkpoint: parts, parameters, dtype, heads; or a sound "

@@ -172,7 +172,7 @@ def _causes(told: Mapping[str, Any], now: Mapping[str, Any]) -> str:
              if name in told and told[name] != now.get(name)]
     unknown = [name for name in COMPARED if name not in told]
     if unknown:
-        other.append(f"the file does not tell its {', '.join(unknown)}")
+        other.append(f"the file does not state its {', '.join(unknown)}")
     return "; ".join(other) or "model, versions, dtype and device are the same (another number of threads, another " \
                                "processor, or rows that were made together)"
 

@@ -39,7 +39,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check each, print what came of it. Raises ArithmeticError if one of them is not as it should be."""
     if args.model and args.all:
-        raise ValueError(f"--all means every checkpoint: leave --model {args.model[0]} away")
+        raise ValueError(f"--all and --model {args.model[0]} exclude each other")
     chosen = [_known(name) for name in args.model] if args.model else _by_default(args.all)
     reports = []
     for model in chosen:

@@ -136,7 +136,7 @@ class UNetPart(Part):
         for name, value in (("timestep_cond", timestep_cond), ("attention_mask", attention_mask),
                             ("cross_attention_kwargs", cross_attention_kwargs)):
             if value is not None and value != {}:
-                raise ValueError(f"{name} is not supported: leave it away")
+                raise ValueError(f"{name} is not supported: leave it out")
         given = [(encoder_hidden_states, encoder_attention_mask), (encoder_hidden_states_1, encoder_attention_mask_1)]
         used = given[: len(self.module.config.context_widths)]
         conditioning = Conditioning(tuple(states for states, _ in used), tuple(mask for _, mask in used), class_labels)

@@ -19,7 +19,7 @@ from ldm2.text.ranking import ClapAudio, Ranker
 from ldm2.text.tokenizers import from_pretrained, read_folder
 
 DEFAULT = "laion/clap-htsat-unfused"                       # the CLAP that ranks in the published checkpoints
-SHORTEST = 1.0                                             # seconds: what is left behind the last whole piece counts
+SHORTEST = 1.0                                             # seconds: what remains after the last whole piece counts
 SMALL_FILES = ("*.json", "*.txt")                          # of a ClapModel's repository: configs, tokenizer
 
 
@@ -42,7 +42,7 @@ class Embedding:
     def sound(self, waveform: np.ndarray, sample_rate: int) -> np.ndarray:
         """A waveform (N,) -> the mean direction of its pieces of the length that CLAP hears (10 s), (D,).
 
-        What is left behind the last whole piece counts if it lasts a second or more, or is all there is.
+        What remains after the last whole piece counts if it lasts a second or more, or is all there is.
         """
         extractor = self.ranker.audio.extractor
         rate, most = extractor.sampling_rate, extractor.nb_max_samples

@@ -160,4 +160,4 @@ def test_files_of_version_0_1_0_are_read(run):
     settings = ldm2.Settings.from_file("edit.wav")
     assert (settings.task, settings.seconds, settings.prompt) == ("extend", 0.2, None)
     code, out, _ = run("replay", "edit.wav", "--check", "-q")
-    assert code == 1 and "the file does not tell its torch, device" in out
+    assert code == 1 and "the file does not state its torch, device" in out

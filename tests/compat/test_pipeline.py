@@ -141,7 +141,7 @@ def test_moving_gives_the_sound_of_the_dtype_and_ranks(tiny_checkpoint, monkeypa
 
 def test_what_is_read_anew_for_each_stage_is_not_moved(tiny_checkpoint):
     pipe = ldm2.load(tiny_checkpoint, low_memory=True)
-    with pytest.raises(ValueError, match="low_memory reads its parts for cpu: load it anew for meta"):
+    with pytest.raises(ValueError, match=r"low_memory reads the parts for cpu.*for meta"):
         pipe.move(torch.device("meta"), torch.float32, pipe.text)
 
 

@@ -129,7 +129,7 @@ def _unet_places(names: Iterable[str], source: str) -> Table:
 
 
 def _layer(block: str, level: str, layer: int, transformers: int) -> Table:
-    """One residual block and the transformers behind it."""
+    """One residual block and the transformers after it."""
     rows = {rf"{block}\.0\.(.*)": rf"{level}.resnets.{layer}.\1"}
     for j in range(transformers):
         rows[rf"{block}\.{j + 1}\.(.*)"] = rf"{level}.attentions.{layer * transformers + j}.\1"
