@@ -57,7 +57,9 @@ def named(source: str | PathLike, passing: tuple[type[Exception], ...] = ()) -> 
     """
     try:
         yield
-    except (MemoryError, ImportError, *passing):
+    except (MemoryError, ImportError):
+        raise
+    except passing:
         raise
     except OSError as error:
         if "\n" not in str(error):

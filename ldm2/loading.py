@@ -165,7 +165,7 @@ def _from_original(
 def _parts(loads: dict[str, Load], device: torch.device, low_memory: bool) -> dict:
     """The modules by their names, as AudioLDM2 takes them; with low_memory asleep outside of their stages."""
     if not low_memory:
-        modules = {name: load(device) for name, load in loads.items()}
+        modules: dict[str, Any] = {name: load(device) for name, load in loads.items()}
         check_fit(**modules)
         return {name: weight_layout.arrange(module) for name, module in modules.items()}
     stages = [Stage(name, device, load) for name, load in loads.items()]

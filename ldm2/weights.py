@@ -264,7 +264,7 @@ def load(
             raise RuntimeError(f"no file fills the buffer {name}: whoever builds the module must")
         if device is not None:
             assign(module, name, buffer.to(device))
-    module.unchecked = str(source)
+    module.unchecked = str(source)  # type: ignore[assignment]
     if sum(target.nbytes for _, target in groups) <= SMALL:
         check_finite(module)
     return module.eval()

@@ -198,7 +198,6 @@ def test_what_a_kernel_cannot_take_goes_to_pytorch_or_raises_where_fused_is_aske
         ops.leaky_relu(x, 0.1)
 
 
-
 def test_fused_raises_where_there_is_no_kernel(kernel):
     with ops.backend("fused"), pytest.raises(RuntimeError, match="no fused geglu on cpu"):
         ops.geglu(torch.ones(3), torch.ones(3))

@@ -10,7 +10,7 @@ import transformers
 from ldm2.fields import Fields, layer_count, named, positive_integer
 
 # Fields with the values that published checkpoints have, by config class; a file may leave them out.
-FIXED = {
+FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "ClapConfig": {"model_type": ("clap",)},
     "ClapTextConfig": {
         "hidden_act": ("gelu",), "projection_hidden_act": ("relu",), "position_embedding_type": ("absolute",),
@@ -43,7 +43,7 @@ Config = TypeVar("Config", bound=transformers.PreTrainedConfig)
 
 def transformers_config(kind: type[Config], fields: Mapping[str, Any], source: str) -> Config:
     """A transformers config from the fields of a config.json. Raises ValueError naming `source` and the field."""
-    branches = {transformers.ClapConfig: {
+    branches: dict[type, dict[str, type]] = {transformers.ClapConfig: {
         "text_config": transformers.ClapTextConfig, "audio_config": transformers.ClapAudioConfig,
     }}
     _check_sizes(kind, fields, source)

@@ -97,9 +97,9 @@ class TextTokenizer:
         config = path.with_name("tokenizer_config.json")
         fields = read_json(config) if config.is_file() else {}
         limit = fields.get("model_max_length", fields.get("max_len"))
-        number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
-        if limit is not None and not (number and 1 <= limit < float("inf")):
-            raise ValueError(f"{config}: model_max_length must be a number from 1 up, got {short(limit)}")
+        numeric = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+        if limit is not None and not (numeric and 1 <= limit < float("inf")):
+            raise ValueError(f"{config}: model_max_length must be a number of at least 1, got {short(limit)}")
         pad = fields.get("pad_token", "<pad>")
         pad = pad.get("content") if isinstance(pad, dict) else pad
         number = backend.token_to_id(pad) if isinstance(pad, str) else None
