@@ -20,6 +20,7 @@ import torch
 
 from ldm2.checkpoints import original
 from ldm2.schedules import Schedule
+from ldm2.settings import Sampling
 
 if TYPE_CHECKING:
     from ldm2.pipeline import AudioLDM2
@@ -110,12 +111,8 @@ def _sound(pin: Pin, pipe: AudioLDM2, schedule: Schedule) -> np.ndarray:
     """All samples (N,) that the vocoder makes; `pipe.generate` would cut those beyond the length asked for."""
     start = torch.from_numpy(np.random.RandomState(0).standard_normal(LATENTS).astype(np.float32))
     conditioning = pipe.encode(PROMPT)
-    own, pipe.schedule = pipe.schedule, schedule
-    try:
-        latents = pipe.denoise(conditioning, pipe.encode_unconditional(conditioning), latents=start, steps=pin.steps,
-                               guidance_scale=GUIDANCE_SCALE, sampler=pin.sampler)
-    finally:
-        pipe.schedule = own
+    how = Sampling(steps=pin.steps, guidance_scale=GUIDANCE_SCALE, sampler=pin.sampler)
+    latents = pipe.denoise(conditioning, pipe.encode_unconditional(conditioning), start, how, schedule=schedule)
     return pipe.vocode(pipe.decode(latents))[0].numpy()
 
 
