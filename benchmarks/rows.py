@@ -161,7 +161,7 @@ def generation(bench: Bench) -> Iterator[Row]:
 
 
 def generation_compiled(bench: Bench) -> Iterator[Row]:
-    """The same beside diffusers with a compiled UNet."""
+    """A generation beside diffusers with a compiled UNet."""
     if bench.make_theirs is not None:
         yield _generation_row(bench, "generation-compiled", {
             "ldm2": functools.partial(_our_sound, bench, 1, bench.seconds, bench.steps),
@@ -175,7 +175,7 @@ def _generation_row(bench: Bench, subject: str, variants: dict[str, Make]) -> Ro
 
 
 def length(bench: Bench) -> Iterator[Row]:
-    """The same for several lengths; longer ones also in windows, which is how reference="authors" makes them."""
+    """Generations of several lengths; longer ones also in windows, which is how reference="authors" makes them."""
     for seconds in LENGTHS:
         variants = _generations(bench, seconds, bench.sweep_steps, windows=seconds > 10.24)
         flop = bench.flop.generation(seconds, bench.sweep_steps)
@@ -184,7 +184,7 @@ def length(bench: Bench) -> Iterator[Row]:
 
 
 def batch(bench: Bench) -> Iterator[Row]:
-    """The same for several sounds at once."""
+    """Generations of several sounds at once."""
     for rows in BATCHES:
         variants = _generations(bench, bench.seconds, bench.sweep_steps, rows)
         flop = bench.flop.generation(bench.seconds, bench.sweep_steps, rows)

@@ -226,7 +226,7 @@ class Comparison:
 
 
 def norms(latents: Tensor) -> Tensor:
-    """Of each row (B, ...): (B,)."""
+    """The L2 norm of each row of (B, ...): (B,)."""
     return latents.flatten(1).norm(dim=1)
 
 
@@ -243,7 +243,7 @@ def clock_of(device: torch.device) -> Callable[[], float]:
 
 
 def pareto(rows: list[Row]) -> list[Row]:
-    """Those to which no other row is nearer to the reference (log-mel) in less time, fastest first."""
+    """The rows for which no other row is nearer to the reference (log-mel) in less time, fastest first."""
     best: list[Row] = []
     for row in sorted(rows, key=lambda row: (row.seconds, row.mel)):
         if not best or row.mel < best[-1].mel:

@@ -51,7 +51,7 @@ class Conditioning:
         return self._values()[0].shape[0]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """The same conditioning on another device or in another floating dtype; masks keep their dtype."""
+        """This conditioning on another device or in another floating dtype; masks keep their dtype."""
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device=device, dtype=dtype)
         masks = tuple(None if mask is None else mask.to(device=device) for mask in self.masks)

@@ -267,7 +267,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = N
 
 @_fusible
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The same linear map at each position: x (B, C_in, T, F), weight (C_out, C_in, 1, 1) -> (B, C_out, T, F)."""
+    """A 1x1 convolution: x (B, C_in, T, F), weight (C_out, C_in, 1, 1) -> (B, C_out, T, F)."""
     return F.conv2d(x, weight, bias)
 
 

@@ -121,7 +121,7 @@ class Schedule:
         return solver_options.read(scheduler, self.config)
 
     def with_spacing(self, spacing: str | None) -> Schedule:
-        """The same noise levels, visited at another spacing of the timesteps; None keeps its own."""
+        """This schedule, visited at another spacing of the timesteps; None keeps its own."""
         return self if spacing is None else replace(self, timestep_spacing=spacing)
 
     @cached_property

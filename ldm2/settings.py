@@ -112,7 +112,7 @@ class Sampling:
         return {name: value for name, value in chosen.items() if value is not None and getattr(self, name) is None}
 
     def resolved(self, defaults: Mapping[str, Any] | None = None) -> Self:
-        """The same with the preset and the defaults filled in; `defaults` are a checkpoint's own.
+        """These settings with the preset and the defaults filled in; `defaults` are a checkpoint's own.
 
         Raises ValueError for values that do not go together.
         """
@@ -251,7 +251,7 @@ class Settings(Sampling):
         return [name for name in options_of(type(self)) if getattr(self, name) != default_value(type(self), name)]
 
     def resolved(self, defaults: Mapping[str, Any] | None = None, *, duration: float | None = None) -> Self:
-        """The same with preset, defaults and a seed for each row filled in, and all values held against each other.
+        """These settings with preset, defaults and a seed for each row filled in, checked against each other.
 
         defaults: a checkpoint's own values. duration: of the sound in seconds, where an input sets it.
 

@@ -374,7 +374,9 @@ class Stages:
     @in_stage("text")
     @inference
     def conditionings(self, settings: Settings) -> tuple[Conditioning, Conditioning | None]:
-        """Both sides of guidance, a row for each waveform and prompt over time; the second is None without guidance.
+        """The conditional and the unconditional side of guidance, a row for each waveform and prompt over time.
+
+        The second is None without guidance.
 
         Without a prompt the unconditional side stands alone.
         """

@@ -33,7 +33,7 @@ class Window:
     prompt: int = 0
 
     def to(self, device: torch.device) -> Window:
-        """The same window on a device."""
+        """This window with its tensors on a device."""
         return replace(self, frames=self.frames.to(device), weights=self.weights.to(device))
 
 

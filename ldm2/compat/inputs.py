@@ -149,7 +149,7 @@ class Request:
     def conditionings(
         self, text: TextEncoder, device: torch.device, dtype: torch.dtype
     ) -> tuple[Conditioning, Conditioning | None]:
-        """Both sides of guidance, a row for each prompt, from texts or from embeddings."""
+        """Prompted and unconditional side of guidance, a row for each prompt, from texts or from embeddings."""
         def given(side: str) -> Conditioning | None:
             states = getattr(self, f"{side}prompt_embeds")
             vectors, mask = getattr(self, f"{side}generated_prompt_embeds"), getattr(self, f"{side}attention_mask")

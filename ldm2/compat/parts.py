@@ -71,12 +71,12 @@ class Part(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first parameter."""
+        """The dtype of the part's first parameter."""
         return next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the first parameter."""
+        """The device of the part's first parameter."""
         return next(self.parameters()).device
 
     def to(self, *arguments: Any, **named: Any) -> Part:

@@ -146,7 +146,7 @@ class AudioLDM2Pipeline(Components):
 
     @inference
     def _conditionings(self, asked: Request) -> tuple[Conditioning, Conditioning | None]:
-        """Both sides of guidance, a row for each waveform."""
+        """The conditional and the unconditional side of guidance, a row for each waveform."""
         with self._model.stages["text"]:
             sides = asked.conditionings(self._model.text, self.device, self.dtype)
         repeated = (side and side.repeat(asked.num_waveforms_per_prompt) for side in sides)

@@ -252,7 +252,7 @@ def _origin(sound: Sound) -> dict[str, str]:
 
 
 def _one_draw(noise: SeededNoise) -> Callable[[Tensor], Tensor]:
-    """The same noise each time."""
+    """A source of noise that draws once and returns the same numbers each time."""
     drawn: list[Tensor] = []
 
     def draw(like: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Both float32 (N,) at the model's sample_rate (Hz). distances: see metrics.compare."""
+    """A sound before and after, both float32 (N,) at the model's sample_rate (Hz). distances: see metrics.compare."""
 
     original: np.ndarray
     waveform: np.ndarray

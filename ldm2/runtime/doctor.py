@@ -41,7 +41,7 @@ def examine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of ldm2, Python and packages; None for what is not installed."""
+    """Versions of ldm2, Python and packages; None for what is not installed."""
     packages = {name: machine.version(name) for name in PACKAGES}
     return {"ldm2": __version__, "python": platform.python_version(), "system": platform.platform()} | packages
 

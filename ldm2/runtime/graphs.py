@@ -182,7 +182,7 @@ class CudaCapture:
 
 
 def lengthened(prepared: PreparedConditioning) -> PreparedConditioning:
-    """The same conditioning with contexts of multiples of BUCKET tokens; the added ones have a weight of exp(-inf) = 0.
+    """A conditioning with contexts padded to multiples of BUCKET tokens; the added ones have a weight of exp(-inf) = 0.
     """
     biases: dict[tuple[int, int], Tensor] = {}             # one for all layers, as before
 

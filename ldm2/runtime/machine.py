@@ -29,7 +29,7 @@ def cores() -> int:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package, None if it is not there."""
+    """The version of an installed package, None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -127,7 +127,7 @@ class Epsilon:
         return (x - alpha * self.limit((x - sigma * eps) / alpha)) / sigma
 
     def unlimited(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
-        """The same, whatever x_0 it leads to."""
+        """A prediction -> eps at (x, t), whatever x_0 it leads to: limits of x_0 are not applied."""
         if self.schedule.prediction_type == "epsilon":
             return prediction
         alpha, sigma = preserving(self.schedule.sigma(t))

@@ -126,7 +126,7 @@ def _share_gradients(parameters: Sequence[Tensor]) -> None:
 
 
 def _any(flag: bool) -> bool:
-    """Whether it is true in any process."""
+    """Whether a condition is true in any of the processes."""
     if not dist.is_initialized():
         return flag
     value = torch.tensor(float(flag))
