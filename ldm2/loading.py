@@ -26,6 +26,7 @@ from ldm2.runtime.compilation import check_compiler, compile_step
 from ldm2.runtime.device import choose_device, choose_dtype
 from ldm2.runtime.inference import check_fork, ordinary
 from ldm2.runtime.memory import Load, Stage
+from ldm2.runtime.progress import Progress, shown
 from ldm2.schedules import Schedule
 from ldm2.settings import Settings
 from ldm2.text.encoder import TextEncoder
@@ -45,7 +46,7 @@ def load(
     model: str | Path = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto", reference: str = "authors",
     revision: str | None = None, local_files_only: bool = False, tokenizers: str | Path | None = None,
     low_memory: bool = False, compile: bool = False, variant: str | None = None,
-    cache_dir: str | Path | None = None, token: str | bool | None = None,
+    cache_dir: str | Path | None = None, token: str | bool | None = None, progress: bool | Progress = False,
 ) -> AudioLDM2:
     """A checkpoint, ready to generate.
 
@@ -64,6 +65,7 @@ def load(
     variant:          word in the names of the weight files to read, such as "fp16" for model.fp16.safetensors
     cache_dir:        the hub's cache, default HF_HUB_CACHE or what HF_HOME says
     token:            for private and gated repositories; default HF_TOKEN, or the one that `hf auth login` stored
+    progress:         True shows on stderr what is read; a function is called as progress(stage, done, total)
 
     Raises ValueError or OSError, one line each, naming what is missing or does not fit.
     """
@@ -92,18 +94,18 @@ def load(
     }
     if path.is_dir() and tokenizers is not None:
         raise ValueError(f"{path} brings its own tokenizers: leave out tokenizers={str(tokenizers)!r}")
-    with ordinary(), hub.opened(path, model):
+    with ordinary(), hub.opened(path, model), shown(progress) as report:
         if path.is_dir():
-            pipe = _from_folder(path, reference, settings, low_memory, variant)
+            pipe = _from_folder(path, reference, settings, low_memory, variant, report)
         else:
-            pipe = _from_original(path, reference, tokenizers, local_files_only, settings, low_memory)
+            pipe = _from_original(path, reference, tokenizers, local_files_only, settings, low_memory, report)
     if compile:
         compile_step(pipe.unet)
     return pipe
 
 
 def _from_folder(
-    folder: Path, reference: str, settings: dict, low_memory: bool, variant: str | None
+    folder: Path, reference: str, settings: dict, low_memory: bool, variant: str | None, report: Progress
 ) -> AudioLDM2:
     """A checkpoint in the hub's layout."""
     dtype = settings["dtype"]
@@ -117,7 +119,7 @@ def _from_folder(
     for build, config in configs.items():
         name = build.__name__.lower()
         loads[name] = functools.partial(_part, build, config, folder / name, dtype=dtype, variant=variant)
-    parts = _parts(loads, settings["device"], low_memory)
+    parts = _parts(loads, settings["device"], low_memory, report)
 
     def make_ranker(clap: ClapText, device: torch.device) -> Ranker:
         with hub.opened(folder, settings["origin"]["model"]):
@@ -133,7 +135,8 @@ def _from_folder(
 
 
 def _from_original(
-    path: Path, reference: str, tokenizers: str | Path | None, local_files_only: bool, settings: dict, low_memory: bool
+    path: Path, reference: str, tokenizers: str | Path | None, local_files_only: bool, settings: dict, low_memory: bool,
+    report: Progress,
 ) -> AudioLDM2:
     """A checkpoint in the authors' layout."""
     found = original.read(path)
@@ -148,7 +151,7 @@ def _from_original(
         return part
 
     loads: dict[str, Load] = {name: functools.partial(load, name) for name in ("unet", "vae", "vocoder", "text")}
-    parts = _parts(loads, settings["device"], low_memory)
+    parts = _parts(loads, settings["device"], low_memory, report)
 
     def make_ranker(clap: ClapText, device: torch.device) -> Ranker:
         with named(path):
@@ -162,10 +165,13 @@ def _from_original(
     )
 
 
-def _parts(loads: dict[str, Load], device: torch.device, low_memory: bool) -> dict:
+def _parts(loads: dict[str, Load], device: torch.device, low_memory: bool, report: Progress) -> dict:
     """The modules by their names, as AudioLDM2 takes them; with low_memory asleep outside of their stages."""
     if not low_memory:
-        modules: dict[str, Any] = {name: load(device) for name, load in loads.items()}
+        modules: dict[str, Any] = {}
+        for name, load in loads.items():
+            report("loading", len(modules), len(loads))
+            modules[name] = load(device)
         check_fit(**modules)
         return {name: weight_layout.arrange(module) for name, module in modules.items()}
     stages = [Stage(name, device, load) for name, load in loads.items()]

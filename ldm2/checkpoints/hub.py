@@ -337,7 +337,8 @@ def _download(
 
     hub = HfApi(token=token)
     revision = _available(hub, model.repo, revisions)
-    logger.info("fetching %s at revision %s, licence %s", model.repo, revision, model.license)
+    size = "" if model.download is None else f" ({model.download / 1e9:.1f} GB)"
+    logger.warning("downloading %s%s at revision %s, license %s", model.repo, size, revision, model.license)
     first = model.file or "model_index.json"
     folder = fetch(revision, [first])
     if not (folder / first).is_file():

@@ -178,7 +178,7 @@ def load(args: argparse.Namespace) -> AudioLDM2:
     pipe = ldm2.load(
         args.model, device=args.device, dtype=args.dtype, reference=args.reference, revision=args.revision,
         variant=args.variant, local_files_only=args.local_files_only, tokenizers=args.tokenizers,
-        low_memory=args.low_memory, compile=args.compile,
+        low_memory=args.low_memory, compile=args.compile, progress=not getattr(args, "quiet", True),
     )
     logging.getLogger("ldm2").info("loaded %s in %.1f s: %s on %s", args.model, time.perf_counter() - start,
                                    pipe.origin["dtype"], pipe.device)
