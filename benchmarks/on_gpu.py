@@ -54,14 +54,15 @@ def parts(device: str, size: str, out: Path) -> list[Part]:
         return Part(name, seconds, [*command, "--out", str(out), "--name", f"gpu-{name}"], needs, environment)
 
     pytest = ["pytest", *(("-n", "8") if find_spec("xdist") else ())]
-    marked = sorted(path for path in (ROOT / "tests").glob("test_*.py") if "mark.cuda" in path.read_text("utf-8"))
+    tests = sorted((ROOT / "tests").rglob("test_*.py"))
+    marked = [str(path.relative_to(ROOT)) for path in tests if "mark.cuda" in path.read_text("utf-8")]
     folder = f"build/random-{size}"                        # where benchmarks look for it
     weights = [] if size == "tiny" or Path(folder).exists() else [
         Part("weights", 150, ["benchmarks.full_size", folder, "--size", size], "diffusers")]
     every = [
-        Part("kernel-tests", 100, [*pytest, "tests/test_kernels.py"]),
+        Part("kernel-tests", 100, [*pytest, "tests/kernels/test_triton.py"]),
         *weights, rows("unet", "float16", 120),
-        Part("cuda-tests", 90, [*pytest, "-m", "cuda", *(f"tests/{path.name}" for path in marked)], "diffusers"),
+        Part("cuda-tests", 90, [*pytest, "-m", "cuda", *marked], "diffusers"),
         rows("generation", "float16", 120), rows("memory", "float16", 120, "diffusers"),
         rows("diffusers-compiled", "float16", 180, "diffusers"),
         # Choices of PyTorch's that may be bad ones: attention by cuDNN, and convolutions by rules of thumb.
