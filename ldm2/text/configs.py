@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -53,6 +54,12 @@ def transformers_config(kind: type[Config], fields: Mapping[str, Any], source: s
         return kind.from_dict(dict(fields))
 
 
+@functools.cache
+def _defaults(kind: type) -> dict[str, Any]:
+    """The fields of a config class, which takes milliseconds to make."""
+    return kind().to_dict()
+
+
 def _check_sizes(kind: type, fields: Mapping[str, Any], source: str) -> None:
     """Raise ValueError unless each field that has a size as its default holds one, and the fixed ones their value.
 
@@ -61,9 +68,9 @@ def _check_sizes(kind: type, fields: Mapping[str, Any], source: str) -> None:
     read = Fields(fields, source)
     read.check_fixed(FIXED[kind.__name__])
     heads, width = HEADS.get(kind.__name__, (None, None))
-    if heads is not None and heads not in fields and fields.get(width) not in (None, getattr(kind(), width)):
+    if heads is not None and heads not in fields and fields.get(width) not in (None, _defaults(kind)[width]):
         raise ValueError(f"{source}: missing field '{heads}', which no shape tells")
-    for name, default in kind().to_dict().items():
+    for name, default in _defaults(kind).items():
         value = fields.get(name)
         if value is None or name.endswith("_token_id"):
             continue
