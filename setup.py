@@ -13,6 +13,7 @@ INIT = (HERE / "ldm2" / "__init__.py").read_text().splitlines()
 VERSION = next(line.split('"')[1] for line in INIT if line.startswith("__version__"))
 
 PLOT = ["matplotlib>=3.8"]
+BATCH = ["pyarrow>=15"]
 TTS = ["phonemizer>=3.3"]
 KERNELS = ["triton>=3.3; sys_platform == 'linux'"]
 DEV = ["ruff>=0.15", "mypy>=2.0", "pytest-xdist>=3.6"]
@@ -72,7 +73,8 @@ setup(
         "soxr>=0.5",
         "tqdm>=4.63",
     ],
-    extras_require={"plot": PLOT, "tts": TTS, "kernels": KERNELS, "test": TEST, "dev": DEV, "docs": DOCS},
+    extras_require={"plot": PLOT, "batch": BATCH, "tts": TTS, "kernels": KERNELS, "test": TEST, "dev": DEV,
+                    "docs": DOCS},
     entry_points={"console_scripts": ["ldm2=ldm2.__main__:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

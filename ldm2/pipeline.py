@@ -5,20 +5,24 @@ Reference: "AudioLDM 2: Learning Holistic Audio Generation with Self-supervised 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ldm2.call import Call, takes_settings
+from ldm2.conditioning import Conditioning
 from ldm2.edit import edits, reconstruction
 from ldm2.noise import SeededNoise
 from ldm2.result import Result, collect
 from ldm2.runtime.progress import shown
-from ldm2.settings import GENERATE
+from ldm2.settings import GENERATE, Settings
 from ldm2.stages import NonFiniteError, Stages
 
 __all__ = ["AudioLDM2", "NonFiniteError"]
+
+Encode = Callable[[Settings], tuple[Conditioning, Conditioning | None]]
 
 
 class AudioLDM2(Stages):
@@ -41,7 +45,14 @@ class AudioLDM2(Stages):
 
         Raises ValueError for arguments out of range and NonFiniteError if a stage overflows its dtype.
         """
-        call = Call.of(GENERATE, self.origin, *args, **options).resolved(self.defaults)
+        return self.run(Call.of(GENERATE, self.origin, *args, **options), self.conditionings)
+
+    def run(self, call: Call, encode: Encode) -> Result:
+        """What `generate` does with a call. encode: makes both sides of guidance for settings, as `conditionings` does.
+
+        Raises what `generate` raises.
+        """
+        call = call.resolved(self.defaults)
         if call.loop:
             call = replace(call, seconds=self._whole_frames(call.seconds))
         noise = SeededNoise(call.seeds)
@@ -52,7 +63,7 @@ class AudioLDM2(Stages):
         self.warn_unranked(call)
         with shown(call.progress) as report:
             report("reading the prompt", 0, 1)
-            conditioning, unconditional = self.conditionings(call)
+            conditioning, unconditional = encode(call)
             latents = self.denoise(conditioning, unconditional, latents, call, noise=noise, windows=windows,
                                    callback=call.callback, progress=report)
             mel = self.decode(latents, loop=call.loop, progress=report)

@@ -11,12 +11,11 @@ import time
 
 from ldm2 import __version__
 from ldm2.audio import recorded
-from ldm2.cli import doctor, edit, evaluate, options, output, profile, replay, verify
+from ldm2.cli import batch, doctor, edit, evaluate, options, output, profile, replay, verify
 from ldm2.settings import GENERATE, Settings
 
 _LESS_MEMORY = {"low_memory": "--low-memory", "dtype": "--dtype bfloat16", "batch": "a smaller --batch",
                 "num_waveforms": "fewer --num-waveforms", "seconds": "shorter --seconds"}
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "bad_alloc")
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -96,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
 
     edit.add(commands)
     replay.add(commands)
+    batch.add(commands)
 
     command = commands.add_parser("models", help="list the known checkpoints")
     command.set_defaults(run=models)
@@ -134,11 +134,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory ran out: Python's MemoryError, or a message of PyTorch that says so."""
-    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
-
-
 def _take_less(args: argparse.Namespace) -> str:
     """The options of a command that would save memory, for an error message."""
     known = {name: words for name, words in _LESS_MEMORY.items() if hasattr(args, name)}
@@ -170,7 +165,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ldm2: error: {error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        from ldm2.runtime.memory import out_of_memory
+
+        if not out_of_memory(error):
             raise
         print(f"ldm2: error: out of memory{_take_less(args)}", file=sys.stderr)
         return 1

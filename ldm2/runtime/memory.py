@@ -26,7 +26,14 @@ logger = logging.getLogger(__name__)
 
 Load = Callable[[torch.device | str], nn.Module]
 
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "bad_alloc")
+
 STAGES = ("text", "unet", "vae", "vocoder", "ranking")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says so: Python's, or PyTorch's, of which only some have a type of their own."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 class Stage:

@@ -1,0 +1,221 @@
+"""A row of a table -> what is to be made: its options, checked, and who it is. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ldm2.options import check_text, default_value, from_word, options_of
+from ldm2.settings import EDITS, GENERATE, PER_PROMPT, RECONSTRUCT, TASKS, Output, Settings
+
+LONGEST_TEXT = 10_000                      # characters of a prompt
+LONGEST_ID = 200                           # characters
+# What the manifest says of a row. Other columns of these names are carried through with "row_" before them.
+MANIFEST = ("id", "path", "status", "error", "seed", "seconds", "sample_rate", "score", "ms", "bytes", "line", "asked",
+            "prompt")
+OPTIONS = options_of(Settings)
+OF_THE_JOB = options_of(Output)
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+_SHAPES = 4096                             # different settings that are remembered as checked
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: `options` and `input` make the sound, `extra` are columns to carry through.
+
+    line: in the file, from 1. asked: a digest of options and input. error: why nothing can be made of it, or None.
+    """
+
+    line: int
+    id: str
+    options: dict[str, Any] = field(default_factory=dict)
+    input: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    asked: str = ""
+    error: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Where its sound goes, below the folder and without the suffix: safe whatever the id is."""
+        name = digest(self.id)
+        return f"audio/{name[:2]}/{name}"
+
+
+@dataclass
+class Rules:
+    """How rows are read: one object for a table.
+
+    origin:      what names the model in the ids of rows that bring none: model, revision, reference
+    defaults:    options for rows that do not give them
+    allow_extra: columns whose names are near to those of options are carried through too
+    words:       values are text, as in CSV
+    """
+
+    origin: Mapping[str, Any]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    allow_extra: bool = False
+    words: bool = False
+    _names: dict[str, str | None] = field(default_factory=dict)
+    _shapes: dict[str, dict[str, Any] | str] = field(default_factory=dict)
+
+    def row(self, line: int, columns: Mapping[str, Any] | str) -> Row:
+        """The row in a line. What is wrong with its values becomes its error.
+
+        Raises ValueError for a column whose name is near to an option's.
+        """
+        if isinstance(columns, str):
+            return Row(line, f"line-{line}", error=f"line {line}: {columns}")
+        given: dict[str, Any] = {}
+        extra: dict[str, Any] = {}
+        for name, value in columns.items():
+            option = self._option(str(name), line)
+            if option is None:
+                extra[f"row_{name}" if name in MANIFEST else str(name)] = value
+            else:
+                given[option] = value
+        named = given.pop("id", None)
+        row_id = f"line-{line}"
+        try:
+            row_id = row_id if named is None else _checked_id(named)
+            options, source, asked = self._options(given)
+        except (ValueError, TypeError, RecursionError, OverflowError) as error:
+            return Row(line, row_id, extra=extra, error=f"line {line}: {' '.join(str(error).split()):.500}")
+        if named is None:
+            row_id = digest(canonical([options, source, dict(self.origin)]))
+        options.setdefault("seed", seed_of(row_id))
+        return Row(line, row_id, options, source, extra, asked)
+
+    def _option(self, name: str, line: int) -> str | None:
+        """The option (or id, or input) that a column is; None for one to carry through. Raises ValueError."""
+        if name not in self._names:
+            self._names[name] = _option_named(name, line, self.allow_extra)
+        return self._names[name]
+
+    def _options(self, given: dict[str, Any]) -> tuple[dict[str, Any], str | None, str]:
+        """The options of a row in their plain form, its input, and the digest of both. Raises ValueError."""
+        source = given.pop("input", None)
+        task = str(given.get("task", self.defaults.get("task", GENERATE)))
+        inherited = {name: value for name, value in self.defaults.items()
+                     if task not in TASKS or OPTIONS[name].applies_to(task)}
+        given = inherited | (_from_words(given) if self.words else given)
+        texts = {name: _checked_text(name, given.pop(name)) for name in PER_PROMPT if given.get(name) is not None}
+        seed = {"seed": _checked_seed(given.pop("seed"))} if given.get("seed") is not None else {}
+        options = self._shape(given, texts) | texts | seed
+        size = _checked_input(task, source)
+        return options, source, digest(canonical([options, source, size]))
+
+    def _shape(self, given: dict[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
+        """The options beside texts and seed, checked, of which most rows have the same. Raises ValueError."""
+        key = repr((given, sorted(texts)))
+        if key not in self._shapes:
+            if len(self._shapes) >= _SHAPES:
+                self._shapes.clear()
+            try:
+                self._shapes[key] = _checked_shape(given, texts)
+            except ValueError as error:
+                self._shapes[key] = str(error)
+        found = self._shapes[key]
+        if isinstance(found, str):
+            raise ValueError(found)
+        return found
+
+
+def _option_named(name: str, line: int, allow_extra: bool) -> str | None:
+    """What a column is. Raises ValueError for a name that is near to an option's."""
+    if name in OPTIONS or name in ("id", "input"):
+        return name
+    ours = next((own for own, each in OPTIONS.items() if name in each.words), None)
+    if ours is not None or allow_extra:
+        return ours
+    if name in OF_THE_JOB:
+        raise ValueError(f"line {line}: the column {name!r} is an option of the whole job, --{name.replace('_', '-')}; "
+                         f"--allow-extra carries the column through")
+    foreign = next((own for own, each in OPTIONS.items() if name in each.foreign), None)
+    near = [foreign] if foreign else get_close_matches(name.lower(), [*OPTIONS, "input"], n=1, cutoff=0.8)
+    if near:
+        raise ValueError(f"line {line}: unknown column {name!r}, did you mean {near[0]}? --allow-extra carries it "
+                         f"through as it is")
+    return None
+
+
+def _from_words(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that are text, by their options. Raises ValueError."""
+    return {name: word if name in PER_PROMPT else from_word(name, OPTIONS[name], word) for name, word in given.items()}
+
+
+def _checked_shape(given: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
+    """The options of a row beside its texts and its seed, in their plain form. Raises ValueError."""
+    task = OPTIONS["task"].kind.check("task", given.get("task", GENERATE))
+    if task == RECONSTRUCT:
+        raise ValueError("the task reconstruct measures and makes no new sound: run ldm2 reconstruct")
+    settings = Settings.create(task, **given, **dict.fromkeys(texts, "x"))
+    length = settings.seconds if task == GENERATE else None
+    settings.resolved(duration=float("inf") if length is None else length)
+    plain = settings.plain() | ({} if settings.preset is None else {"preset": settings.preset})
+    return {"task": task} | {name: value for name, value in plain.items()
+                             if name not in texts and getattr(settings, name) != default_value(Settings, name)}
+
+
+def _checked_text(name: str, text: Any) -> str:
+    """A text of a row. Raises ValueError."""
+    text = check_text(name, text, may_be_empty=name == "negative_prompt")
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"{name} may have {LONGEST_TEXT:,} characters, got {len(text):,}")
+    return text
+
+
+def _checked_seed(seed: Any) -> int:
+    """The seed of a row. Raises ValueError."""
+    seed = OPTIONS["seed"].kind.check("seed", seed)
+    if not isinstance(seed, int):
+        raise ValueError(f"seed must be one number in a row, got {list(seed)}")
+    return seed
+
+
+def _checked_id(value: Any) -> str:
+    """An id: text, or a number. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError(f"id must be text or a whole number, got {value!r:.60}")
+    text = check_text("id", str(value))
+    if len(text) > LONGEST_ID:
+        raise ValueError(f"id may have {LONGEST_ID} characters, got {len(text):,}")
+    if not text.isprintable() or ".." in text.replace("\\", "/").split("/") or text.startswith(("/", "\\")):
+        raise ValueError(f"id must be printable, and no path that leads out of a folder, got {text!r}")
+    return text
+
+
+def _checked_input(task: str, source: Any) -> int | None:
+    """The size of the input in bytes, None where there is none. Raises ValueError."""
+    if task not in EDITS:
+        if source is not None:
+            raise ValueError(f"{task} takes no input, got {source!r:.200}")
+        return None
+    if not isinstance(source, str) or "\0" in source:
+        raise ValueError(f"{task} needs input, the path of a sound file, got {source!r:.200}")
+    try:
+        path = Path(source)
+        if not path.is_file():
+            raise ValueError(f"the input {source!r:.200} does not exist")
+        return path.stat().st_size
+    except OSError as error:
+        raise ValueError(f"the input {source!r:.200} cannot be read: {error.strerror}") from None
+
+
+def canonical(value: Any) -> str:
+    """JSON in one form."""
+    return _ENCODER.encode(value)
+
+
+def digest(text: str) -> str:
+    """32 hexadecimal digits of a text (BLAKE2b)."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def seed_of(row_id: str) -> int:
+    """The seed of a row that gives none: a number below 2**53 that depends on its id alone."""
+    return int(digest(row_id), 16) >> 75

@@ -1,0 +1,281 @@
+"""The command `ldm2 batch`: a table of prompts and options -> a folder of sound files and a manifest."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from ldm2.batch import job as jobs
+from ldm2.batch import manifest, pool
+from ldm2.batch.job import Job, Survey
+from ldm2.cli import options
+from ldm2.cli.output import say
+from ldm2.options import from_word, options_of, refuse_unknown
+from ldm2.settings import Output, Settings
+
+FORMATS = ("flac", "wav", "ogg", "opus", "mp3")
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the parser's."""
+    command = commands.add_parser(
+        "batch", help="make the sounds of a table of prompts and options; run again to resume",
+        description="Make the sounds of a table. Run the same command again to go on where it was stopped.",
+        epilog="For example: ldm2 batch prompts.csv -o sounds --set steps=50 --workers 2")
+    command.add_argument("input", metavar="INPUT", help="table .jsonl, .csv, .parquet or .txt (a prompt a line), or - "
+                         "for stdin; columns are options by their names, and prompt, id, task, input")
+    command.add_argument("-o", "--output", metavar="FOLDER", required=True, help="folder for audio/ and manifest.jsonl")
+    command.add_argument("--format", choices=FORMATS, default="flac", help="of the files (default: flac)")
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                         help="an option for the rows that do not give it; may be repeated")
+    command.add_argument("--batch", type=_batch, default=0, metavar="N", help="rows that run together, or auto: as "
+                         "many as fit (default: auto)")
+    command.add_argument("--workers", type=_count, metavar="N", help="processes (default: one a GPU, one on a CPU)")
+    command.add_argument("--shard", type=_shard, metavar="I/N", help="make the I-th of N parts of the rows (default: "
+                         "from SLURM_ARRAY_TASK_ID or RANK and WORLD_SIZE, else all)")
+    command.add_argument("--retry-failed", action="store_true", help="try rows again that failed before")
+    command.add_argument("--allow-extra", action="store_true", help="carry columns through whose names are like those "
+                         "of options")
+    command.add_argument("--dry-run", action="store_true", help="read the table, tell what there is to do and what is "
+                         "wrong with it, and do nothing")
+    command.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    section = command.add_argument_group(options.HEADINGS["output"])
+    for name, each in options_of(Output).items():
+        options.add_option(section, Output, name, each, "")
+    options.add_model_options(command)
+    command.set_defaults(run=batch)
+
+
+def batch(args: argparse.Namespace) -> int:
+    """Run the command. Returns the exit code: 1 if a row failed."""
+    with ExitStack() as stack:
+        job = _job(args)
+        if args.input == "-":
+            job = stack.enter_context(jobs.from_stdin(job, sys.stdin.buffer))
+        if args.dry_run:
+            return _dry_run(job)
+        stack.enter_context(jobs.open_folder(job, sys.argv[1:]))
+        settled = manifest.settled(job.folder)
+        found = jobs.survey(job, settled)
+        rows = (row for row in job.own() if not jobs.is_through(job, row, settled))
+        status = Status(found, None if args.quiet else sys.stderr)
+        try:
+            with _sigterm(), status:
+                _run(job, args.workers, found.rows - found.through.total(), rows, status)
+        except KeyboardInterrupt as stop:
+            say(f"stopped after {status.made} of {found.rows} rows: run the same command again to go on")
+            return 143 if isinstance(stop, Terminated) else 130
+        except pool.JobError as error:
+            say(f"error: {error}; run the same command again to go on")
+            return 1
+        jobs.finish(job, found.order)
+        print(f"{found.rows} rows: {found.through[manifest.OK]} were done before, {status.ok} done now, "
+              f"{status.failed} failed; see {job.folder / 'manifest.jsonl'}")
+        return 1 if status.failed else 0
+
+
+def _job(args: argparse.Namespace) -> Job:
+    """The job of a command line. Raises ValueError."""
+    load = {name: getattr(args, name) for name in
+            ("device", "dtype", "reference", "revision", "variant", "local_files_only", "tokenizers", "low_memory",
+             "compile")}
+    return Job(Path(args.input).expanduser(), Path(args.output).expanduser(), args.model, load, args.format,
+               options.given(args, Output), _defaults(args.set), args.allow_extra, args.shard or _shard_around(),
+               args.retry_failed, args.batch)
+
+
+def _defaults(words: list[str]) -> dict[str, Any]:
+    """NAME=VALUE, each -> options for all rows. Raises ValueError."""
+    known, values = options_of(Settings), {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise ValueError(f"--set takes NAME=VALUE, for example steps=50, got {word!r}")
+        refuse_unknown("batch", [name], known)
+        value = from_word(name, known[name], value)
+        values[name] = value[0] if isinstance(value, tuple) and isinstance(value[0], str) else value
+    return values
+
+
+def _run(job: Job, workers: int | None, left: int, rows: Any, status: Status) -> None:
+    """Make the rows that are left, in as many processes as asked for."""
+    if not left:
+        return
+    devices = _devices(job, workers, left)
+    arguments = [{
+        "model": job.model, "out": str(job.folder), "name": f"{job.part}-{number}", "format": job.format,
+        "batch": job.batch, "threads": 0 if workers is None else max(1, _cores() // len(devices)),
+        "load": dict(job.load) | {"device": device}, "form": dict(job.form), "defaults": {},
+        "allow_extra": job.allow_extra,
+    } for number, device in enumerate(devices)]
+    if len(devices) == 1:
+        pool.run_here(arguments[0], rows, status)
+    else:
+        pool.Pool(arguments, status).run(rows)
+
+
+def _devices(job: Job, workers: int | None, left: int) -> list[str]:
+    """The device of each worker: one a GPU, one on a CPU, or as many as asked for, taking turns on the GPUs."""
+    import torch
+
+    device = job.load["device"]
+    cards = torch.cuda.device_count() if device in ("auto", "cuda") and torch.cuda.is_available() else 0
+    local = os.environ.get("LOCAL_RANK", "")
+    if cards and local.isdecimal() and workers is None:
+        return [f"cuda:{int(local) % cards}"]
+    count = min(workers or max(1, cards), left)
+    return [f"cuda:{number % cards}" if cards else device for number in range(count)]
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _dry_run(job: Job) -> int:
+    """Tell what there is to do. Nothing is written, no model is loaded."""
+    settled = manifest.settled(job.folder)
+    found = jobs.survey(job, settled, errors=50)
+    left = found.rows - found.through.total()
+    print(f"{found.rows} rows: {found.through[manifest.OK]} done, {found.through[manifest.ERROR]} failed before, "
+          f"{left} to do, {found.failed} with errors in the table")
+    for kind, count in found.groups.most_common(20):
+        print(f"{count:>9}  {', '.join(kind)}")
+    if len(found.groups) > 20:
+        print(f"           and {len(found.groups) - 20} other kinds")
+    times, sizes = _measured(job.folder)
+    if times:
+        print(f"about {left * sum(times) / len(times) / 1e3:.0f} s and {left * sum(sizes) / len(sizes) / 1e6:.1f} MB "
+              f"to go, as the {len(times)} rows that are done took")
+    else:
+        print("time and size: told when some rows are done")
+    for error in found.errors:
+        print(error)
+    if found.failed > len(found.errors):
+        print(f"and {found.failed - len(found.errors)} more errors")
+    return 1 if found.failed else 0
+
+
+def _measured(folder: Path) -> tuple[list[float], list[int]]:
+    """What the rows that are done took: ms and bytes of each."""
+    done = [record for path in manifest.files(folder) for _, record in manifest.lines(path)
+            if record.get("status") == manifest.OK]
+    return [record["ms"] for record in done], [record["bytes"] for record in done]
+
+
+class Status:
+    """Counts records as they come, and shows one bar for the job, or a line now and then where there is no terminal."""
+
+    def __init__(self, found: Survey, file: TextIO | None):
+        self._total, self._file, self._bar = found.rows, file, None
+        self._before = found.through.total()
+        self._counts: Counter = Counter({manifest.ERROR: found.through[manifest.ERROR]})
+        self._now = 0
+        self._start = self._said = time.monotonic()
+
+    @property
+    def made(self) -> int:
+        """Rows that are through."""
+        return self._before + self._now
+
+    @property
+    def ok(self) -> int:
+        """Rows done by this run."""
+        return self._counts[manifest.OK]
+
+    @property
+    def failed(self) -> int:
+        """Rows that failed, now or before."""
+        return self._counts[manifest.ERROR]
+
+    def __enter__(self) -> Status:
+        if self._file is not None and self._file.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, initial=self._before, file=self._file, unit="row", dynamic_ncols=True,
+                             bar_format="{desc}: {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]", leave=False)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        """Count a record."""
+        self._now += 1
+        self._counts[record["status"]] += 1
+        if self._bar is not None:
+            self._bar.set_description_str(self._words(), refresh=False)
+            self._bar.update(1)
+        elif self._file is not None and time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            left = (self._said - self._start) / self._now * (self._total - self.made)
+            print(f"ldm2: {self.made} of {self._total} rows, {self._words()}, {left:.0f} s left", file=self._file,
+                  flush=True)
+
+    def _words(self) -> str:
+        """How fast, and how many failures."""
+        minutes = max(time.monotonic() - self._start, 1e-9) / 60
+        return f"{self._now / minutes:.0f} rows a minute, {self.failed} failed"
+
+
+@contextmanager
+def _sigterm():
+    """SIGTERM raises Terminated inside the block."""
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _batch(text: str) -> int:
+    """"auto" -> 0, "8" -> 8."""
+    return 0 if text == "auto" else _count(text)
+
+
+def _count(text: str) -> int:
+    """A number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, got {text!r}")
+    return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """"2/4" -> (2, 4)."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, for example 2/4, got {text!r}")
+    return int(number), int(count)
+
+
+def _shard_around() -> tuple[int, int]:
+    """The part that a cluster has given this process; everything where there is none."""
+    def number(name: str, default: int = 0) -> int:
+        text = os.environ.get(name, "")
+        return int(text) if text.isdecimal() else default
+
+    if "SLURM_ARRAY_TASK_ID" in os.environ and number("SLURM_ARRAY_TASK_COUNT") > 1:
+        step = max(1, number("SLURM_ARRAY_TASK_STEP", 1))
+        place = (number("SLURM_ARRAY_TASK_ID") - number("SLURM_ARRAY_TASK_MIN")) // step
+        return place + 1, number("SLURM_ARRAY_TASK_COUNT")
+    if number("WORLD_SIZE") > 1:
+        return number("RANK") + 1, number("WORLD_SIZE")
+    return 1, 1
