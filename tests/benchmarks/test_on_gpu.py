@@ -73,7 +73,7 @@ def test_every_row_is_measured_by_commands_that_benchmarks_know(tmp_path):
 
 def test_tests_that_need_a_gpu_are_found_by_their_mark(tmp_path):
     command = next(part.command for part in on_gpu.parts("cuda", "base", tmp_path) if part.name == "cuda-tests")
-    assert {"tests/test_graphs.py", "tests/test_compilation.py", "tests/test_unet.py"} <= set(command)
+    assert {"tests/runtime/test_graphs.py", "tests/runtime/test_compilation.py", "tests/test_unet.py"} <= set(command)
     assert "tests/test_config.py" not in command
 
 
