@@ -24,7 +24,7 @@ import torch
 
 import ldm2
 from benchmarks import report, timing
-from benchmarks.arguments import count, positive
+from benchmarks.arguments import add_out, count, positive
 from benchmarks.bench import Bench
 from benchmarks.rows import COMPILED, PROMPT, SUBJECTS
 from benchmarks.timing import Timed
@@ -56,7 +56,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--no-diffusers", action="store_true", help="ldm2 alone, which needs no checkpoint")
     parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN try its convolutions and choose")
     parser.add_argument("--folder", type=Path, help="checkpoint, written if it is not there (default: build/random-*)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
+    add_out(parser)
     parser.add_argument("--name", help="of the files there (default: device, dtype and size)")
     parser.add_argument("--only", choices=PROCESSES, help=argparse.SUPPRESS)
     return parser

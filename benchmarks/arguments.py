@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
+
+# Where benchmarks write unless told otherwise; git ignores it. `--out benchmarks/results` renews the published tables.
+RESULTS = Path("build/results")
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """--out, alike for all benchmarks."""
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for the results (default: "
+                        "%(default)s)")
 
 
 def count(text: str) -> int:

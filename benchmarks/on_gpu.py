@@ -1,6 +1,6 @@
 """All that needs an NVIDIA GPU in one call: tests of what runs there and benchmarks, what matters most first.
 
-    python -m benchmarks.on_gpu [--minutes 9] [--parts NAME,...] [--out benchmarks/results] [--pack FILE.tar.gz]
+    python -m benchmarks.on_gpu [--minutes 9] [--parts NAME,...] [--out FOLDER] [--pack FILE.tar.gz]
 
 Run it in the repository's folder; nothing has to be installed. Each part is a process with a limit of its own: one that
 fails or is slow costs the others nothing. After each, gpu.md among the results says what came of all so far; of a part
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import add_out, positive
 from ldm2 import atomic
 
 ROOT = Path(__file__).parents[1]
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parts", help=f"only these of {every}")
     parser.add_argument("--device", default="cuda", help="cpu with --size tiny rehearses (default: %(default)s)")
     parser.add_argument("--size", choices=("base", "large", "tiny"), default="base")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
+    add_out(parser)
     parser.add_argument("--pack", type=Path, help="a .tar.gz of all results so far, written after each part")
     args = parser.parse_args(arguments)
     known = {part.name: part for part in parts(args.device, args.size, args.out)}

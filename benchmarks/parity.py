@@ -23,7 +23,7 @@ from torch import Tensor
 import ldm2
 from benchmarks import report
 from benchmarks.__main__ import SIZES, checkpoint
-from benchmarks.arguments import count, positive
+from benchmarks.arguments import add_out, count, positive
 from benchmarks.rows import PROMPT, SCALE
 from ldm2 import ops
 from ldm2.conditioning import Conditioning
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", default="float32", help="with commas between them (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=count, help="of torch on the CPU")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/parity.md"))
+    add_out(parser)
     args = parser.parse_args(arguments)
     try:
         device = choose_device(args.device)
@@ -129,8 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     for row in measure(folder, device, dtypes, args.seconds, args.steps, lambda line: print(line, file=sys.stderr)):
         rows.append(row)
-        report.write(args.out, markdown(about, rows))      # a run that is stopped has told what it found
-    print(markdown(about, rows), args.out, sep="\n")
+        path = report.write(args.out / "parity.md", markdown(about, rows))   # a run that is stopped has told it
+    print(markdown(about, rows), path, sep="\n")
     return 0
 
 

@@ -138,7 +138,7 @@ def ranking(folder: Path, waves: dict[str, list[np.ndarray]], passed: Table) -> 
                 scores = torch.cosine_similarity(clap.audio_projection(audio), clap.text_projection(text))
                 best.append(passed[kind][first + int(scores.argmax())])
                 every += passed[kind][first : first + 3]
-    return (float(np.mean(best)), float(np.mean(every))) if best else (float("nan"),) * 2
+    return float(np.mean(best)), float(np.mean(every))
 
 
 def show(title: str, table: Table) -> None:
@@ -194,8 +194,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{seconds:.2f} s for a clip")
     show("swapped captions: the right one wins", swapped(waves))
     show("loud is twice quiet", levels(pipe, given.seeds))
-    best, every = ranking(folder, waves, passed)
-    print(f"\nbest of three by CLAP {best:.2f}, a random one of them {every:.2f}")
+    if given.seeds < 3:
+        print("\nbest of three by CLAP: not judged, it needs --seeds 3 or more")
+    else:
+        best, every = ranking(folder, waves, passed)
+        print(f"\nbest of three by CLAP {best:.2f}, a random one of them {every:.2f}")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
     print(f"{size:.1f} MB")
     if given.picture is not None:

@@ -1,6 +1,6 @@
 """What speed costs: how far fast ways to sample are from 200 DDIM steps, all of them guided, from the same noise.
 
-    python -m benchmarks.tradeoff [--model tiny] [--prompts N] [--seeds N] [--out FILE] [--plot FILE]
+    python -m benchmarks.tradeoff [--model tiny] [--prompts N] [--seeds N] [--out FOLDER]
 
 Every sampler at several numbers of steps, timesteps that start at the last one of the training, guidance in a part of
 the run, DeepCache, and the presets. Two distances: of the latents, relative to the norm of the reference's, and of
@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 import ldm2
 from benchmarks import report
-from benchmarks.arguments import count
+from benchmarks.arguments import add_out, count
 from benchmarks.judge import is_right
 from benchmarks.tiny_quality import PROMPTS
 from ldm2 import atomic
@@ -322,9 +323,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=count, default=2, help="sounds of each (default: %(default)s)")
     parser.add_argument("--no-judge", action="store_true", help="for models that know other sounds")
     parser.add_argument("--no-scores", action="store_true", help="neither CLAP score nor distances of embeddings")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.json and FILE.md, for example "
-                        "benchmarks/results/tradeoff")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curve")
+    add_out(parser)
     args = parser.parse_args(arguments)
     pipe = ldm2.load(args.model, device=args.device, dtype=args.dtype)
     prompts, seeds = check_integer("prompts", args.prompts), check_integer("seeds", args.seeds)
@@ -336,10 +335,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{len(rows)} of {len(ways()) + 1}: {rows[-1].name}", file=sys.stderr)
     text = table(rows)
     print(text)
-    if args.out is not None:
-        write(args.out, facts(comparison, args.model), rows, text)
-    if args.plot is not None:
-        draw(rows, args.plot)
+    write(args.out / "tradeoff", facts(comparison, args.model), rows, text)
+    if find_spec("matplotlib") is not None:
+        draw(rows, args.out / "tradeoff.png")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ ARGUMENTS = ["--size", "tiny", "--seconds", "0.64", "--steps", "3"]
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    out = tmp_path_factory.mktemp("parity") / "parity.md"
+    out = tmp_path_factory.mktemp("parity")
     assert parity.main([*ARGUMENTS, "--dtypes", "float32,bfloat16", "--out", str(out)]) == 0
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.read_text().splitlines()[-6:]]
+    table = (out / "parity.md").read_text()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[-6:]]
     return {(dtype, way): (float(exact), float(plain or 0)) for dtype, way, exact, plain in cells}
 
 

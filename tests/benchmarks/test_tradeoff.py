@@ -148,9 +148,9 @@ def test_the_script_prints_a_table_and_writes_json_markdown_and_a_picture(
     monkeypatch.setattr(tradeoff, "INTERVALS", ((0.0, 0.5),))
     monkeypatch.setattr(tradeoff, "PRESETS", {"fast": PRESETS["fast"] | {"steps": 2}})
     monkeypatch.setattr(ldm2, "load", lambda *arguments, **options: pipe)
-    out, plot = tmp_path / "results" / "x", tmp_path / "curve.png"
-    tradeoff.main(["--prompts", "1", "--seeds", "2", "--no-judge", "--model", str(tiny_checkpoint), "--out", str(out),
-                   "--plot", str(plot)])
+    out, plot = tmp_path / "results" / "tradeoff", tmp_path / "results" / "tradeoff.png"
+    tradeoff.main(["--prompts", "1", "--seeds", "2", "--no-judge", "--model", str(tiny_checkpoint),
+                   "--out", str(tmp_path / "results")])
     printed = capsys.readouterr().out
     content = json.loads(out.with_suffix(".json").read_text())
     assert [content["rows"][i]["kind"] for i in (0, -1)] == ["reference", "preset fast"]
