@@ -68,7 +68,7 @@ class Pool:
 
     def run(self, rows: Iterable[Row]) -> None:
         """Make rows. Raises JobError."""
-        source, again = chunks(rows, len(self._members)), deque()
+        source, again = chunks(rows, len(self._members)), deque[list[Row]]()
         try:
             while True:
                 for member in self._members:

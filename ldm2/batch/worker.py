@@ -206,7 +206,9 @@ class _Writer:
     """A thread that writes what is put while the caller goes on. An error of writing is raised by the next call."""
 
     def __init__(self, write: Callable[[Row, Any, float], Record]):
-        self._write, self._records, self._error = write, {}, None
+        self._write = write
+        self._records: dict[int, Record] = {}
+        self._error: Exception | None = None
         self._queue: queue.Queue = queue.Queue(maxsize=32)
         self._thread = threading.Thread(target=self._work, daemon=True)
 

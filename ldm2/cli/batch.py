@@ -98,7 +98,8 @@ def _job(args: argparse.Namespace) -> Job:
 
 def _defaults(words: list[str]) -> dict[str, Any]:
     """NAME=VALUE, each -> options for all rows. Raises ValueError."""
-    known, values = options_of(Settings), {}
+    known = options_of(Settings)
+    values: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.partition("=")
         name = name.strip().replace("-", "_")
