@@ -107,7 +107,7 @@ def _defaults(words: list[str]) -> dict[str, Any]:
             raise ValueError(f"--set takes NAME=VALUE, for example steps=50, got {word!r}")
         refuse_unknown("batch", [name], known)
         value = from_word(name, known[name], value)
-        values[name] = value[0] if isinstance(value, tuple) and isinstance(value[0], str) else value
+        values[name] = value[0] if isinstance(value, tuple) and value and isinstance(value[0], str) else value
     return values
 
 
