@@ -18,7 +18,7 @@ from ldm2.batch.job import Job, Survey
 from ldm2.cli import options
 from ldm2.cli.output import say
 from ldm2.options import from_word, options_of, refuse_unknown
-from ldm2.settings import Output, Settings
+from ldm2.settings import PER_PROMPT, Output, Settings
 
 FORMATS = ("flac", "wav", "ogg", "opus", "mp3")
 SECONDS_BETWEEN_LINES = 10.0
@@ -101,13 +101,12 @@ def _defaults(words: list[str]) -> dict[str, Any]:
     known = options_of(Settings)
     values: dict[str, Any] = {}
     for word in words:
-        name, equals, value = word.partition("=")
+        name, equals, text = word.partition("=")
         name = name.strip().replace("-", "_")
         if not equals:
             raise ValueError(f"--set takes NAME=VALUE, for example steps=50, got {word!r}")
         refuse_unknown("batch", [name], known)
-        value = from_word(name, known[name], value)
-        values[name] = value[0] if isinstance(value, tuple) and value and isinstance(value[0], str) else value
+        values[name] = text if name in PER_PROMPT else from_word(name, known[name], text)
     return values
 
 

@@ -316,6 +316,16 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(batch, tmp_path):
     assert all(np.array_equal(exact[path], found[path]) for path in exact)
 
 
+def test_options_for_all_rows(batch, tmp_path):
+    rows = [{"prompt": "low hum", "id": "a"}, {"prompt": "low hum", "id": "b", "steps": 3}]
+    arguments = ("--set", "steps=2", "--set", "seconds=0.4", "--set", "negative-prompt=wind", "--set", "seed=3")
+    assert batch("out", *arguments, rows=rows)[0] == 0
+    told = {name: json.loads(audio.read_metadata(tmp_path / "out" / entry["path"])["comment"])
+            for name, entry in merged(tmp_path / "out").items()}
+    assert [told[name]["steps"] for name in "ab"] == [2, 3]
+    assert {(each["negative_prompt"], each["seed"], each["seconds"]) for each in told.values()} == {("wind", 3, 0.4)}
+
+
 def test_rows_that_are_alike_come_together():
     rules = Rules({})
     rows = [rules.row(i, {"prompt": f"p{i}", "seconds": 1.0 + i % 2}) for i in range(200)]
