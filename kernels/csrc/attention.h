@@ -12,8 +12,8 @@ constexpr int64_t QUERIES = 48, KEYS = 256;                // of a block; its sc
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// 2^x for x <= 0, 2^-126 below -126: a polynomial for 2^f, |f| <= 1/2, to a relative error of 2e-8; for weights that are
-// rounded to bfloat16 a shorter one, to 1e-4.
+// 2^x for x <= 0, 2^-126 below -126: a polynomial for 2^f, |f| <= 1/2, to a relative error of 2e-8. Weights that are to
+// be rounded to bfloat16 have a shorter one, to 1e-4.
 template <class Type>
 inline vec exp2(vec x) {
   x = x < -126.0f ? splat(-126.0f) : x;                    // NaN stays

@@ -71,12 +71,14 @@ struct Head {
   void* out;
 };
 
-constexpr int64_t LINEAR_CACHE = 1 << 19;            // bytes of x that are multiplied with all weights, a pair of panels each
+constexpr int64_t LINEAR_CACHE = 1 << 19;            // bytes of x that are multiplied with all weights in turn
 constexpr int64_t LINEAR_LEAST_ROWS = 240;           // for which it pays to lay out a panel
 constexpr int64_t LINEAR_TILE_ROWS = 12;
 
-// Floats that a linear layer needs: two panels, and the sums of a tile.
-constexpr int64_t linear_scratch(int64_t depth) { return 2 * PANEL * (depth + LINEAR_TILE_ROWS); }
+// Floats that a linear layer needs: two panels, the sums of a tile, and its rows.
+constexpr int64_t linear_scratch(int64_t depth) {
+  return 2 * PANEL * (depth + LINEAR_TILE_ROWS) + LINEAR_TILE_ROWS * depth;
+}
 
 struct Kernels {
   const char* name;

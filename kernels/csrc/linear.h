@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "gelu.h"
 #include "product.h"
@@ -34,11 +35,37 @@ void finish(const ldm2::Linear& job, int64_t row, int64_t rows, const int64_t* c
   }
 }
 
+#if defined(__AVX512BF16__)
+constexpr bool WIDENED = false;
+#else
+constexpr bool WIDENED = true;                             // bfloat16 is multiplied as float32
+#endif
+
+// panel (words, PANEL) of pairs of bfloat16 -> (2 * words, PANEL) of float32, in place.
+inline void widen_panel(float* panel, int64_t words) {
+  for (int64_t k = words - 1; k >= 0; k--) {
+    for (int64_t lane = 0; lane < PANEL; lane += LANES) {
+      ivec pair = (ivec)load(panel + k * PANEL + lane);
+      store(panel + 2 * k * PANEL + lane, (vec)(pair << 16));
+      store(panel + (2 * k + 1) * PANEL + lane, (vec)(pair & static_cast<int32_t>(0xffff0000u)));
+    }
+  }
+}
+
+inline void widen_row(const uint16_t* from, int64_t count, float* to) {
+  int64_t k = 0;
+  for (; k + LANES <= count; k += LANES) store(to + k, load(from + k));
+  for (; k < count; k++) to[k] = bf16_to_f32(from[k]);
+}
+
 template <class Type>
 void linear(const ldm2::Linear& job, int64_t first, int64_t end, float* scratch) {
+  constexpr bool WIDE = WIDENED && Type::PER_WORD == 2;
+  using Product = std::conditional_t<WIDE, Float32, Type>;
   int64_t words = job.depth / Type::PER_WORD, stride = job.x_stride / Type::PER_WORD;
+  int64_t depth = job.depth / Product::PER_WORD;           // words of the product
   auto x = static_cast<const float*>(job.x), w = static_cast<const float*>(job.w);
-  float *weights = scratch, *sums = weights + PAIR * words;
+  float *weights = scratch, *sums = weights + PAIR * depth, *wide = sums + ldm2::LINEAR_TILE_ROWS * PAIR;
   int64_t most = std::max(ldm2::LINEAR_CACHE / (4 * words), ldm2::LINEAR_LEAST_ROWS);
   int64_t blocks = (job.rows + most - 1) / most;
   for (int64_t block = 0; block < blocks; block++) {
@@ -48,11 +75,17 @@ void linear(const ldm2::Linear& job, int64_t first, int64_t end, float* scratch)
       int64_t columns[] = {column, job.gated ? job.width + column : column + PANEL};
       int64_t panels = job.gated ? 2 : std::min<int64_t>(2, end - column / PANEL);
       for (int64_t p = 0; p < panels; p++) {
-        transpose(w + columns[p] * words, words, PANEL, words, weights + p * PANEL * words);
+        transpose(w + columns[p] * words, words, PANEL, words, weights + p * PANEL * depth);
+        if (WIDE) widen_panel(weights + p * PANEL * depth, words);
       }
       for (int64_t tile = 0; tile < tiles; tile++) {
         int64_t row = begin + rows * tile / tiles, count = begin + rows * (tile + 1) / tiles - row;
-        product<Type, false>(count, words, panels, x + row * stride, stride, weights, words * PANEL, sums, PAIR);
+        const float* a = x + row * stride;
+        for (int64_t i = 0; WIDE && i < count; i++) {
+          widen_row(static_cast<const uint16_t*>(job.x) + (row + i) * job.x_stride, depth, wide + i * depth);
+        }
+        product<Product, false>(count, depth, panels, WIDE ? wide : a, WIDE ? depth : stride, weights, depth * PANEL,
+                                sums, PAIR);
         finish<Type>(job, row, count, columns, panels, sums);
       }
     }

@@ -1,10 +1,11 @@
 // The transforms of whole tiles, for all channels.
 //
-// float32: operands and sums are float32. bfloat16: operands are integers of 16 bits, which the processor multiplies as
-// fast as bfloat16 and which have 7 bits more. A transform amplifies the rounding of its operands about fivefold, too
-// much for bfloat16 itself, and not enough to show beside the rounding of a bfloat16 result for these. The vector of
-// all channels at a point of a tile has a scale of its own, as has that of each output channel of the weights. They
-// bound the Euclidean norms, so that no sum of products overflows 32 bits, by the inequality of Cauchy and Schwarz.
+// float32: operands and sums are float32. bfloat16 without AVX512_VNNI: the same, only loads and stores differ. With
+// it, operands are integers of 16 bits, which the processor multiplies as fast as bfloat16 and which have 7 bits more.
+// A transform amplifies the rounding of its operands about fivefold, too much for bfloat16 itself, and not enough to
+// show beside the rounding of a bfloat16 result for these. The vector of all channels at a point of a tile has a scale
+// of its own, as has that of each output channel of the weights. They bound the Euclidean norms, so that no sum of
+// products overflows 32 bits, by the inequality of Cauchy and Schwarz.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +26,11 @@ struct WinogradFloat {
 
 struct WinogradBFloat16 {
   using element = uint16_t;
+#if defined(__AVX512VNNI__)
   using operand = Int16;
+#else
+  using operand = Float32;
+#endif
 };
 
 // What integers are multiplied with to give numbers the sum of whose squares is `squares`, the largest of which is at
@@ -258,7 +263,7 @@ template <class Type, class Outer, class Inner>
 void weight_panel(const void* w, int64_t in_channels, int64_t taps, float* u, int64_t stride, float* scales,
                   int64_t scale_stride, float* panel) {
   using element = typename Type::element;
-  int64_t words = in_channels * taps / Type::operand::PER_WORD;
+  int64_t words = in_channels * taps * sizeof(element) / sizeof(float);
   transpose(static_cast<const float*>(w), words, PANEL, words, panel);
   for (int lane = 0; lane < PANEL; lane += LANES) {
     vec factors[Outer::POINTS * Inner::POINTS];

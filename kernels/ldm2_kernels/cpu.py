@@ -175,29 +175,27 @@ def _bfloat16() -> str:
 
 
 def _kernel(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A kernel for float32 and bfloat16: the latter by its own instructions where the machine has products of them.
-
-    Where it has none, by way of float32: that is as fast as float32, and the weights take half the memory. Where it has
-    matrices, PyTorch is faster.
-    """
+    """A kernel for float32 and bfloat16, the latter not where the machine has matrices: PyTorch is faster there."""
 
     @functools.wraps(operation)
     def run(*args, **named):
         dtype = args[0].dtype
-        has = _bfloat16() if dtype == torch.bfloat16 else ""
-        if dtype == torch.float16 or has == "matrices":
+        if dtype == torch.float16 or (dtype == torch.bfloat16 and _bfloat16() == "matrices"):
             return NotImplemented
-        if dtype == torch.bfloat16 and not has:
-            return _by_float32(operation, *args, **named)
         return operation(*args, **named)
 
     return run
 
 
+def _plain(operation: Callable[..., Tensor], *args: object, **named: object) -> Tensor:
+    """PyTorch's own, in float32 where the machine has nothing for bfloat16: that is faster."""
+    widen = args[0].dtype == torch.bfloat16 and not _bfloat16()
+    return _by_float32(operation, *args, **named) if widen else operation(*args, **named)
+
+
 def _by_float32(operation: Callable[..., Tensor], *args: object, **named: object) -> Tensor:
     """What the operation makes of bfloat16 tensors, rounded once."""
-    result = operation(*map(_wide, args), **{name: _wide(arg) for name, arg in named.items()})
-    return result if result is NotImplemented else result.to(torch.bfloat16)
+    return operation(*map(_wide, args), **{name: _wide(arg) for name, arg in named.items()}).to(torch.bfloat16)
 
 
 def _wide(arg: object) -> object:
@@ -209,7 +207,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = N
     """Result in channels-last memory, whatever the input's."""
     if not _pays(weight):
         x = x.contiguous(memory_format=torch.channels_last)
-        y = F.conv2d(x, weight, bias, padding=1)
+        y = _plain(F.conv2d, x, weight, bias, padding=1)
         return y if residual is None else y + residual
     return torch.ops.ldm2_cpu.convolution(x, weight, bias, residual, _NARROW if x.shape[3] == 2 else _WIDE, 1, 1.0)
 
@@ -243,20 +241,17 @@ def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, paddi
     return y.view(batch, steps * stride, outs)[:, padding : (length - 1) * stride + taps - padding].mT
 
 
+@_kernel
 def residual_blocks(x: Tensor, slope: float, dilations: tuple[tuple[int, ...], ...], *parameters: Tensor) -> Tensor:
-    """The activation belongs to the loads of a convolution, the sum to its stores. Weights are widened one by one where
-    the machine has nothing for bfloat16."""
-    has = _bfloat16() if x.dtype == torch.bfloat16 else ""
-    if x.dtype == torch.float16 or has == "matrices":
-        return NotImplemented
-    shared, given, total = x if has else x.float(), iter(parameters), None
+    """The activation belongs to the loads of a convolution, the sum to its stores."""
+    given, total = iter(parameters), None
     for block in dilations:
-        y = shared
+        y = x
         for dilation in block:
             h = _leaky_conv(y, next(given), next(given), None, dilation, slope)
             y = _leaky_conv(h, next(given), next(given), y, 1, slope)
         total = y if total is None else total.add_(y)
-    return total.div_(len(dilations)).to(x.dtype)
+    return total.div_(len(dilations))
 
 
 @_kernel
@@ -269,7 +264,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What the gates multiply, and the gates, never leave the cache."""
     if not _has_panels(x, weight, 2 * _PANEL):
-        value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
+        value, gate = _plain(F.linear, x, weight, bias).chunk(2, dim=-1)
         return F.gelu(gate).mul_(value)
     return torch.ops.ldm2_cpu.linear(x, weight, bias, True)
 
@@ -290,7 +285,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _has_panels(x, weight, _PANEL):
-        return F.linear(x, weight, bias)
+        return _plain(F.linear, x, weight, bias)
     return torch.ops.ldm2_cpu.linear(x, weight, bias, False)
 
 
@@ -305,11 +300,11 @@ def _leaky_conv(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, dilation: int, slope: float
 ) -> Tensor:
     """conv(leaky_relu(x)) + residual, of the length and dtype of x."""
-    weight, bias, size = weight.to(x.dtype), bias.to(x.dtype), weight.shape[2]
+    size = weight.shape[2]
     if size in _LINES and _pays(weight) and _enough(len(x) * x.shape[2], _FEWEST_POSITIONS):
         return torch.ops.ldm2_cpu.convolution(x, weight, bias, residual, size, dilation, slope)
     x = x if slope == 1.0 else F.leaky_relu(x, slope)
-    y = F.conv1d(x, weight, bias, padding=dilation * (size // 2), dilation=dilation)
+    y = _plain(F.conv1d, x, weight, bias, padding=dilation * (size // 2), dilation=dilation)
     return y if residual is None else y.add_(residual)
 
 
