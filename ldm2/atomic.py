@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import secrets
+import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _TAKEN = "{} exists already: choose another name, or ask for it (overwrite=True, --overwrite)"
@@ -50,8 +52,10 @@ def together(paths: Sequence[Path], overwrite: bool = False) -> Iterator[list[Pa
     An existing file is never replaced without `overwrite`, even if it appears in the meantime: FileExistsError. Other
     OSErrors about a temporary file come with the name from `paths`, the only one that anybody knows.
     """
-    temporaries = {path.with_name(f".ldm2-{secrets.token_hex(8)}.tmp"): path for path in paths}
+    temporaries = {path.with_name(_temporary()): path for path in paths}
     published: list[Path] = []
+    for folder in {path.parent for path in paths}:
+        _clean(folder)
     try:
         for temporary in temporaries:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -66,12 +70,45 @@ def together(paths: Sequence[Path], overwrite: bool = False) -> Iterator[list[Pa
         if len(published) < len(paths) and not overwrite:
             for path in published:
                 path.unlink(missing_ok=True)
-        if isinstance(error, OSError) and (named := temporaries.get(Path(str(error.filename)))) is not None:
-            raise OSError(error.errno, error.strerror, str(named)) from error
+        if isinstance(error, OSError) and error.errno is not None:
+            unnamed = paths[0] if error.filename is None else None
+            if (named := temporaries.get(Path(str(error.filename)), unnamed)) is not None:
+                raise OSError(error.errno, error.strerror, str(named)) from error
         raise
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
+
+
+def _temporary() -> str:
+    """A name for a file that is not complete; it says which process writes it, on which machine."""
+    return f".ldm2-{_machine()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+
+
+def _machine() -> str:
+    """A word for this machine, since folders may be shared by several."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _clean(folder: Path) -> None:
+    """Remove what processes of this machine that were killed have left."""
+    for path in folder.glob(f".ldm2-{_machine()}-*-*.tmp"):
+        with suppress(ValueError, OSError):
+            if not _is_running(int(path.name.split("-")[2])):
+                path.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    """Whether there is a process of this number; where that cannot be told, there is."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _publish(temporary: Path, path: Path, overwrite: bool) -> None:

@@ -1,10 +1,14 @@
 """Files that are there whole or not at all. What a sound file adds to this is in test_audio."""
 
+import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
 from ldm2 import atomic
+from tests.helpers import ROOT
 
 
 def test_what_was_written_gets_its_name_at_the_end(tmp_path):
@@ -69,3 +73,42 @@ def test_an_input_is_not_overwritten_even_if_asked_for(tmp_path):
     (tmp_path / "x").touch()
     with pytest.raises(ValueError, match="x is the input: choose another name"):
         atomic.check_place(tmp_path / "x", overwrite=True, inputs=[tmp_path / "x"])
+
+
+# --- several files, and what the killed leave ------------------------------------------------------------------------
+
+def test_several_files_appear_together_or_not_at_all(tmp_path):
+    paths = [tmp_path / name for name in "abc"]
+    paths[2].write_text("in the way")
+    with pytest.raises(FileExistsError, match="c exists already"), atomic.together(paths) as temporaries:
+        for temporary in temporaries:
+            temporary.write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["c"] and paths[2].read_text() == "in the way"
+
+
+def test_a_full_disk_is_told_with_the_name_that_was_asked_for(tmp_path):
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=r"No space left.*x\.wav"), atomic.together([tmp_path / "x.wav"]):
+        full()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="who runs cannot be told elsewhere")
+def test_what_a_killed_process_left_is_gone_after_the_next_run(tmp_path):
+    code = """
+import os, sys, pathlib
+from ldm2 import atomic
+from tests.helpers import ROOT
+with atomic.together([pathlib.Path(sys.argv[1]) / "x"]):
+    os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    [left] = tmp_path.iterdir()
+    alive = tmp_path / left.name.replace(left.name.split("-")[2], str(os.getpid()))
+    foreign = tmp_path / ".ldm2-00000000-1-0011223344556677.tmp"
+    alive.touch()
+    foreign.touch()
+    with atomic.together([tmp_path / "y"]):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"y", alive.name, foreign.name}

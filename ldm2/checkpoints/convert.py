@@ -10,6 +10,7 @@ one left.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -315,12 +316,12 @@ def _begin(partial: Path, job: dict[str, Any]) -> None:
 
 def _finish(partial: Path, folder: Path) -> None:
     """Give the folder its name; an older one of that name goes when this one is in its place."""
-    (partial / JOB).unlink()
-    old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
     if folder.exists():
-        os.replace(folder, old)
+        os.replace(folder, folder.with_name(f"{folder.name}.old-{os.getpid()}"))
     os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    (folder / JOB).unlink()                                # not before: a call that was stopped here goes on with it
+    for old in folder.parent.glob(f"{glob.escape(folder.name)}.old-*"):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 # Licence

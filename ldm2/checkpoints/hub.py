@@ -193,6 +193,8 @@ def resolve(
         raise ValueError("the name of the model is empty")
     if "\0" in name:
         raise ValueError(f"{name!r} is neither a name nor a path")
+    if re.match(r"\w+://", name):
+        raise ValueError(f"{name} is an address: give the hub's name OWNER/MODEL, or download it and give the folder")
     path = home(name)
     if _looks_local(name) or (path.exists() and ("/" in name or known.find(name) is None)):
         if force:

@@ -6,8 +6,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ldm2 import __version__
 from ldm2.audio import recorded
@@ -134,6 +138,26 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: as Ctrl-C, so that what was begun is cleaned up."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises inside, if nobody else waits for it."""
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _take_less(args: argparse.Namespace) -> str:
     """The options of a command that would save memory, for an error message."""
     known = {name: words for name, words in _LESS_MEMORY.items() if hasattr(args, name)}
@@ -143,7 +167,8 @@ def _take_less(args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command. Exit codes: 0 done, 1 the computation failed, 2 bad input, 130 stopped by Ctrl-C."""
+    """Run a command. Exit codes: 0 done, 1 the computation failed, 2 bad input, 130 stopped by Ctrl-C,
+    143 by SIGTERM."""
     # Threads that spin while they wait take a busy machine's cores from those that work: 40 s instead of 3 for the tiny
     # model's sound beside one other process. To be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -154,10 +179,11 @@ def main(argv: list[str] | None = None) -> int:
         parse.print_help()
         return 0
     try:
-        return args.run(args) or 0
-    except KeyboardInterrupt:
+        with _terminable():
+            return args.run(args) or 0
+    except KeyboardInterrupt as stop:
         print("ldm2: stopped, nothing was written", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, _Terminated) else 130
     except (ValueError, OSError, ImportError) as error:
         print(f"ldm2: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import statistics
 import time
@@ -248,4 +249,13 @@ def operations(works: Iterable[Work], device: torch.device, trace: Path | None =
             seconds[event.name] += work.calls * own / 1e6
     if trace is not None:
         whole.export_chrome_trace(str(trace))
+        _check_trace(trace)
     return [Operation(name, calls[name], spent) for name, spent in seconds.most_common()]
+
+
+def _check_trace(path: Path) -> None:
+    """Raises OSError if a trace is not complete: PyTorch does not say so when a disk is full."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 16))
+        if not file.read().rstrip().endswith(b"}"):
+            raise OSError(errno.ENOSPC, "the trace could not be written whole: is the disk full?", str(path))

@@ -137,6 +137,7 @@ def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(generate, refu
     (("--seed", 2**64), ("seed", str(2**64))),
     (("--model", "no/such/folder/"), ("no/such/folder",)),
     (("--model", "."), ("model_index.json",)),
+    (("--model", "https://example.org/a/b"), ("https://example.org/a/b is an address", "OWNER/MODEL")),
     (("--model", "audioldm3"), ("audioldm3", "audioldm2")),
     (("--model", "audioldm2", "--local-files-only"), ("ldm2 download",)),
     (("--nonsense",), ("--nonsense",)),
@@ -179,6 +180,15 @@ def test_ctrl_c_ends_with_130_and_leaves_no_file(tiny_checkpoint, tmp_path, monk
     assert "stopped" in capsys.readouterr().err
     assert len(calls) == 3
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no signals of this kind")
+def test_sigterm_ends_with_143_and_leaves_no_file(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(audio.files, "_encode", lambda *_: signal.raise_signal(signal.SIGTERM))
+    code = main(["generate", PROMPT, "--model", str(tiny_checkpoint), "--steps", "1", "--seconds", "0.2",
+                 "-o", str(tmp_path / "x.wav"), "--num-waveforms", "3"])
+    assert code == 143 and "stopped" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("fail", [
