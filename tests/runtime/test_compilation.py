@@ -30,6 +30,7 @@ def test_a_compiled_step_predicts_the_same_at_any_length_and_is_compiled_once(de
     plain, compiled = (our_unet(checkpoints.unet(**TWO_LEVELS)).to(device) for _ in range(2))
     compiled.load_state_dict(plain.state_dict())
     compilation.compile_step(compiled)
+    compiled = compilation.stepper(compiled)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     conditioning = plain.prepare(condition(plain.config, 2).to(device))
