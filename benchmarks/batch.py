@@ -87,6 +87,8 @@ def disturbed(table: Path, folder: Path, every: float, kills: int) -> tuple[int,
         process.wait()
         if process.returncode == 0:
             return workers, jobs
+        if process.returncode != -signal.SIGKILL:
+            raise RuntimeError(f"the job ended with exit code {process.returncode}, though nobody killed it")
 
 
 def _workers(pid: int) -> Iterator[int]:
@@ -146,7 +148,8 @@ def measure(table: Path, folder: Path, args: argparse.Namespace) -> tuple[list[s
              "| what | rows a minute | against the loop |", "|---|---|---|"]
     (folder / "loop").mkdir()
     loop = float(subprocess.run([sys.executable, "-c", LOOP, str(table), str(folder / "loop")], check=True,
-                                capture_output=True, text=True).stdout)
+                                capture_output=True, text=True,
+                                env=os.environ | {"OMP_WAIT_POLICY": "passive"}).stdout)     # as the command line
     lines.append(f"| loop of `generate`, one process | {60 * args.rows / loop:.0f} | 1.00 |")
     for words, name, arguments in (
         ("`ldm2 batch`, 1 worker, all threads", "1x2", ()),

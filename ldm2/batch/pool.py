@@ -145,8 +145,12 @@ class _Member:
         self._early += 1
         self.connection, theirs = self._context.Pipe()
         self.process = self._context.Process(target=_serve, args=(theirs, os.getpid(), self.arguments), daemon=True)
-        self.process.start()
-        theirs.close()
+        try:
+            self.process.start()
+        except OSError:                                    # killed before it could read what it is to do
+            self.start()
+        finally:
+            theirs.close()
 
     def give(self, rows: Sequence[Row]) -> None:
         """Hand out rows."""

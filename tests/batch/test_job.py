@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -338,3 +339,19 @@ def test_rows_that_are_alike_come_together():
 def test_every_row_of_several_workers_is_counted(batch):
     code, out, _ = batch("out", "--workers", "2", "--batch", "1", rows=some(40))
     assert code == 0 and "40 rows: 0 were done before, 40 done now, 0 failed" in out
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_started_again(monkeypatch):
+    started = []
+
+    class Process:
+        def __init__(self, **_):
+            started.append(self)
+
+        def start(self):
+            if len(started) < 2:
+                raise BrokenPipeError(32, "Broken pipe")
+
+    context = type("Context", (), {"Pipe": staticmethod(multiprocessing.Pipe), "Process": Process})
+    member = pool._Member(context, {})
+    assert len(started) == 2 and member.process is started[1]
