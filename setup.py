@@ -16,9 +16,9 @@ PLOT = ["matplotlib>=3.8"]
 BATCH = ["pyarrow>=15"]
 TTS = ["phonemizer>=3.3"]
 KERNELS = ["triton>=3.3; sys_platform == 'linux'"]
-DEV = ["ruff>=0.15", "mypy>=2.0", "pytest-xdist>=3.6"]
+DEV = ["ruff>=0.15", "mypy>=2.0"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
-TEST = ["pytest>=8", "hypothesis>=6", "diffusers==0.42.1", "scipy>=1.11", *PLOT, *KERNELS]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "diffusers==0.42.1", "scipy>=1.11", *PLOT, *KERNELS]
 
 BUILD_KERNELS = os.environ.get("LDM2_BUILD_KERNELS") == "1"
 
