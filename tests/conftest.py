@@ -14,6 +14,24 @@ if not torch.cuda.is_available():                          # Triton reads this w
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Whole generations, processes, compilers and the like: what is not in the fast lane (python -m pytest -m fast).
+LONG = (
+    "batch", "benchmarks", "checkpoints/original", "checkpoints/test_convert", "checkpoints/test_damaged",
+    "checkpoints/test_download", "checkpoints/test_verify", "cli", "compat", "fuzz", "kernels", "metrics",
+    "runtime/test_copies", "runtime/test_fork", "runtime/test_host", "runtime/test_inference", "runtime/test_profiling",
+    "runtime/test_threads", "runtime/test_weight_layout", "test_docs", "test_full_size", "test_import", "test_long",
+    "test_pipeline", "test_tiny", "training",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the fast lane."""
+    for item in items:
+        other = any(item.get_closest_marker(name) for name in ("slow", "network"))
+        if not other and not item.nodeid.removeprefix("tests/").startswith(LONG):
+            item.add_marker(pytest.mark.fast)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Tiny models are slower with more threads, and reductions do not depend on the machine."""

@@ -29,7 +29,8 @@ def shown(progress: bool | Progress, file: TextIO | None = None) -> Iterator[Pro
     if progress is False or progress is None:
         yield silent
     elif progress is True:
-        display = _display(sys.stderr if file is None else file)
+        file = sys.stderr if file is None else file
+        display = _display(None if file is None or file.closed else file)
         try:
             yield display
         finally:

@@ -96,11 +96,13 @@ class ClapAudio(nn.Module):
 
     def _embed(self, heard: list[np.ndarray]) -> Tensor:
         """Sounds (N,) at the extractor's rate -> (B, D)."""
-        features = self.extractor(heard, sampling_rate=self.extractor.sampling_rate, return_tensors="pt",
+        # As numpy: its tensors would lie on the default device of the host program.
+        features = self.extractor(heard, sampling_rate=self.extractor.sampling_rate, return_tensors="np",
                                   truncation="fusion" if self.fusion else "rand_trunc")
         device = self.audio_projection.linear1.weight.device
-        states = self.audio_model(input_features=features["input_features"].to(device, torch.float32),
-                                  is_longer=features["is_longer"].to(device))
+        inputs = torch.from_numpy(np.asarray(features["input_features"], dtype=np.float32))
+        is_longer = torch.from_numpy(np.asarray(features["is_longer"], dtype=bool))
+        states = self.audio_model(input_features=inputs.to(device), is_longer=is_longer.to(device))
         return F.normalize(self.audio_projection(states.pooler_output), dim=-1)
 
 

@@ -156,7 +156,7 @@ def test_the_licence_of_an_authors_file_is_told_by_the_table_of_models(made, tmp
     path.symlink_to(made("t5")[0])
     converted = convert(path, tmp_path / "folder", tokenizers=made("t5")[1])
     assert "CC-BY-NC-ND-4.0" in converted.notice
-    assert "keep the folder to yourself" in converted.notice
+    assert "do not redistribute this folder" in converted.notice
     assert (converted.folder / "README.md").read_text().startswith("---\nlicense: cc-by-nc-nd-4.0\n---\n")
 
 

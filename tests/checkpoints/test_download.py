@@ -337,5 +337,5 @@ def test_force_fetches_what_is_in_the_cache_anew(hub, resolve, source):
 
 def test_force_is_for_the_hub(resolve, tmp_path):
     (tmp_path / "model.pth").write_bytes(b"")
-    assert "only what comes from the hub can be fetched anew" in resolve(str(tmp_path / "model.pth"), force=True)[1]
+    assert "only what comes from the hub can be downloaded again" in resolve(str(tmp_path / "model.pth"), force=True)[1]
     assert "tiny is part of this package" in resolve("tiny", force=True)[1]

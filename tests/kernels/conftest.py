@@ -1,5 +1,7 @@
 """The library of the CPU kernels."""
 
+import fcntl
+import os
 import shutil
 
 import pytest
@@ -17,8 +19,16 @@ def library_folders(tmp_path_factory):
         return cpu.folders()
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    folder = tmp_path_factory.mktemp("library")
-    build(folder)
+    if os.environ.get("PYTEST_XDIST_WORKER") is None:
+        folder = tmp_path_factory.mktemp("library")
+        build(folder)
+        return [folder]
+    folder = tmp_path_factory.getbasetemp().parent / "library"               # of all processes of the run
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / cpu.library_name()).exists():
+            build(folder)
     return [folder]
 
 

@@ -99,7 +99,7 @@ def test_a_clapmodel_is_fetched_by_its_name_and_then_works_offline(clap_folder, 
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda place: (place / "config.json").write_text('{"model_type": "bert"}'), "no ClapModel: .*'bert'"),
-    (lambda place: (place / "config.json").write_text("{"), "config.json is not JSON"),
+    (lambda place: (place / "config.json").write_text("{"), "config.json: not valid JSON"),
     (lambda place: (place / "preprocessor_config.json").unlink(), "is not complete: it needs preprocessor_config"),
     (lambda place: (place / "model.safetensors").write_bytes(b""), "model.safetensors is empty"),
 ])
