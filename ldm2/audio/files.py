@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldm2 import atomic
-from ldm2.audio import mp3, tags
+from ldm2.audio import mp3, ogg, tags
 from ldm2.runtime.host import usual_numpy
 
 if TYPE_CHECKING:
@@ -31,6 +31,13 @@ logger = logging.getLogger(__name__)
 
 MOST_CHANNELS = 24                         # of a loudspeaker layout: 22.2, ITU-R BS.2051
 
+# Formats whose decoders skip what is damaged, and what looks for it.
+CHECKS = {"MP3": mp3.check, "OGG": ogg.check}
+# What libsndfile calls the size of the samples in its account of a header; a header alone may be wrong elsewhere.
+STATED: dict[str | None, tuple[str, ...]] = {
+    None: ("data", "ssnd", "data size"), "W64": ("riff",), "RF64": ("riff size",),
+}
+UNKNOWN_SIZE = 2**31 - 1                   # bytes: from here on a header that was written before the end was known
 UNKNOWN_LENGTH = 2**62                     # samples: what libsndfile says where a header does not tell
 
 _BLOCK = 16_384                            # samples per call: the Vorbis writer overruns the stack on long blocks
@@ -209,8 +216,7 @@ def read_channels(path: str | Path, max_seconds: float = math.inf) -> tuple[np.n
     with _opened(path) as file:
         sample_rate = file.samplerate
         _check_length(path, file.frames, sample_rate, max_seconds)
-        if file.format == "MP3":
-            mp3.check(path)
+        _check_whole(path, file)
         dtype = "float64" if _KEEPS.get(file.subtype) in _WIDE else "float32"
         while len(block := file.read(_BLOCK, dtype=dtype, always_2d=True)):
             blocks.append(block.T)
@@ -224,6 +230,18 @@ def read_channels(path: str | Path, max_seconds: float = math.inf) -> tuple[np.n
         raise ValueError(f"{path} holds NaN or infinite values in {np.count_nonzero(~finite)} of {len(finite)} "
                          f"samples, the first at {np.argmin(finite) / sample_rate:.3f} s")
     return waveform, sample_rate
+
+
+def _check_whole(path: Path, file: soundfile.SoundFile) -> None:
+    """Raises ValueError for a file that is shorter than its header says, or whose decoder would skip damaged parts."""
+    if file.format in CHECKS:
+        CHECKS[file.format](path)
+    for line in file.extra_info.splitlines():
+        found = re.match(r"\s*([\w ]+?)\s*:\s*(\d+) \(should be (\d+)\)", line)
+        if found and found[1].lower() in STATED.get(file.format, STATED[None]):
+            stated, there = int(found[2]), int(found[3])
+            if there < stated < UNKNOWN_SIZE:
+                raise ValueError(f"{path} is damaged: it states {stated} bytes of sound, {there} are there")
 
 
 def _check_length(path: Path, num_samples: int, sample_rate: int, max_seconds: float) -> None:

@@ -11,20 +11,21 @@ from pathlib import Path
 import torch
 
 from tests.fuzz.damage import Seeded
+from tests.fuzz.inputs import Arguments, Sounds
 from tests.fuzz.judge import OUTCOMES, SECONDS, Alarm, targets
 
 
 def main() -> int:
     """0 if every case came out right, else 1."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--cases", type=int, default=500, help="how many for each kind of checkpoint")
+    parser.add_argument("--cases", type=int, default=500, help="how many for each kind of input")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         counts = {}
-        for kind, target in targets(place).items():
+        for kind, target in (targets(place) | {"sound": Sounds(), "arguments": Arguments()}).items():
             counts[kind] = Counter()
             (place / "case").mkdir(exist_ok=True)
             for case in range(args.cases):

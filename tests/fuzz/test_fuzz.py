@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.damage import Seeded
+from tests.fuzz.inputs import Arguments, Sounds
 from tests.fuzz.judge import targets
 
 
@@ -37,6 +38,14 @@ def made(tmp_path_factory):
 def test_a_damaged_checkpoint_gives_its_sound_or_is_refused_in_one_line(made, kind, data):
     found, place = made
     verdict = found[kind].case(place, Drawn(data))
+    assert verdict.outcome == "right", verdict
+
+
+@pytest.mark.parametrize("target", [Sounds(), Arguments()], ids=["sounds", "arguments"])
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_wrong_input_is_refused_in_one_line(tmp_path, target, data):
+    verdict = target.case(tmp_path, Drawn(data))
     assert verdict.outcome == "right", verdict
 
 
