@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ldm2 import fields
 from ldm2.audio.files import read_metadata
 
 _FOREIGN_TO_EDITS = ("loop", "seconds")    # of version 0.1.0: written for every edit, though none took them
@@ -25,6 +26,7 @@ def read(path: str | PathLike[str]) -> dict[str, Any]:
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
+    fields.check_file(path)
     reader = {".json": json.loads, ".toml": tomllib.loads}.get(path.suffix.lower())
     told = _comment(path) if reader is None else _parsed(path, reader)
     return _of_today(told)

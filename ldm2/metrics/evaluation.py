@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm2 import audio
+from ldm2 import audio, fields
 from ldm2.metrics import distances
 from ldm2.metrics.embedding import Embedding
 
@@ -96,6 +96,7 @@ def manifest_prompts(manifest: str | Path, paths: Sequence[Path]) -> dict[Path, 
     those whose "status" is "error", do not count. Raises ValueError for lines that make no sense and files without one.
     """
     manifest = Path(manifest).expanduser()
+    fields.check_file(manifest)
     whole = {path.resolve(): path for path in paths}
     names: dict[str, list[Path]] = {}
     for path in paths:

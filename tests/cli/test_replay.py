@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -113,6 +114,14 @@ def test_a_file_of_settings_is_refused_in_one_line(run, tmp_path, name, text, wo
         ldm2.Settings.from_file(name)
     assert words in str(refusal.value) and "\n" not in str(refusal.value)
     assert run("generate", "--settings", name, "--model", "tiny")[0] == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes")
+@pytest.mark.parametrize("name", ["a.json", "a.toml", "a.wav"])
+def test_a_pipe_in_place_of_settings_is_refused(run, tmp_path, name):
+    os.mkfifo(tmp_path / name)                             # a read of it would wait for ever
+    code, _, err = run("generate", "rain", "--model", "tiny", "--settings", name)
+    assert code == 2 and err == f"ldm2: error: {name} is not a file\n"
 
 
 def test_a_sound_of_another_program_is_refused(run):
