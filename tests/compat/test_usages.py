@@ -658,10 +658,13 @@ def _(case):
 @usage("pipe.check_inputs(...)")
 def _(case):
     case.pipe.check_inputs(PROMPT, 1.0, 0.01, 1)
-    for given in ((None, 1.0, 0.01, 1), (PROMPT, 0.001, 0.01, 1), (PROMPT, 1.0, 0.01, 0), (7, 1.0, 0.01, 1)):
+    for words, *given in (
+        ("give either prompt", None, 1.0, 0.01, 1), ("audio_length_in_s must", PROMPT, 0.001, 0.01, 1),
+        ("callback_steps must", PROMPT, 1.0, 0.01, 0), ("prompt must be a string", 7, 1.0, 0.01, 1),
+    ):
         with pytest.raises(ValueError):
             case.oracle.check_inputs(*given)
-        case.refused("", lambda given=given: case.pipe.check_inputs(*given))
+        case.refused(words, lambda given=given: case.pipe.check_inputs(*given))
 
 
 @usage("pipe.score_waveforms(text, audio, n, device, dtype)")
