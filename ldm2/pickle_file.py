@@ -28,7 +28,7 @@ DAMAGED = (
 # What training frameworks leave beside the tensors. None of it is needed, so an Inert stands for it.
 HARMLESS = re.compile(
     r"numpy\.(?:_?core\.multiarray\.(?:scalar|_reconstruct)|ndarray|dtype|dtypes\.\w+|bool_?|u?int\d+|float\d+|generic)"
-    r"|_codecs\.encode|argparse\.Namespace|pathlib\.\w+|datetime\.\w+|uuid\.UUID|types\.SimpleNamespace"
+    r"|_codecs\.encode|argparse\.Namespace|pathlib\.(?:_local\.)?\w+|datetime\.\w+|uuid\.UUID|types\.SimpleNamespace"
     r"|collections\.(?:deque|namedtuple)|functools\.partial"
     r"|(?:builtins\.)?(?:int|float|complex|bool|str|bytes|bytearray|list|tuple|dict|set|frozenset|slice|object|range)"
     r"|(?:pytorch_)?lightning(?:_fabric)?\..*|omegaconf\..*|torch\.optim\..*"
