@@ -41,6 +41,12 @@ _VAE_FIXED = {
 _VOCODER_FIXED = {"model_type": ("hifigan", "speecht5_hifigan"), "architectures": (["SpeechT5HifiGan"], None)}
 
 
+def check_reference(reference: str) -> None:
+    """Raises ValueError for what is none of REFERENCES."""
+    if reference not in REFERENCES:
+        raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
+
+
 @dataclass(frozen=True)
 class UNetConfig:
     """Sizes of the denoiser. Tuples named `..., per level` start at the level of full resolution."""
@@ -82,8 +88,7 @@ class UNetConfig:
         taken as it stands, and so is `num_attention_heads`, which goes before. Raises ValueError naming `source` and
         the field.
         """
-        if reference not in REFERENCES:
-            raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
+        check_reference(reference)
         read = Fields(fields, source)
         read.check_fixed(_UNET_FIXED)
         channels = read.integers("block_out_channels")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -79,6 +79,17 @@ def one_line(error: BaseException, most: int = 200) -> str:
     text = text if len(text) <= most else f"{text[:most]} ..."
     plain = isinstance(error, (ValueError, OSError)) and text
     return text if plain else f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().partition("\n")[0]
+
+
+def few(names: Iterable[str], most: int = 3) -> str:
+    """The first of some names, and dots for the others."""
+    names = list(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def short(value: Any, most: int = 120) -> str:

@@ -16,7 +16,8 @@ from ldm2 import weights
 from ldm2.call import Call
 from ldm2.checkpoints import hub, original
 from ldm2.checkpoints.fit import check_fit
-from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
+from ldm2.checkpoints.known import DEFAULT_MODEL
+from ldm2.config import REFERENCES, UNetConfig, VAEConfig, VocoderConfig
 from ldm2.fields import named, read_json, short
 from ldm2.options import options_of
 from ldm2.pipeline import AudioLDM2
@@ -36,8 +37,6 @@ from ldm2.unet import UNet
 from ldm2.vae import VAE
 from ldm2.vocoder import Vocoder
 
-DEFAULT_MODEL = "cvssp/audioldm2"
-REFERENCES = ("authors", "diffusers")
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -22,11 +22,11 @@ import numpy as np
 
 from ldm2 import solver_options
 from ldm2.fields import read_json, short
+from ldm2.settings import SPACINGS
 from ldm2.solver_options import SolverOptions
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-SPACINGS = ("leading", "trailing", "linspace")
 
 _OLD_SAMPLERS = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
 # Classes whose files describe a noise schedule of this kind. Others (LCM, TCD, EDM, flow matching, ...) belong to

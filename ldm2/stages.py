@@ -376,9 +376,7 @@ class Stages:
     def conditionings(self, settings: Settings) -> tuple[Conditioning, Conditioning | None]:
         """The conditional and the unconditional side of guidance, a row for each waveform and prompt over time.
 
-        The second is None without guidance.
-
-        Without a prompt the unconditional side stands alone.
+        The second is None without guidance. Without a prompt the unconditional side stands alone.
         """
         if not settings.prompts:
             return self.text.unconditional(settings.candidates), None

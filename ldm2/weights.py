@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from ldm2 import pickle_file
 from ldm2.checkpoints.hub import weight_files
-from ldm2.fields import check_file
+from ldm2.fields import check_file, few, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def read_tensors(folder: str | Path, variant: str | None = None, to_copy: bool =
         part = read_safetensors(file) if file.suffix == ".safetensors" else _flat(read_pickle(file), file)
         twice = tensors.keys() & part.keys()
         if twice:
-            raise ValueError(f"{file} repeats {_few(sorted(twice))} of another shard")
+            raise ValueError(f"{file} repeats {few(sorted(twice))} of another shard")
         tensors.update(part)
         places.update(dict.fromkeys(part, file))
     if to_copy and all(file.suffix == ".safetensors" for file in places.values()):
@@ -192,7 +192,7 @@ def rename(
             raise ValueError(f"{source}: {name} would be a second {new_name}")
         renamed[new_name] = tensor
     if unmatched:
-        raise ValueError(f"{source}: {len(unmatched)} unknown keys ({_few(unmatched)})")
+        raise ValueError(f"{source}: {len(unmatched)} unknown keys ({few(unmatched)})")
     return renamed
 
 
@@ -326,7 +326,7 @@ def _check(groups: list[tuple[list[str], Tensor]], tensors: Mapping[str, Tensor]
         if name in known and tensor.shape != known[name].shape
     ]
     problems = [
-        f"{len(names)} {kind} ({_few(names)})"
+        f"{len(names)} {kind} ({few(names)})"
         for kind, names in (
             ("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen),
             (f"not {_names(FLOATS)}", [name for name in tensors if name in known and _odd(tensors[name], known[name])]),
@@ -359,9 +359,5 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _few(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-
-
 def _one_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return first_line(error) or type(error).__name__

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import checkpoints
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig, VAEConfig
 from ldm2.unet import UNet
@@ -19,26 +20,7 @@ ROOT = Path(__file__).parents[1]
 PROMPT = "a dog barking in the rain"
 
 # scheduler/scheduler_config.json of cvssp/audioldm2.
-PUBLISHED = {
-    "_class_name": "DDIMScheduler",
-    "_diffusers_version": "0.20.0.dev0",
-    "beta_end": 0.0195,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.0015,
-    "clip_sample": False,
-    "clip_sample_range": 1.0,
-    "dynamic_thresholding_ratio": 0.995,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
-    "sample_max_value": 1.0,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "thresholding": False,
-    "timestep_spacing": "leading",
-    "trained_betas": None,
-}
+PUBLISHED = checkpoints.SCHEDULER | {"_diffusers_version": "0.20.0.dev0"}
 
 FILM = {
     "class_embed_type": "simple_projection",

@@ -29,10 +29,10 @@ from ldm2.checkpoints.original import configs
 from ldm2.checkpoints.writer import write_safetensors
 from ldm2.config import UNetConfig
 from ldm2.fields import read_json
+from ldm2.runtime.device import DTYPES
 from ldm2.text.ranking import FEATURE_EXTRACTOR
 from ldm2.text.tokenizers import SOURCES, save_tokenizer
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 JOB = "conversion.json"                                    # in FOLDER.partial: what it is made from
 
 # Library and class of each part, in the words of model_index.json. GPT-2 is published as GPT2Model, with which

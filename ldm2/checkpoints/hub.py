@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ldm2.checkpoints import known
 from ldm2.checkpoints.known import Model
-from ldm2.fields import named, one_line, read_json, short
+from ldm2.fields import first_line, named, one_line, read_json, short
 from ldm2.schedules import CLASSES as SCHEDULERS
 
 if TYPE_CHECKING:
@@ -312,7 +312,7 @@ def _fetch(
             raise OSError(refusal) from error
         raise ConnectionError(
             f"{_state(model, wanted, cache_dir, variant)}, and {constants.ENDPOINT} does not answer "
-            f"({type(cause).__name__}: {_first_line(cause)}): {_way_out(model, revision)}"
+            f"({type(cause).__name__}: {first_line(cause)}): {_way_out(model, revision)}"
         ) from error
 
 
@@ -457,7 +457,3 @@ def _refusal(error: BaseException, repo: str, revision: str) -> str | None:
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
         return f"{constants.ENDPOINT} refuses {repo} (HTTP {error.response.status_code}): {sign_in}"
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
+DEFAULT_MODEL = "cvssp/audioldm2"
+
 
 @dataclass(frozen=True)
 class Model:

@@ -18,6 +18,7 @@ from ldm2.batch.job import Job, Survey
 from ldm2.cli import options
 from ldm2.cli.output import say
 from ldm2.options import from_word, options_of, refuse_unknown
+from ldm2.runtime import machine
 from ldm2.settings import PER_PROMPT, Output, Settings
 
 FORMATS = ("flac", "wav", "ogg", "opus", "mp3")
@@ -117,7 +118,7 @@ def _run(job: Job, workers: int | None, left: int, rows: Any, status: Status) ->
     devices = _devices(job, workers, left)
     arguments = [{
         "model": job.model, "out": str(job.folder), "name": f"{job.part}-{number}", "format": job.format,
-        "batch": job.batch, "threads": 0 if workers is None else max(1, _cores() // len(devices)),
+        "batch": job.batch, "threads": 0 if workers is None else max(1, machine.cores() // len(devices)),
         "load": dict(job.load) | {"device": device}, "form": dict(job.form), "defaults": {},
         "allow_extra": job.allow_extra,
     } for number, device in enumerate(devices)]
@@ -138,11 +139,6 @@ def _devices(job: Job, workers: int | None, left: int) -> list[str]:
         return [f"cuda:{int(local) % cards}"]
     count = min(workers or max(1, cards), left)
     return [f"cuda:{number % cards}" if cards else device for number in range(count)]
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _dry_run(job: Job) -> int:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ldm2.checkpoints.known import DEFAULT_MODEL
 from ldm2.options import Option, default_value, options_of
 from ldm2.settings import Output, Settings
 
@@ -21,7 +22,6 @@ HEADINGS = {
     "long sound": "long sounds, loops and prompts over time", "speech models": "speech models",
     "output": "how the file is written",
 }
-MODEL = "cvssp/audioldm2"
 NOT_OPTIONS = ("prompt", "task")           # arguments and commands instead
 
 
@@ -105,8 +105,8 @@ def given(args: argparse.Namespace, cls: type, task: str | None = None) -> dict[
 def add_model_options(command: argparse.ArgumentParser) -> None:
     """Which checkpoint, and where and how it runs."""
     section = command.add_argument_group("the model")
-    section.add_argument("--model", default=MODEL, help="short name, hub name, folder or authors' file; \"tiny\" is "
-                         f"bundled and needs no network (default: {MODEL})")
+    section.add_argument("--model", default=DEFAULT_MODEL, help="short name, hub name, folder or authors' file; "
+                         f"\"tiny\" is bundled and needs no network (default: {DEFAULT_MODEL})")
     add_source_options(section)
     section.add_argument("--tokenizers", metavar="FOLDER", help="for authors' .pth files: a folder with tokenizer and "
                          "tokenizer_2 (default: their own hub repositories)")
@@ -128,7 +128,7 @@ def recorded_model(command: argparse.ArgumentParser) -> None:
 def take_model(args: argparse.Namespace, origin: Mapping[str, Any]) -> None:
     """Fill in what the command line leaves open of the model: from a file's origin, else the defaults."""
     another = args.model is not None and args.model != origin.get("model")
-    for name, default in {"model": MODEL, "revision": None, "reference": "authors", "dtype": "auto"}.items():
+    for name, default in {"model": DEFAULT_MODEL, "revision": None, "reference": "authors", "dtype": "auto"}.items():
         if getattr(args, name) is None:
             told = None if another and name == "revision" else origin.get(name)
             setattr(args, name, default if told is None else told)

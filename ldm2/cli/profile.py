@@ -83,13 +83,12 @@ def check_trace(path: str | Path, overwrite: bool) -> Path:
 
 def _pipeline(args: argparse.Namespace) -> AudioLDM2:
     """The checkpoint, or a random model."""
-    from ldm2 import loading
     from ldm2.checkpoints import random_models
     from ldm2.runtime.compilation import check_compiler, compile_step
     from ldm2.runtime.device import choose_device, choose_dtype
 
     if args.random is None:
-        args.model = args.model or loading.DEFAULT_MODEL
+        args.model = args.model or options.DEFAULT_MODEL
         return options.load(args)
     for name in ("model", "revision", "variant", "tokenizers"):
         if getattr(args, name) is not None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm2.checkpoints import known
+from ldm2.fields import few
 
 if TYPE_CHECKING:
     from ldm2.checkpoints.verify import Compared
@@ -81,16 +81,11 @@ def report(model: known.Model, local_files_only: bool = False) -> dict:
     told = {"model": model.name, "repo": model.repo}
     try:
         path = hub.resolve(model.name, local_files_only=local_files_only)
-        return told | {"commit": _commit(path)} | _checks(model, path)
+        return told | {"commit": hub.commit_of(path)} | _checks(model, path)
     except (FileNotFoundError, ConnectionError) as error:
         return told | {"outcome": SKIPPED, "reason": str(error)}
     except (ValueError, OSError, ArithmeticError) as error:
         return told | {"outcome": FAILED, "reason": " ".join(str(error).split())}
-
-
-def _commit(path: Path) -> str | None:
-    """The commit that a file or folder of the hub's cache belongs to."""
-    return next((part for part in reversed(path.parts) if re.fullmatch("[0-9a-f]{40}", part)), None)
 
 
 def _checks(model: known.Model, path: Path) -> dict:
@@ -147,7 +142,7 @@ def lines(told: dict) -> list[str]:
         result.append(f"  {part} says " + ", ".join(f"{field} {json.dumps(value)}" for field, value in fields.items()))
     for part, keys in told.get("keys", {}).items():
         dropped = keys["dropped"]
-        rest = f"all but {len(dropped)} used, dropped by name: {_few(dropped)}" if dropped else "all used"
+        rest = f"all but {len(dropped)} used, dropped by name: {few(dropped, 4)}" if dropped else "all used"
         result.append(f"  {part}: {keys['tensors']} tensors, {rest}")
     if told.get("ranking"):
         result.append(f"  ranking: {told['ranking']}")
@@ -161,7 +156,3 @@ def lines(told: dict) -> list[str]:
             f"    distance {pin['distance']:.1e}: {'agrees' if pin['agrees'] else 'DIFFERS'}",
         ]
     return [*result, f"  {told['outcome']}" + (f": {told['reason']}" if told["reason"] else "")]
-
-
-def _few(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -72,14 +72,14 @@ def load(
     path = _find(name, revision, local_files_only)
     if path.is_file():
         ranker = original.ranker(original.read(path), device=device, local_files_only=local_files_only)
-        return Embedding(ranker, name, _commit(path) or _digest([path]))
+        return Embedding(ranker, name, hub.commit_of(path) or _digest([path]))
     if (path / "model_index.json").is_file():
         ranker, weight_folder = Ranker.from_folder(path, device=device), path / "text_encoder"
     else:
         ranker, weight_folder = _clap(path, device), path
     model = known.find(name)
     bundled = f"ldm2 {__version__}" if model is not None and model.layout == "bundled" else None
-    return Embedding(ranker, name, bundled or _commit(path) or _digest(hub.weight_files(weight_folder)))
+    return Embedding(ranker, name, bundled or hub.commit_of(path) or _digest(hub.weight_files(weight_folder)))
 
 
 def _clap(folder: Path, device: torch.device | str) -> Ranker:
@@ -121,11 +121,6 @@ def _fetch(name: str, revision: str | None, patterns: Sequence[str], local_files
     except (OSError, errors.HTTPError) as error:
         reason = " ".join(str(error).split())[:200]
         raise OSError(f"{name} is not in the cache and cannot be fetched ({type(error).__name__}: {reason})") from None
-
-
-def _commit(path: Path) -> str | None:
-    """The commit that a file or folder of the hub's cache belongs to."""
-    return next((part for part in reversed(path.parts) if re.fullmatch("[0-9a-f]{40}", part)), None)
 
 
 def _digest(files: Sequence[Path]) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ldm2 import weights
 from ldm2.conditioning import Conditioning
+from ldm2.config import check_reference
 from ldm2.fields import named, read_json, short
 from ldm2.options import check_text
 from ldm2.runtime.inference import inference
@@ -31,7 +32,6 @@ from ldm2.text.tokenizers import read_folder
 
 __all__ = ["Conditioning", "TextEncoder"]
 
-REFERENCES = ("authors", "diffusers")
 NUM_VECTORS = 8                # vectors that GPT-2 writes
 NUM_SPEECH_VECTORS = 512       # the same in the speech models
 
@@ -64,8 +64,7 @@ class TextEncoder(nn.Module):
         num_vectors: int | None = None, reference: str = "authors",
     ):
         super().__init__()
-        if reference not in REFERENCES:
-            raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
+        check_reference(reference)
         self.clap, self.t5, self.phonemes, self.projection, self.gpt2 = clap, t5, phonemes, projection, gpt2
         self.reference = reference
         self.num_vectors = self._num_vectors(num_vectors)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from ldm2.fields import one_line, read_json, short
+from ldm2.fields import first_line, one_line, read_json, short
 
 if TYPE_CHECKING:
     import transformers
@@ -93,7 +93,7 @@ class TextTokenizer:
         except BaseException as error:                     # nothing more precise, and panics are not even an Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise ValueError(f"{path} is no tokenizer ({_first_line(error)})") from error
+            raise ValueError(f"{path} is no tokenizer ({first_line(error)})") from error
         config = path.with_name("tokenizer_config.json")
         fields = read_json(config) if config.is_file() else {}
         limit = fields.get("model_max_length", fields.get("max_len"))
@@ -257,7 +257,7 @@ def from_hub(source: Source, local_files_only: bool = False) -> Path:
     repository, subfolder = source.repositories[0]
     raise OSError(
         f"the {source.kind} of {repository} is not in the cache and could not be fetched "
-        f"({_first_line(reason)}): pass tokenizers=FOLDER with {source.folder}/ in it"
+        f"({first_line(reason)}): pass tokenizers=FOLDER with {source.folder}/ in it"
     ) from reason
 
 
@@ -268,7 +268,3 @@ def _fetch(repository: str, subfolder: str, cached: bool) -> Path:
     prefix = f"{subfolder}/" if subfolder else ""
     patterns = [f"{prefix}{file}" for file in FILES]
     return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=cached)) / subfolder
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

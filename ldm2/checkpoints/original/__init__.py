@@ -12,7 +12,7 @@ from disk. `read` gives each part as a published hub folder would hold it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from ldm2 import weights
 from ldm2.checkpoints.original import configs as configs
 from ldm2.checkpoints.original import keys as keys
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
-from ldm2.fields import named
+from ldm2.fields import few, named
 from ldm2.schedules import Schedule
 from ldm2.text.encoder import TextEncoder
 from ldm2.text.encoders import ClapText, T5Text
@@ -259,9 +259,9 @@ def _groups(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensors]:
                 groups.setdefault(prefix, {})[name.removeprefix(prefix)] = tensor
     if not groups:
         kind = "a LoRA" if any("lora" in name.lower() for name in tensors) else "no checkpoint of the authors"
-        raise ValueError(f"{source} is {kind}: found {len(tensors)} tensors ({_few(tensors)}), expected {EXPECTED}")
+        raise ValueError(f"{source} is {kind}: found {len(tensors)} tensors ({few(tensors)}), expected {EXPECTED}")
     if unknown:
-        raise ValueError(f"{source} holds {len(unknown)} unknown tensors ({_few(unknown)}), expected {EXPECTED}")
+        raise ValueError(f"{source} holds {len(unknown)} unknown tensors ({few(unknown)}), expected {EXPECTED}")
     return groups
 
 
@@ -270,7 +270,7 @@ def _check_average(tensors: Mapping[str, Tensor], groups: Mapping[str, Tensors],
     there = {name.replace(".", "") for name in groups.get(_UNET, ())}
     lost = [name for name in tensors if name.startswith(_AVERAGE) and name.removeprefix(_AVERAGE) not in there]
     if there and lost:
-        raise ValueError(f"{source} is not complete: its UNet lacks what {_few(lost)} is the moving average of")
+        raise ValueError(f"{source} is not complete: its UNet lacks what {few(lost)} is the moving average of")
 
 
 def _models(groups: Mapping[str, Tensors], config: Mapping[str, Any], source: str) -> dict[str, Part]:
@@ -337,7 +337,7 @@ def _stages(groups: Mapping[str, Tensors], source: str) -> dict[str, list[Tensor
         if _STAGE.fullmatch(prefix):
             kinds = [kind for kind, pattern in _KINDS.items() if any(re.fullmatch(pattern, name) for name in tensors)]
             if len(kinds) != 1:
-                raise ValueError(f"{source}: {prefix}* is none of {', '.join(_KINDS)} ({_few(tensors)})")
+                raise ValueError(f"{source}: {prefix}* is none of {', '.join(_KINDS)} ({few(tensors)})")
             stages[kinds[0]].append(tensors)
     return stages
 
@@ -349,7 +349,7 @@ def _check_names(copies: list[Tensors], source: str, kind: str) -> None:
         differing = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
         differing = [name for name in differing if not _TABLES.fullmatch(name)]
         if differing:
-            raise ValueError(f"{source} is not complete: its {len(copies)} {kind} differ in {_few(differing)}")
+            raise ValueError(f"{source} is not complete: its {len(copies)} {kind} differ in {few(differing)}")
 
 
 def _check_copies(copies: list[Tensors], source: str) -> None:
@@ -367,8 +367,3 @@ def _inside(tensors: Tensors, prefix: str) -> Tensors:
 
 def _outside(tensors: Tensors, prefix: str) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-
-
-def _few(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

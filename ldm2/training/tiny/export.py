@@ -12,22 +12,11 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 
+from ldm2.checkpoints.original import configs
 from ldm2.training.tiny.contrast import feature_extractor
 from ldm2.training.tiny.text import WIDTH, TextSide
 
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "beta_end": 0.0195,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.0015,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-}
+SCHEDULER = configs.SCHEDULER | {"skip_prk_steps": True}
 _INDEX = {
     "_class_name": "AudioLDM2Pipeline",
     "_diffusers_version": "0.21.0",

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from ldm2.conditioning import Conditioning
+from ldm2.text.encoder import NUM_VECTORS
 from ldm2.text.encoders import ClapText, T5Text
 from ldm2.text.gpt2 import Projection, ProjectionConfig, continue_sequence
 from ldm2.text.tokenizers import TextTokenizer
@@ -23,7 +24,6 @@ from ldm2.training.loop import Clock, Recipe, train
 from ldm2.training.tiny.data import Pool
 from ldm2.training.tiny.sounds import KINDS, LEVELS, halves
 
-NUM_VECTORS = 8                            # that GPT-2 writes
 WIDTH = 64                                 # of everything here
 _DROPPED = 0.1                             # of the prompts
 
