@@ -14,11 +14,17 @@ VERSION = next(line.split('"')[1] for line in INIT if line.startswith("__version
 
 PLOT = ["matplotlib>=3.8"]
 BATCH = ["pyarrow>=15"]
+RAY = ["ray[data,serve]>=2.51"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus-client>=0.20"]
+UI = [*SERVE, "gradio>=6.1,<7"]
 TTS = ["phonemizer>=3.3"]
 KERNELS = ["triton>=3.3; sys_platform == 'linux'"]
 DEV = ["ruff>=0.15", "mypy>=2.0"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "diffusers==0.42.1", "scipy>=1.11", *PLOT, *KERNELS]
+# What the tests compare with, and what they drive: a browser, a notebook, a cluster on this machine.
+ORACLES = ["diffusers==0.42.1", "peft>=0.18", "scipy>=1.11"]
+DRIVERS = ["httpx>=0.27", "selenium>=4.20", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", *ORACLES, *DRIVERS, *PLOT, *KERNELS, *BATCH, *RAY, *UI]
 
 BUILD_KERNELS = os.environ.get("LDM2_BUILD_KERNELS") == "1"
 
@@ -73,8 +79,8 @@ setup(
         "soxr>=0.5",
         "tqdm>=4.63",
     ],
-    extras_require={"plot": PLOT, "batch": BATCH, "tts": TTS, "kernels": KERNELS, "test": TEST, "dev": DEV,
-                    "docs": DOCS},
+    extras_require={"plot": PLOT, "batch": BATCH, "ray": RAY, "serve": SERVE, "ui": UI, "tts": TTS,
+                    "kernels": KERNELS, "test": TEST, "dev": DEV, "docs": DOCS},
     entry_points={"console_scripts": ["ldm2=ldm2.__main__:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
