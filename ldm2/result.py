@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldm2 import __version__, audio
+from ldm2.audio import spectrogram
 from ldm2.audio.finish import finish
 from ldm2.options import options_of, refuse_unknown
 from ldm2.settings import Output, Settings, row_settings
@@ -88,7 +89,7 @@ class Result:
         )
 
     def _repr_html_(self) -> str:
-        """A player for each waveform in a notebook, with its spectrogram where matplotlib is installed."""
+        """A player for each waveform in a notebook, with its spectrogram."""
         return f"<p>{html.escape(repr(self))}</p>" + "".join(map(_player, self))
 
     def save(self, path: str | Path, overwrite: bool = False, **form: Any) -> list[Path]:
@@ -140,19 +141,10 @@ def output_of(form: dict[str, Any]) -> Output:
 def _player(one: Result) -> str:
     """HTML of a result of one waveform."""
     sound = base64.b64encode(one.to_wav()).decode()
-    return (f"<figure>{_picture(one)}<br><audio controls src=\"data:audio/wav;base64,{sound}\"></audio>"
+    picture = base64.b64encode(spectrogram.png(one.mel[0].numpy().T)).decode()
+    return (f"<figure><img alt=\"log-mel spectrogram\" src=\"data:image/png;base64,{picture}\"><br>"
+            f"<audio controls src=\"data:audio/wav;base64,{sound}\"></audio>"
             f"<figcaption>{html.escape(one._about())}</figcaption></figure>")
-
-
-def _picture(one: Result) -> str:
-    """HTML of the spectrogram, or nothing without matplotlib."""
-    try:
-        from ldm2.audio import plot
-
-        png = base64.b64encode(plot.spectrogram_png(one.mel[0].numpy())).decode()
-    except ImportError:
-        return ""
-    return f"<img alt=\"log-mel spectrogram\" src=\"data:image/png;base64,{png}\">"
 
 
 def collect(

@@ -1,17 +1,16 @@
-"""Pictures of sounds. Needs matplotlib: the extra `plot`."""
+"""Pictures of sounds side by side. Needs matplotlib: the extra `plot`."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ldm2 import atomic
+from ldm2.audio.spectrogram import LOWEST, decibels
 from ldm2.runtime.host import usual_numpy
 
-LOWEST = -100.0                                            # dB of full scale
 WIDEST = 30.0                                              # dB of difference
 
 
@@ -43,7 +42,7 @@ def compare(
 
     if original.ndim != 1 or original.shape != other.shape:
         raise ValueError(f"two waveforms (N,) of one length are needed, got {original.shape} and {other.shape}")
-    pictures = [_decibels(waveform, sample_rate) for waveform in (original, other)]
+    pictures = [decibels(waveform, sample_rate) for waveform in (original, other)]
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3, sharex=True, sharey=True)
@@ -62,30 +61,3 @@ def compare(
     axes[0].set_ylabel("frequency in Hz")
     with atomic.whole(Path(path), overwrite) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
-
-
-@usual_numpy
-def spectrogram_png(mel: np.ndarray) -> bytes:
-    """A log-mel spectrogram (T, F) as a small PNG without axes, time from left to right. Needs matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 1.6))
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(mel.T, origin="lower", aspect="auto", cmap="magma", interpolation="nearest")
-    axes.set_axis_off()
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
-    return file.getvalue()
-
-
-def _decibels(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Levels (frequency, time) of windows of 64 ms; a sine of full scale is 0 dB."""
-    width = max(16, round(0.064 * sample_rate))
-    hop = max(1, width // 4, len(waveform) // 4000)        # no more columns than a picture can show
-    window = np.hanning(width)
-    padded = np.pad(waveform, width // 2)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, width)[::hop]
-    magnitudes = np.abs(np.fft.rfft(frames * window)).T / (window.sum() / 2)
-    return 20 * np.log10(np.maximum(magnitudes, 10 ** (LOWEST / 20)))
