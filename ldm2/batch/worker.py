@@ -9,8 +9,7 @@ import functools
 import json
 import queue
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,15 @@ import torch
 
 import ldm2
 from ldm2 import audio
+from ldm2.batch.maker import Maker, one_line
 from ldm2.batch.manifest import ERROR, OK, Manifest
-from ldm2.batch.rows import Row, Rules, canonical
-from ldm2.call import Call
-from ldm2.conditioning import Conditioning
+from ldm2.batch.rows import Row, Rules
 from ldm2.result import Result, output_of
-from ldm2.runtime.inference import inference
-from ldm2.runtime.memory import out_of_memory
-from ldm2.samplers import Cancelled
-from ldm2.settings import GENERATE, PER_PROMPT, Settings
 
 Record = dict[str, Any]
 
-SECONDS_AT_ONCE = {"cpu": 40.0, "cuda": 640.0}             # of sound in one run, with batch=0
-ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}
-_TEXTS = 1024                              # conditionings that are kept
 
-
-class Worker:
+class Worker(Maker):
     """Rows -> sound files below a folder. Everything that it is built of is a string, a number, or a table of such.
 
     model, load: as of `ldm2.load`
@@ -56,16 +46,13 @@ class Worker:
     ):
         if threads:
             torch.set_num_threads(threads)
-        self.folder, self.format, self.batch, self.form = Path(out), format, batch, dict(form or {})
+        self.folder, self.format, self.form = Path(out), format, dict(form or {})
         output_of(self.form)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.manifest = Manifest(self.folder / f"manifest-{name}.jsonl")
-        self.pipe = ldm2.load(model, **(load or {}))
+        super().__init__(ldm2.load(model, **(load or {})), batch)
         origin = {part: self.pipe.origin[part] for part in ("model", "revision", "reference")}
         self.rules = Rules(origin, dict(defaults or {}), allow_extra)
-        self.stopped: Callable[[], bool] = lambda: False   # asked after each step; True ends `run` with Cancelled
-        self._fits: dict[str, int] = {}                    # by group: what has been found by running out of memory
-        self._conditionings: dict[tuple, tuple[Conditioning, Conditioning | None]] = {}
 
     def __call__(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """A table of rows by its columns -> a table of their records; what is missing is None or NaN."""
@@ -89,113 +76,32 @@ class Worker:
         with _Writer(functools.partial(self._write, done)) as writer:
             for row in rows:
                 if row.error is not None:
-                    writer.put(row, row.error, 0)
-            for group in self._groups([row for row in rows if row.error is None]):
-                for row, made, spent in self._made(*group):
+                    writer.put(row, ValueError(row.error), 0)
+            for group in self.groups([row for row in rows if row.error is None]):
+                for row, made, spent in self.made(*group):
                     writer.put(row, made, spent)
             records = writer.finish()
         return [records[id(row)] for row in rows]
 
-    def _groups(self, rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-        """Rows that can run together, each group with a name."""
-        groups: dict[str, list[Row]] = {}
-        for row in rows:
-            alone = row.options["task"] != GENERATE or {"prompt_at", "num_waveforms"} & set(row.options)
-            shape = {name: value for name, value in row.options.items() if name not in (*PER_PROMPT, "seed")}
-            texts = [name for name in PER_PROMPT if name in row.options]
-            groups.setdefault(row.id if alone else canonical([shape, texts]), []).append(row)
-        yield from groups.items()
-
-    def _made(self, group: str, rows: list[Row]) -> Iterator[tuple[Row, Result | str, float]]:
-        """Each row with its sound, or one line why there is none, and its share of the time in ms."""
-        waiting = list(rows)
-        size = min(self._size(rows[0]), self._fits.get(group, len(rows)))
-        while waiting:
-            taken, start = waiting[:size], time.perf_counter()
-            try:
-                results = self._results(taken)
-            except Cancelled:
-                raise
-            except Exception as error:                     # whatever a row does must not end the job
-                if len(taken) == 1:
-                    yield taken[0], _line(error), 1e3 * (time.perf_counter() - start)
-                    del waiting[:1]
-                elif out_of_memory(error):
-                    self._fits[group] = size = max(1, len(taken) // 2)
-                    torch.cuda.empty_cache()
-                else:                                      # one of them is to blame
-                    for row in taken:
-                        yield from self._made(row.id, [row])
-                    del waiting[:size]
-                continue
-            spent = 1e3 * (time.perf_counter() - start) / len(taken)
-            yield from ((row, result, spent) for row, result in zip(taken, results))
-            del waiting[:size]
-
-    def _size(self, row: Row) -> int:
-        """How many rows like this one run together."""
-        if self.batch:
-            return self.batch
-        kind = "cuda" if self.pipe.device.type == "cuda" else "cpu"
-        seconds = Settings(**row.options).resolved(self.pipe.defaults, duration=float("inf")).seconds or 10.0
-        return max(1, min(ROWS_AT_ONCE[kind], int(SECONDS_AT_ONCE[kind] / seconds)))
-
-    def _results(self, rows: Sequence[Row]) -> list[Result]:
-        """The sounds of rows that can run together; of several candidates of a row, the best."""
-        options = dict(rows[0].options)
-        task = options.pop("task")
-        options["callback"] = lambda step, total, latents: not self.stopped()
-        if task != GENERATE:
-            return [getattr(self.pipe, task)(rows[0].input, **options)[0]]
-        if "prompt_at" in options or "num_waveforms" in options:
-            return [self.pipe.generate(**options)[0]]
-        for name in (*PER_PROMPT, "seed"):
-            if name in options:
-                options[name] = [row.options[name] for row in rows]
-        return list(self.pipe.run(Call.of(GENERATE, self.pipe.origin, **options), self._encoded))
-
-    @inference
-    def _encoded(self, settings: Settings) -> tuple[Conditioning, Conditioning | None]:
-        """Both sides of guidance for prompts that are encoded each alone, and once."""
-        texts = {name: settings.each(name) or [None] * len(settings.prompts) for name in PER_PROMPT}
-        pairs = [self._encoded_alone(settings.guided, **dict(zip(texts, each))) for each in zip(*texts.values())]
-        if len(pairs) == 1:
-            return pairs[0]
-        other = Conditioning.join([pair[1] for pair in pairs]) if settings.guided else None
-        return Conditioning.join([pair[0] for pair in pairs]), other
-
-    def _encoded_alone(
-        self, guided: bool, prompt: str, negative_prompt: str | None, **speech: str | None
-    ) -> tuple[Conditioning, Conditioning | None]:
-        """Both sides of guidance for one prompt."""
-        key = (guided, prompt, negative_prompt, *speech.values())
-        if key not in self._conditionings:
-            if len(self._conditionings) >= _TEXTS:
-                self._conditionings.pop(next(iter(self._conditionings)))
-            one = self.pipe.encode([prompt], **speech)
-            other = self.pipe.encode_unconditional(one, negative_prompt, **speech) if guided else None
-            self._conditionings[key] = one, other
-        return self._conditionings[key]
-
-    def _write(self, done: Callable[[Record], object], row: Row, made: Result | str, spent: float) -> Record:
+    def _write(self, done: Callable[[Record], object], row: Row, made: Result | Exception, spent: float) -> Record:
         """Write the file of a row, then its line. Raises OSError if that cannot be done."""
         record = {"id": row.id, "path": None, "status": ERROR, "error": None, "seed": row.options.get("seed"),
                   "seconds": None, "sample_rate": None, "score": None, "ms": round(spent, 1), "bytes": None,
                   "line": row.line, "asked": row.asked, "prompt": row.options.get("prompt")}
-        if isinstance(made, str):
-            record["error"] = made if made.startswith("line ") else f"line {row.line}: {made}"
+        if isinstance(made, Exception):
+            record["error"] = row.error or f"line {row.line}: {one_line(made)}"
         else:
             path = self.folder / f"{row.path}.{self.format}"
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                made.save(path, overwrite=True, **self.form)
+                made[0].save(path, overwrite=True, **self.form)
                 about = audio.describe(path)
                 record |= {"path": f"{row.path}.{self.format}", "status": OK, "seed": made.seeds[0],
                            "seconds": round(about.num_samples / about.sample_rate, 6),
                            "sample_rate": about.sample_rate, "bytes": path.stat().st_size,
                            "score": None if made.scores is None else made.scores[0]}
             except ValueError as error:                    # of the sound: silence that has no loudness, for one
-                record["error"] = f"line {row.line}: {_line(error)}"
+                record["error"] = f"line {row.line}: {one_line(error)}"
         record |= {name: value for name, value in _plain(row.extra).items() if name not in record}
         self.manifest.add(record)
         done(record)
@@ -254,10 +160,3 @@ def _given(columns: Mapping[str, Any]) -> dict[str, Any]:
 def _plain(extra: Mapping[str, Any]) -> dict[str, Any]:
     """Columns to carry through as JSON has them."""
     return json.loads(json.dumps(extra, default=str))
-
-
-def _line(error: Exception) -> str:
-    """An error in one line; what is not one of input or arithmetic with its kind."""
-    text = " ".join(str(error).split())[:500]
-    known = isinstance(error, (ValueError, OSError, ArithmeticError))
-    return text if known and text else f"{type(error).__name__}: {text}"

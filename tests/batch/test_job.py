@@ -84,8 +84,8 @@ def test_rows_in_company_are_the_same_up_to_rounding(tmp_path, reference):
     made = Worker("tiny", str(tmp_path), load={"reference": reference})
     rules = Rules({})
     rows = [rules.row(i, {"prompt": prompt, **SHORT}) for i, prompt in enumerate(["hum", "a very long " * 9, "wind b"])]
-    for together, row in zip(made._results(rows), rows):
-        assert relative(together.waveforms, made._results([row])[0].waveforms) < 1e-4
+    for together, row in zip(made.results(rows), rows):
+        assert relative(together.waveforms, made.results([row])[0].waveforms) < 1e-4
 
 
 def test_shards_together_are_one_run(batch, tmp_path):
@@ -182,7 +182,7 @@ def test_a_folder_in_use_is_refused_until_its_owner_ends(batch, tmp_path):
 
 def test_out_of_memory_halves_and_goes_on(tmp_path):
     made, sizes = Worker("tiny", str(tmp_path), batch=8), []
-    results = made._results
+    results = made.results
 
     def little(rows):
         sizes.append(len(rows))
@@ -190,7 +190,7 @@ def test_out_of_memory_halves_and_goes_on(tmp_path):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return results(rows)
 
-    made._results = little
+    made.results = little
     rules = Rules({})
     rows = [rules.row(i, {"prompt": "hum", "id": f"{i}", **SHORT}) for i in range(7)]
     assert [record["status"] for record in made.run(rows)] == ["ok"] * 7
@@ -199,14 +199,14 @@ def test_out_of_memory_halves_and_goes_on(tmp_path):
 
 def test_a_row_that_fails_among_others_fails_alone(tmp_path):
     made = Worker("tiny", str(tmp_path))
-    results = made._results
+    results = made.results
 
     def fails(rows):
         if any(row.id == "3" for row in rows):
             raise RuntimeError("a kernel\nis broken")
         return results(rows)
 
-    made._results = fails
+    made.results = fails
     rules = Rules({})
     records = made.run([rules.row(i, {"prompt": "hum", "id": f"{i}", **SHORT}) for i in range(5)])
     assert [record["status"] for record in records] == ["ok", "ok", "ok", "error", "ok"]
