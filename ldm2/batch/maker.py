@@ -130,10 +130,3 @@ class Maker:
             other = self.pipe.encode_unconditional(one, negative_prompt, **speech) if guided else None
             self._conditionings[key] = one, other
         return self._conditionings[key]
-
-
-def one_line(error: Exception) -> str:
-    """An error in one line; what is not one of input or arithmetic with its kind."""
-    text = " ".join(str(error).split())[:500]
-    known = isinstance(error, (ValueError, OSError, ArithmeticError))
-    return text if known and text else f"{type(error).__name__}: {text}"

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm2.batch import manifest
-from ldm2.batch.rows import Row, canonical
+from ldm2.batch.rows import LONGEST_REASON, Row, canonical
+from ldm2.fields import one_line
 from ldm2.settings import PER_PROMPT
 
 WINDOW = 4096                              # rows that are looked at together, to group those that are alike
@@ -200,7 +201,7 @@ def _serve(connection: Connection, parent: int, arguments: dict[str, Any]) -> No
     except (EOFError, BrokenPipeError):
         return
     except Exception as error:
-        connection.send(("fatal", " ".join(str(error).split()) or type(error).__name__))
+        connection.send(("fatal", one_line(error, LONGEST_REASON)))
         sys.exit(1)
 
 

@@ -10,11 +10,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ldm2.fields import one_line
 from ldm2.options import check_text, default_value, from_word, options_of
 from ldm2.settings import EDITS, GENERATE, PER_PROMPT, RECONSTRUCT, TASKS, Output, Settings
 
 LONGEST_TEXT = 10_000                      # characters of a prompt
 LONGEST_ID = 200                           # characters
+LONGEST_REASON = 500                       # characters of why a row failed
 # What the manifest says of a row. Other columns of these names are carried through with "row_" before them.
 MANIFEST = ("id", "path", "status", "error", "seed", "seconds", "sample_rate", "score", "ms", "bytes", "line", "asked",
             "prompt")
@@ -84,7 +86,7 @@ class Rules:
             row_id = row_id if named is None else _checked_id(named)
             options, source, asked = self._options(given)
         except (ValueError, TypeError, RecursionError, OverflowError) as error:
-            return Row(line, row_id, extra=extra, error=f"line {line}: {' '.join(str(error).split()):.500}")
+            return Row(line, row_id, extra=extra, error=f"line {line}: {one_line(error, LONGEST_REASON)}")
         if named is None:
             row_id = digest(canonical([options, source, dict(self.origin)]))
         options.setdefault("seed", seed_of(row_id))

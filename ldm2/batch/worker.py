@@ -17,9 +17,10 @@ import torch
 
 import ldm2
 from ldm2 import audio
-from ldm2.batch.maker import Maker, one_line
+from ldm2.batch.maker import Maker
 from ldm2.batch.manifest import ERROR, OK, Manifest
-from ldm2.batch.rows import Row, Rules
+from ldm2.batch.rows import LONGEST_REASON, Row, Rules
+from ldm2.fields import one_line
 from ldm2.result import Result, output_of
 
 Record = dict[str, Any]
@@ -89,7 +90,7 @@ class Worker(Maker):
                   "seconds": None, "sample_rate": None, "score": None, "ms": round(spent, 1), "bytes": None,
                   "line": row.line, "asked": row.asked, "prompt": row.options.get("prompt")}
         if isinstance(made, Exception):
-            record["error"] = row.error or f"line {row.line}: {one_line(made)}"
+            record["error"] = row.error or f"line {row.line}: {one_line(made, LONGEST_REASON)}"
         else:
             path = self.folder / f"{row.path}.{self.format}"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +102,7 @@ class Worker(Maker):
                            "sample_rate": about.sample_rate, "bytes": path.stat().st_size,
                            "score": None if made.scores is None else made.scores[0]}
             except ValueError as error:                    # of the sound: silence that has no loudness, for one
-                record["error"] = f"line {row.line}: {one_line(error)}"
+                record["error"] = f"line {row.line}: {one_line(error, LONGEST_REASON)}"
         record |= {name: value for name, value in _plain(row.extra).items() if name not in record}
         self.manifest.add(record)
         done(record)

@@ -8,7 +8,6 @@ sections 3.4 and 3.5 (style transfer, inpainting and super-resolution).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -247,8 +246,7 @@ def _origin(sound: Sound) -> dict[str, str]:
     """Which file an edit was made of: its path, and a digest of what was in it."""
     if sound.path is None:
         return {}
-    with open(sound.path, "rb") as file:
-        return {"input": str(sound.path), "input_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"input": str(sound.path), "input_sha256": str(sound.sha256)}
 
 
 def _one_draw(noise: SeededNoise) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +25,7 @@ class Sound:
     channels: (channels, N) at `sample_rate` Hz, float32 (float64 where a file holds more, see audio.read_channels)
     mono: (N,), the one channel that a model hears of them
     path, encoding: of the file (see audio.FileInfo), or None if there is none
+    sha256: of the file's bytes when it was read, or None
     """
 
     channels: np.ndarray
@@ -30,6 +33,7 @@ class Sound:
     sample_rate: int
     path: Path | None = None
     encoding: str | None = None
+    sha256: str | None = None
 
     @property
     def seconds(self) -> float:
@@ -51,19 +55,35 @@ def open_sound(
     channel:     index from 0 of the channel that a model hears, None for the mean of all
 
     Raises ValueError, one line, for what is not a sound (no samples, NaN or infinite ones, another shape or order,
-    integers, no rate, a file that cannot be read, a channel that is not there), and OSError for a file that is not
-    there.
+    integers, no rate, a file that cannot be read or that changes meanwhile, a channel that is not there), and OSError
+    for a file that is not there.
     """
     if isinstance(source, Sound):
         return replace(source, mono=audio.mix(source.channels, channel))
     if isinstance(source, (str, Path)):
         if sample_rate is not None:
             raise ValueError(f"do not pass sample_rate {sample_rate} for a file: {source} carries its own")
-        path = Path(source)
-        channels, rate = audio.read_channels(path, MAX_SECONDS)
-        try:
-            return Sound(channels, audio.mix(channels, channel), rate, path, audio.describe(path).encoding)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        return _read(Path(source), channel)
     channels = np.atleast_2d(audio.as_samples(source))
     return Sound(channels, audio.mix(channels, channel), audio.check_rate(sample_rate))
+
+
+def _read(path: Path, channel: int | None) -> Sound:
+    """A sound from a file, with a digest of the bytes that it was made of."""
+    about = audio.describe(path)                           # refuses what is no regular file, which could not be hashed
+    before = _state(path)
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    channels, rate = audio.read_channels(path, MAX_SECONDS)
+    if _state(path) != before:
+        raise ValueError(f"{path} has changed while it was read")
+    try:
+        return Sound(channels, audio.mix(channels, channel), rate, path, about.encoding, sha256)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes when somebody writes to a file, or puts another in its place."""
+    about = os.stat(path)
+    return about.st_ino, about.st_size, about.st_mtime_ns

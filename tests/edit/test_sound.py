@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ import soundfile
 import torch
 
 import ldm2
-from ldm2 import tiling
+from ldm2 import audio, tiling
 from ldm2.edit import sound
 from ldm2.mel import MEL_48KHZ, MelConfig, config_for, log_mel
 from ldm2.windows import plan
@@ -138,6 +139,23 @@ def test_a_file_is_opened_with_all_its_channels(tmp_path):
     assert (opened.sample_rate, opened.encoding, opened.path) == (22_050, "float32", tmp_path / "x.wav")
     np.testing.assert_allclose(opened.mono, stereo.mean(axis=0), atol=1e-7)
     assert np.array_equal(sound.open_sound(str(tmp_path / "x.wav"), channel=1).mono, stereo[1])
+
+
+def test_a_file_has_the_digest_of_the_bytes_that_were_read(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "x.wav", noise(100), RATE)
+    digest = hashlib.sha256((tmp_path / "x.wav").read_bytes()).hexdigest()
+    opened = sound.open_sound(tmp_path / "x.wav")
+    soundfile.write(tmp_path / "x.wav", noise(200), RATE)
+    assert opened.sha256 == digest
+    read = audio.read_channels
+
+    def changed(path, *rest):
+        soundfile.write(path, noise(300), RATE)
+        return read(path, *rest)
+
+    monkeypatch.setattr(audio, "read_channels", changed)
+    with pytest.raises(ValueError, match=r"x\.wav has changed while it was read"):
+        sound.open_sound(tmp_path / "x.wav")
 
 
 def test_samples_are_taken_from_numpy_and_torch():
