@@ -112,6 +112,12 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is {_kind(path)}, not a complete safetensors file ({_one_line(error)})") from error
 
 
+def read_header(path: str | Path) -> dict[str, str]:
+    """The words in the header of a safetensors file that `read_safetensors` has read."""
+    with safe_open(str(path), framework="pt", device="cpu") as file:
+        return file.metadata() or {}
+
+
 def read_pickle(path: str | Path) -> object:
     """What a `.bin`, `.pth` or `.ckpt` file holds: tensors (memory-mapped where the format allows) in plain containers.
 

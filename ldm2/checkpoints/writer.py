@@ -21,11 +21,14 @@ NAMES = {
 }
 
 
-def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write `tensors`, floating ones in `dtype` unless it is None. The file has its name only when it is complete.
 
-    Raises ValueError, naming the tensor, where a number is not finite, does not fit into `dtype`, or is of a kind that
-    no part of a model has.
+    metadata: words for the header. Raises ValueError, naming the tensor, where a number is not finite, does not fit
+    into `dtype`, or is of a kind that no part of a model has.
     """
     path = Path(path)
     for name, tensor in tensors.items():
@@ -40,7 +43,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], dtype: to
     order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))     # keeps every tensor aligned
     temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "wb") as file:
-        file.write(_header({name: (kinds[name], tensors[name].shape) for name in order}))
+        file.write(_header({name: (kinds[name], tensors[name].shape) for name in order}, metadata or {}))
         for name in order:
             tensor = tensors[name].detach().to("cpu", kinds[name]).contiguous()
             if not torch.isfinite(tensor).all():
@@ -51,9 +54,9 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], dtype: to
     os.replace(temporary, path)
 
 
-def _header(tensors: Mapping[str, tuple[torch.dtype, torch.Size]]) -> bytes:
+def _header(tensors: Mapping[str, tuple[torch.dtype, torch.Size]], metadata: Mapping[str, str]) -> bytes:
     """Length (8 bytes, little endian) and table of contents, padded with spaces to 8 bytes."""
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name, (dtype, shape) in tensors.items():
         end = offset + math.prod(shape) * dtype.itemsize
