@@ -20,17 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
-from ldm2 import weights
-from ldm2.checkpoints import hub, known, original
+from ldm2.checkpoints import hub, known, reading
+from ldm2.checkpoints.build import config_of
 from ldm2.checkpoints.original import configs
+from ldm2.checkpoints.parts import Checkpoint, Part
 from ldm2.checkpoints.writer import write_safetensors
 from ldm2.config import UNetConfig
 from ldm2.fields import read_json
 from ldm2.runtime.device import DTYPES
-from ldm2.text.ranking import FEATURE_EXTRACTOR
 from ldm2.text.tokenizers import SOURCES, save_tokenizer
 
 JOB = "conversion.json"                                    # in FOLDER.partial: what it is made from
@@ -56,16 +55,6 @@ class Converted:
 
     folder: Path
     notice: str
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One part to write: config, tensors, and the small files to copy beside them."""
-
-    name: str
-    fields: dict[str, Any]
-    tensors: dict[str, Tensor]
-    files: tuple[Path, ...] = ()
 
 
 def convert(
@@ -105,11 +94,15 @@ def convert(
     _begin(partial, _job(path, dtype, config, reference, variant))
     lacking: list[str] = []
     with hub.opened(path, source):
+        checkpoint = reading.read(path, variant=variant, config=config)
+        if path.is_file() and "unet" not in checkpoint:
+            raise ValueError(f"the file holds no UNet, only {', '.join(checkpoint)}: nothing to make a checkpoint of")
+        for name in checkpoint:
+            _write_part(partial, name, checkpoint, reference, dtype)
         if path.is_dir():
-            index = _write_hub_folder(path, partial, dtype, reference, variant)
+            index = _copy_rest(path, partial)
         else:
-            parts = original.read(path, config)
-            index, lacking = _write_original(parts, partial, dtype, tokenizers, local_files_only)
+            index, lacking = _write_rest(checkpoint, partial, tokenizers, local_files_only)
     licence = _licence(source, path)
     _write_readme(partial, path, licence, dtype)
     _write_json(partial / "model_index.json", index)
@@ -132,29 +125,22 @@ def licence_notice(licence: str | None) -> list[str]:
     return sentences
 
 
-# Authors' files
+# What a file lacks, and what a folder has beside its parts
 
 
-def _write_original(
-    parts: Mapping[str, original.Part], partial: Path, dtype: torch.dtype | None, tokenizers: str | Path | None,
-    local_files_only: bool,
+def _write_rest(
+    checkpoint: Checkpoint, partial: Path, tokenizers: str | Path | None, local_files_only: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Write all parts. Returns the model_index.json, and a sentence for each tokenizer that could not be had."""
-    if "unet" not in parts:
-        raise ValueError(f"the file holds no UNet, only {', '.join(parts)}: nothing to make a checkpoint of")
+    """Write what an authors' file lacks. Returns the model_index.json, and a sentence for each tokenizer that could
+    not be had."""
     index: dict[str, Any] = {"_class_name": "AudioLDM2Pipeline"}
     lacking = []
-    for name, part in parts.items():
-        if name == "scheduler":
-            _write_json(partial / name / "scheduler_config.json", part.fields)
-        else:
-            _write_part(partial, _published(name, part), dtype)
+    for name, part in checkpoint.items():
         index[name] = list(CLASSES.get(name) or TEXT_ENCODERS_2[part.fields["model_type"]])
-    if "text_encoder" in parts:
-        extractor = transformers.ClapFeatureExtractor(**FEATURE_EXTRACTOR)
-        extractor.save_pretrained(partial / "feature_extractor")
+    if checkpoint.extractor is not None:
+        checkpoint.extractor().save_pretrained(partial / "feature_extractor")
         index["feature_extractor"] = ["transformers", "ClapFeatureExtractor"]
-    for encoder in _encoders(parts):
+    for encoder in _encoders(checkpoint):
         place = SOURCES[encoder]
         index[place.folder] = ["transformers", place.kind]
         try:
@@ -164,60 +150,23 @@ def _write_original(
     return dict(sorted(index.items())), lacking
 
 
-def _published(name: str, part: original.Part) -> _Part:
-    """A part as published folders hold it: the phoneme encoder is part of a VitsModel."""
-    tensors = part.tensors
-    if part.fields.get("model_type") == "vits":
-        tensors = {f"text_encoder.{key}": tensor for key, tensor in tensors.items()}
-    return _Part(name, part.fields, tensors)
-
-
-def _encoders(parts: Mapping[str, original.Part]) -> Iterator[str]:
-    """The encoders of a file that need a tokenizer."""
-    if "text_encoder" in parts:
+def _encoders(checkpoint: Checkpoint) -> Iterator[str]:
+    """The encoders of a checkpoint that need a tokenizer."""
+    if "text_encoder" in checkpoint:
         yield "clap"
-    if "text_encoder_2" in parts:
-        yield {"t5": "t5", "vits": "phonemes"}[parts["text_encoder_2"].fields["model_type"]]
+    if "text_encoder_2" in checkpoint:
+        yield {"t5": "t5", "vits": "phonemes"}[checkpoint["text_encoder_2"].fields["model_type"]]
 
 
-# Folders in the hub's layout
-
-
-def _write_hub_folder(
-    path: Path, partial: Path, dtype: torch.dtype | None, reference: str, variant: str | None
-) -> dict[str, Any]:
-    """Write all parts of a folder. Returns the model_index.json."""
-    index = read_json(path / "model_index.json")
-    for name, kind in hub.parts(path).items():
-        if hub.WITHOUT_WEIGHTS.fullmatch(kind):
-            (partial / name).mkdir(exist_ok=True)
-            for file in _files(path / name):
-                shutil.copyfile(file, partial / name / file.name)
-        else:
-            _write_part(partial, _hub_part(path / name, reference, variant), dtype)
-    if index.get("language_model") == ["transformers", "GPT2Model"]:
-        index["language_model"] = list(CLASSES["language_model"])
+def _copy_rest(path: Path, partial: Path) -> dict[str, Any]:
+    """Copy what a folder has beside its parts. Returns the model_index.json."""
     for file in _files(path):
         if file.name.upper().startswith(("README", "LICENSE", "NOTICE", "LDM2.JSON")):
             shutil.copyfile(file, partial / file.name)
+    index = read_json(path / "model_index.json")
+    if index.get("language_model") == ["transformers", "GPT2Model"]:
+        index["language_model"] = list(CLASSES["language_model"])
     return index
-
-
-def _hub_part(folder: Path, reference: str, variant: str | None) -> _Part:
-    """One part of a folder, its weights still in the files."""
-    files = _files(folder)
-    config = folder / "config.json"
-    fields = read_json(config)
-    if folder.name == "unet":
-        heads = _heads(UNetConfig.from_dict(fields, str(config), reference))
-        fields |= {"attention_head_dim": heads, "num_attention_heads": None}     # the second is refused by diffusers
-    if folder.name == "language_model" and fields.get("max_new_tokens") == 8 and _speaks(folder.parent):
-        fields["max_new_tokens"] = 512                     # as the authors generate; see TextEncoder
-    tensors = dict(weights.read_tensors(folder, variant))
-    if "shared.weight" in tensors:
-        tensors.pop("encoder.embed_tokens.weight", None)   # T5's table under its second name
-    small = [file for file in files if file.suffix in hub.SMALL and ".index." not in file.name]
-    return _Part(folder.name, fields, tensors, tuple(file for file in small if file != config))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -246,28 +195,60 @@ def _heads(config: UNetConfig) -> list[int]:
     ]
 
 
-def _speaks(folder: Path) -> bool:
-    return read_json(folder / "text_encoder_2" / "config.json").get("model_type") == "vits"
-
-
 # Writing
 
 
-def _write_part(partial: Path, part: _Part, dtype: torch.dtype | None) -> None:
+def _write_part(
+    partial: Path, name: str, checkpoint: Checkpoint, reference: str, dtype: torch.dtype | None
+) -> None:
     """Write one part unless it is there: the config goes last, so a part that has one is complete."""
-    folder = partial / part.name
+    part, folder = checkpoint[name], partial / name
     if (folder / "config.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for file in part.files:
-        shutil.copyfile(file, folder / file.name)
-    stem = "diffusion_pytorch_model" if part.name in DIFFUSERS_PARTS else "model"
-    write_safetensors(folder / f"{stem}.safetensors", part.tensors, dtype)
-    fields = dict(part.fields)
-    if part.name not in DIFFUSERS_PARTS:
+    files = [] if part.folder is None else _files(part.folder)
+    tensors = _published(part)
+    if not tensors:
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+        if part.folder is None:
+            _write_json(folder / f"{name}_config.json", part.fields)
+        return
+    fields = _fields(name, checkpoint, reference)
+    for file in files:
+        if file.suffix in hub.SMALL and ".index." not in file.name and file.name != "config.json":
+            shutil.copyfile(file, folder / file.name)
+    stem = "diffusion_pytorch_model" if name in DIFFUSERS_PARTS else "model"
+    write_safetensors(folder / f"{stem}.safetensors", tensors, dtype)
+    if name not in DIFFUSERS_PARTS:
         fields.pop("torch_dtype", None)
-        fields["dtype"] = _stored_dtype(part.tensors, dtype)
+        fields["dtype"] = _stored_dtype(tensors, dtype)
     _write_json(folder / "config.json", fields)
+
+
+def _published(part: Part) -> dict[str, Tensor]:
+    """The tensors of a part under the names that published folders have."""
+    tensors = dict(part.tensors)
+    if "shared.weight" in tensors:
+        tensors.pop("encoder.embed_tokens.weight", None)   # T5's table under its second name
+    if part.folder is None and part.fields.get("model_type") == "vits":          # there inside of a VitsModel
+        tensors = {f"text_encoder.{name}": tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _fields(name: str, checkpoint: Checkpoint, reference: str) -> dict[str, Any]:
+    """The config.json of a part, saying what the authors' own code computes."""
+    part = checkpoint[name]
+    fields = dict(part.fields)
+    if part.folder is None:
+        return fields
+    if name == "unet":
+        heads = _heads(config_of(part, name, reference))
+        fields |= {"attention_head_dim": heads, "num_attention_heads": None}     # the second is refused by diffusers
+    speaks = "text_encoder_2" in checkpoint and checkpoint["text_encoder_2"].fields.get("model_type") == "vits"
+    if name == "language_model" and fields.get("max_new_tokens") == 8 and speaks:
+        fields["max_new_tokens"] = 512                     # as the authors generate; see TextEncoder
+    return fields
 
 
 def _stored_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> str:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldm2.checkpoints import original
-from ldm2.checkpoints.hub import WITHOUT_WEIGHTS, parts
-from ldm2.config import REFERENCES, UNetConfig, VocoderConfig
-from ldm2.weights import read_tensors
+from ldm2.checkpoints.build import config_of
+from ldm2.checkpoints.reading import read
+from ldm2.config import REFERENCES, UNetConfig
 
 
 @dataclass(frozen=True)
@@ -59,28 +58,14 @@ def describe(path: str | Path, variant: str | None = None) -> Description:
     Raises ValueError for files that cannot be read and configs that make no sense.
     """
     path = Path(path)
-    return _describe_file(path) if path.is_file() else _describe_folder(path, variant)
-
-
-def _describe_folder(path: Path, variant: str | None) -> Description:
-    found = tuple(
-        _part(name, kind, read_tensors(path / name, variant))
-        for name, kind in parts(path).items() if not WITHOUT_WEIGHTS.fullmatch(kind)
-    )
-    heads = {name: _heads(UNetConfig.from_json(path / "unet/config.json", name)) for name in REFERENCES}
-    return Description(path, found, heads, VocoderConfig.from_json(path / "vocoder/config.json").sample_rate)
-
-
-def _describe_file(path: Path) -> Description:
-    contents = original.read(path)
-    found = tuple(_part(name, "", part.tensors) for name, part in contents.items() if part.tensors)
+    checkpoint = read(path, variant=variant)
+    held = tuple(_part(name, part.kind, tensors) for name, part in checkpoint.items() if (tensors := part.tensors))
     heads, sample_rate = {}, None
-    if "unet" in contents:
-        fields = contents["unet"].fields
-        heads = {name: _heads(UNetConfig.from_dict(fields, f"{path}: UNet", name)) for name in REFERENCES}
-    if "vocoder" in contents:
-        sample_rate = VocoderConfig.from_dict(contents["vocoder"].fields, f"{path}: vocoder").sample_rate
-    return Description(path, found, heads, sample_rate)
+    if "unet" in checkpoint:
+        heads = {name: _heads(config_of(checkpoint["unet"], "unet", name)) for name in REFERENCES}
+    if "vocoder" in checkpoint:
+        sample_rate = config_of(checkpoint["vocoder"], "vocoder").sample_rate
+    return Description(path, held, heads, sample_rate)
 
 
 def _heads(config: UNetConfig) -> tuple[int | None, ...]:

@@ -5,7 +5,8 @@ The fields are those of the published config.json files. What such a model makes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,18 +14,14 @@ import transformers
 from torch import Tensor, nn
 
 from ldm2 import weights
+from ldm2.checkpoints import build
 from ldm2.checkpoints.hub import BUNDLED
-from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
+from ldm2.checkpoints.parts import Checkpoint, Part
+from ldm2.checkpoints.reading import read_hub_folder
 from ldm2.fields import read_json
 from ldm2.pipeline import AudioLDM2
-from ldm2.runtime import weight_layout
-from ldm2.schedules import Schedule
-from ldm2.text.encoder import Parts, TextEncoder
-from ldm2.text.encoders import ClapText, T5Text
-from ldm2.text.gpt2 import Projection, ProjectionConfig, load_gpt2, load_projection
-from ldm2.unet import UNet
-from ldm2.vae import VAE
-from ldm2.vocoder import Vocoder
+from ldm2.text.encoders import ClapText
+from ldm2.text.gpt2 import Projection, ProjectionConfig
 
 Fields = dict[str, Any]
 
@@ -73,52 +70,42 @@ def fields(name: str) -> dict[str, Fields]:
     }
 
 
+def read(name: str) -> Checkpoint:
+    """The parts of a model of the size of a published one; its tokenizers are those of the bundled model `tiny`.
+
+    Weights are drawn when they are asked for. Raises ValueError for a name not in NAMES.
+    """
+    tiny = read_hub_folder(BUNDLED / "tiny")
+    parts = {part: _part(part, each, tiny.tokenizer) for part, each in fields(name).items()}
+    return Checkpoint(f"random {name}", parts | {"scheduler": tiny["scheduler"]}, tiny.tokenizer)
+
+
+def _part(name: str, fields: Fields, tokenizer: Callable[[str], Any]) -> Part:
+    source = f"random {name}"
+    return Part(source, source, lambda: fields, lambda to_copy: random_tensors(_shapes(name, fields, tokenizer)))
+
+
+def _shapes(name: str, fields: Fields, tokenizer: Callable[[str], Any]) -> nn.Module:
+    """A part without memory."""
+    with weights.on_meta():
+        if name in build.MODELS:
+            model, config = build.MODELS[name]
+            return model(config.from_dict(fields))
+        if name == "text_encoder":
+            return ClapText(tokenizer("clap"), transformers.ClapTextConfig(**fields.get("text_config", {})))
+        if name == "text_encoder_2":
+            return transformers.T5EncoderModel(transformers.T5Config(**fields))
+        if name == "projection_model":
+            return Projection(ProjectionConfig.from_dict(fields))
+        return transformers.GPT2Model(transformers.GPT2Config(**fields))
+
+
 def pipeline(
     name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, reference: str = "authors"
 ) -> AudioLDM2:
-    """A pipeline of the size of a published model; its tokenizers are those of the bundled model `tiny`.
-
-    reference: as of ldm2.load. Raises ValueError for a name not in NAMES.
-    """
-    config = fields(name)
-    where: dict[str, Any] = {"device": device, "dtype": dtype}
-    with weights.on_meta():
-        modules: dict[str, Any] = {
-            "unet": UNet(UNetConfig.from_dict(config["unet"], reference=reference)),
-            "vae": VAE(VAEConfig.from_dict(config["vae"])),
-            "vocoder": Vocoder(VocoderConfig.from_dict(config["vocoder"])),
-        }
-    for module in modules.values():
-        weight_layout.arrange(weights.load(module, random_tensors(module), source="random weights", **where))
-    schedule = Schedule.from_json(BUNDLED / "tiny/scheduler/scheduler_config.json")
-    return AudioLDM2(
-        **modules, text=_text(config, reference, where), schedule=schedule, reference=reference, **where,
-        origin={"model": f"random {name}", "revision": None, "reference": reference, "dtype": str(dtype)[6:]},
-    )
-
-
-def _text(config: Mapping[str, Fields], reference: str, where: dict) -> TextEncoder:
-    """CLAP's text branch, T5, the projection and GPT-2."""
-    words = Parts(BUNDLED / "tiny", None, None)
-    clap_words = words.tokenizer("tokenizer", "RobertaTokenizer")
-    t5_words = words.tokenizer("tokenizer_2", "T5Tokenizer")
-    clap = config["text_encoder"].get("text_config", {})
-    gpt2 = config["language_model"]
-    with weights.on_meta():
-        shapes = {
-            "clap": ClapText(clap_words, transformers.ClapTextConfig(**clap)),
-            "t5": transformers.T5EncoderModel(transformers.T5Config(**config["text_encoder_2"])),
-            "projection": Projection(ProjectionConfig.from_dict(config["projection_model"])),
-            "gpt2": transformers.GPT2Model(transformers.GPT2Config(**gpt2)),
-        }
-    tensors = {part: random_tensors(module) for part, module in shapes.items()}
-    return TextEncoder(
-        clap=ClapText.load(clap, tensors["clap"], clap_words, **where),
-        t5=T5Text.load(config["text_encoder_2"], tensors["t5"], t5_words, **where),
-        projection=load_projection(config["projection_model"], tensors["projection"], **where),
-        gpt2=load_gpt2(gpt2, tensors["gpt2"], **where),
-        num_vectors=gpt2["max_new_tokens"], reference=reference,
-    )
+    """A pipeline of the parts of `read`. reference: as of ldm2.load. Raises ValueError for a name not in NAMES."""
+    origin = {"model": f"random {name}", "revision": None, "reference": reference, "dtype": str(dtype)[6:]}
+    return build.pipeline(functools.partial(read, name), device=device, dtype=dtype, reference=reference, origin=origin)
 
 
 def random_tensors(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:

@@ -17,10 +17,10 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm2 import loading
+from ldm2.checkpoints import build, reading
 from ldm2.compat import schedulers
 from ldm2.compat.parts import ClapPart, Config, Part, ProjectionPart, UNetPart, VAEPart, VocoderPart
 from ldm2.runtime.device import choose_device, choose_dtype
-from ldm2.text.encoder import TextEncoder
 
 NAMES = ("vae", "text_encoder", "text_encoder_2", "projection_model", "language_model", "tokenizer", "tokenizer_2",
          "feature_extractor", "unet", "scheduler", "vocoder")
@@ -266,9 +266,8 @@ class Components:
         if model.low_memory:
             self._read(str(device), dtype, low_memory=True)
         elif dtype != model.dtype:
-            text = TextEncoder.from_folder(
-                self._folder, reference=self._reference, device=device, dtype=dtype, variant=self._variant
-            )
+            checkpoint = reading.read(self._folder, variant=self._variant)
+            text = build.text_encoder(checkpoint, self._reference, device=device, dtype=dtype)
             model.move(device, dtype, text)
         else:
             model.move(device, dtype, model.text.to(device))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ldm2 import __version__, audio, weights
-from ldm2.checkpoints import hub, known, original
+from ldm2.checkpoints import build, hub, known, reading
 from ldm2.fields import read_json
 from ldm2.text.encoders import ClapText
 from ldm2.text.ranking import ClapAudio, Ranker
@@ -70,16 +70,20 @@ def load(
     ValueError or OSError, one line, for what is not there or holds no CLAP with an audio branch.
     """
     path = _find(name, revision, local_files_only)
-    if path.is_file():
-        ranker = original.ranker(original.read(path), device=device, local_files_only=local_files_only)
-        return Embedding(ranker, name, hub.commit_of(path) or _digest([path]))
-    if (path / "model_index.json").is_file():
-        ranker, weight_folder = Ranker.from_folder(path, device=device), path / "text_encoder"
+    if path.is_file() or (path / "model_index.json").is_file():
+        ranker = build.ranker(reading.read(path, local_files_only=local_files_only), device=device)
     else:
-        ranker, weight_folder = _clap(path, device), path
+        ranker = _clap(path, device)
     model = known.find(name)
     bundled = f"ldm2 {__version__}" if model is not None and model.layout == "bundled" else None
-    return Embedding(ranker, name, bundled or hub.commit_of(path) or _digest(hub.weight_files(weight_folder)))
+    return Embedding(ranker, name, bundled or hub.commit_of(path) or _digest(_weight_files(path)))
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights of CLAP: an authors' file holds all."""
+    if path.is_file():
+        return [path]
+    return hub.weight_files(path / "text_encoder" if (path / "model_index.json").is_file() else path)
 
 
 def _clap(folder: Path, device: torch.device | str) -> Ranker:

@@ -10,32 +10,26 @@ References: "AudioLDM 2", arXiv:2308.05734, section III; "AudioLDM", arXiv:2301.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from ldm2 import weights
 from ldm2.conditioning import Conditioning
 from ldm2.config import check_reference
-from ldm2.fields import named, read_json, short
+from ldm2.fields import short
 from ldm2.options import check_text
 from ldm2.runtime.inference import inference
 from ldm2.text.encoders import ClapText, T5Text
-from ldm2.text.gpt2 import Projection, continue_sequence, load_gpt2, load_projection
+from ldm2.text.gpt2 import Projection, continue_sequence
 from ldm2.text.phonemes import PhonemeText
-from ldm2.text.tokenizers import read_folder
 
 __all__ = ["Conditioning", "TextEncoder"]
 
 NUM_VECTORS = 8                # vectors that GPT-2 writes
 NUM_SPEECH_VECTORS = 512       # the same in the speech models
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -69,35 +63,6 @@ class TextEncoder(nn.Module):
         self.reference = reference
         self.num_vectors = self._num_vectors(num_vectors)
 
-    @classmethod
-    def from_folder(
-        cls, folder: str | Path, *, reference: str = "authors", device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None, variant: str | None = None,
-    ) -> TextEncoder:
-        """The text side of a checkpoint in the published layout; CLAP's audio branch is not loaded.
-
-        variant: see `hub.weight_files`. Raises ValueError naming the file if something is missing or does not fit.
-        """
-        parts = Parts(Path(folder), device, dtype, variant)
-        clap = t5 = phonemes = projection = gpt2 = num_vectors = None
-        if parts.has("language_model"):
-            projection = parts.load("projection_model", load_projection)
-            gpt2 = parts.load("language_model", load_gpt2)
-            num_vectors = parts.fields("language_model").get("max_new_tokens")
-        if parts.has("text_encoder_2"):
-            if parts.fields("text_encoder_2").get("model_type") == "vits":
-                tokenizer = parts.tokenizer("tokenizer_2", "VitsTokenizer")
-                places = _places(projection, tokenizer, gpt2, str(parts.folder))
-                phonemes = parts.load("text_encoder_2", PhonemeText.load, tokenizer, places)
-            else:
-                tokenizer = parts.tokenizer("tokenizer_2", "T5Tokenizer")
-                t5 = parts.load("text_encoder_2", T5Text.load, tokenizer)
-        if gpt2 is not None or t5 is None:                         # beside T5 alone, CLAP is there for ranking only
-            tokenizer = parts.tokenizer("tokenizer", "RobertaTokenizer")
-            clap = parts.load("text_encoder", ClapText.load, tokenizer)
-        return cls(clap=clap, t5=t5, phonemes=phonemes, projection=projection, gpt2=gpt2, num_vectors=num_vectors,
-                   reference=reference)
-
     def _num_vectors(self, listed: int | None) -> int:
         """The number of vectors to generate, from the number that the checkpoint lists.
 
@@ -106,8 +71,9 @@ class TextEncoder(nn.Module):
         if listed is not None and (isinstance(listed, bool) or not isinstance(listed, int) or not 0 < listed < 10_000):
             raise ValueError(f"max_new_tokens must be a positive integer, got {short(listed)}")
         if self.phonemes is not None and (listed is None or (listed == NUM_VECTORS and self.reference == "authors")):
-            room = self.gpt2.config.n_positions - self.phonemes.max_length - 5
-            return min(NUM_SPEECH_VECTORS, room)
+            if self.gpt2 is None:
+                return NUM_SPEECH_VECTORS
+            return min(NUM_SPEECH_VECTORS, self.gpt2.config.n_positions - self.phonemes.max_length - 5)
         return NUM_VECTORS if listed is None else listed
 
     @property
@@ -265,62 +231,3 @@ def _once(lines: list, encode: Callable[[list], Conditioning]) -> Conditioning:
     distinct = list(dict.fromkeys(lines))
     encoded = encode(distinct)
     return encoded if distinct == lines else encoded.select([distinct.index(line) for line in lines])
-
-
-def _places(
-    projection: Projection | None, tokenizer: transformers.VitsTokenizer, gpt2: transformers.GPT2Model | None,
-    source: str,
-) -> int:
-    """Places of the phonemes in a sequence: those of the table of positions, else what the tokenizer sets as limit."""
-    if projection is None or gpt2 is None:
-        raise ValueError(f"{source}: phonemes need a language_model and a projection_model, which it lacks")
-    places, room = projection.config.position_embeddings or tokenizer.model_max_length, gpt2.config.n_positions - 5
-    if not 0 < places < room:
-        raise ValueError(
-            f"{source}: GPT-2 has room for {room - 1} phonemes, but projection_model/config.json has no table of "
-            f"positions and tokenizer_2/tokenizer_config.json sets model_max_length {places:.6g}"
-            if projection.config.position_embeddings is None else
-            f"{source}: max_seq_length of projection_model/config.json must be at most the {room - 1} that GPT-2 has "
-            f"room for, got {places}"
-        )
-    return places
-
-
-class Parts:
-    """The text parts of a folder in the published layout, read when asked for. Raises ValueError naming the file."""
-
-    def __init__(
-        self, folder: Path, device: torch.device | str | None, dtype: torch.dtype | None, variant: str | None = None
-    ):
-        self.folder, self.device, self.dtype, self.variant = folder, device, dtype, variant
-        self.index = read_json(folder / "model_index.json")
-
-    def has(self, name: str) -> bool:
-        """Whether the checkpoint says that it has this part."""
-        return bool(self.index.get(name)) and self.index[name] != [None, None]
-
-    def fields(self, name: str) -> dict[str, Any]:
-        """The config.json of a part."""
-        return read_json(self.folder / name / "config.json")
-
-    def tensors(self, name: str) -> Mapping[str, Tensor]:
-        """The tensors of a part, memory-mapped."""
-        to_copy = self.dtype not in (None, torch.float32)
-        return weights.read_tensors(self.folder / name, self.variant, to_copy=to_copy)
-
-    def tokenizer(self, name: str, kind: str) -> Any:
-        """The tokenizer in a folder; kind: see `VOCABULARIES`."""
-        return read_folder(kind, self.folder / name)
-
-    def can_rank(self) -> bool:
-        """Whether the checkpoint brings CLAP's audio branch and what it needs."""
-        has_clap = self.has("feature_extractor") and self.has("text_encoder")
-        return has_clap and "audio_config" in self.fields("text_encoder")
-
-    def load(self, name: str, loader: Callable[..., Module], *extra: object) -> Module:
-        """The part `name`, made by `loader(config fields, tensors, *extra, device, dtype, source)`."""
-        source = str(self.folder / name)
-        with named(source):
-            return loader(
-                self.fields(name), self.tensors(name), *extra, device=self.device, dtype=self.dtype, source=source
-            )

@@ -21,7 +21,6 @@ from ldm2.audio import check_rows, resample
 from ldm2.fields import Fields, read_json
 from ldm2.runtime.host import usual_numpy
 from ldm2.runtime.inference import inference
-from ldm2.text.encoder import Parts
 from ldm2.text.encoders import ClapText, clap_config
 from ldm2.text.tokenizers import from_pretrained
 
@@ -53,6 +52,12 @@ def check_extractor(path: Path) -> None:
     lowest = read.get("frequency_min", 0)
     if isinstance(lowest, bool) or not isinstance(lowest, (int, float)) or not 0 <= lowest < 1e6:
         raise read.error("frequency_min", "must be a frequency in Hz", lowest)
+
+
+def read_extractor(folder: Path) -> transformers.ClapFeatureExtractor:
+    """What makes the spectrograms, from a checkpoint's feature_extractor. Raises ValueError naming the file."""
+    check_extractor(folder / "preprocessor_config.json")
+    return from_pretrained("ClapFeatureExtractor", folder)
 
 
 class ClapAudio(nn.Module):
@@ -111,31 +116,6 @@ class Ranker:
 
     def __init__(self, text: ClapText, audio: ClapAudio):
         self.text, self.audio = text, audio
-
-    @classmethod
-    def from_folder(
-        cls, folder: str | Path, text: ClapText | None = None, *, device: torch.device | str | None = None,
-        variant: str | None = None,
-    ) -> Ranker:
-        """CLAP's audio branch of a checkpoint in the published layout, and the text branch unless it is given.
-
-        variant: see `hub.weight_files`.
-        """
-        parts = Parts(Path(folder), device, torch.float32, variant)
-        source = str(parts.folder / "text_encoder")
-        if not parts.can_rank():
-            raise ValueError(f"{source} has no audio branch with a feature_extractor: this checkpoint cannot rank")
-        check_extractor(parts.folder / "feature_extractor/preprocessor_config.json")
-        extractor = from_pretrained("ClapFeatureExtractor", parts.folder / "feature_extractor")
-        fields, tensors = parts.fields("text_encoder"), parts.tensors("text_encoder")
-        bins = clap_config(fields, "audio_config", source).num_mel_bins
-        if extractor.feature_size != bins:
-            sizes = f"feature_extractor gives {extractor.feature_size} mel bins, it takes {bins}"
-            raise ValueError(f"{source} is of another model than what is beside it: the {sizes}")
-        if text is None:
-            tokenizer = parts.tokenizer("tokenizer", "RobertaTokenizer")
-            text = ClapText.load(fields, tensors, tokenizer, device=device, dtype=torch.float32, source=source)
-        return cls(text, ClapAudio.load(fields, tensors, extractor, device=device, source=source))
 
     @usual_numpy
     @inference

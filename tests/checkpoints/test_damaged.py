@@ -13,21 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ldm2
-from ldm2 import loading, weights
-from ldm2.checkpoints import hub, original
+from ldm2 import weights
+from ldm2.checkpoints import build, hub, original
 from ldm2.checkpoints.convert import convert
 from ldm2.checkpoints.describe import describe
 from ldm2.checkpoints.original import configs
-from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
+from ldm2.checkpoints.reading import read_hub_folder
+from ldm2.config import UNetConfig
 from ldm2.schedules import Schedule
-from ldm2.text.encoder import Parts
 from ldm2.text.encoders import ClapText, T5Text
 from ldm2.text.gpt2 import load_gpt2, load_projection
 from ldm2.text.ranking import check_extractor
-from ldm2.text.tokenizers import read_folder
-from ldm2.unet import UNet
-from ldm2.vae import VAE
-from ldm2.vocoder import Vocoder
 from tests import authors
 from tests.fuzz.damage import WRONG, places, set_field
 
@@ -88,22 +84,20 @@ def walk(folder: Path, part: str, values: int) -> None:
 
 def load(folder: Path, part: str) -> None:
     """Read the files of a part, and build it without memory."""
-    models = {"unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig), "vocoder": (Vocoder, VocoderConfig)}
+    checkpoint = read_hub_folder(folder)
     texts = {
-        "text_encoder": (ClapText.load, read_folder("RobertaTokenizer", folder / "tokenizer")),
-        "text_encoder_2": (T5Text.load, read_folder("T5Tokenizer", folder / "tokenizer_2")),
+        "text_encoder": (ClapText.load, "clap"), "text_encoder_2": (T5Text.load, "t5"),
         "language_model": (load_gpt2,), "projection_model": (load_projection,),
     }
     if part == "scheduler":
         Schedule.from_json(folder / "scheduler/scheduler_config.json")
-    elif part in models:
-        model, config = models[part]
-        read = config.from_json(folder / part / "config.json")
-        loading._part(model, read, folder / part, "meta", dtype=torch.float32, variant=None)
+    elif part in build.MODELS:
+        build.model(checkpoint[part], part, device="meta")
     elif part == "feature_extractor":
         check_extractor(folder / part / "preprocessor_config.json")
     elif part in texts:
-        Parts(folder, "meta", None).load(part, *texts[part])
+        loader, *encoder = texts[part]
+        build.text_part(checkpoint[part], loader, *map(checkpoint.tokenizer, encoder), device="meta")
 
 
 @pytest.mark.parametrize("name", [

@@ -14,6 +14,8 @@ import transformers
 
 from benchmarks import checkpoints
 from benchmarks.checkpoints import CAPTIONS
+from ldm2.checkpoints import build
+from ldm2.checkpoints.reading import read_hub_folder
 from ldm2.text.encoder import Conditioning, TextEncoder
 
 SAID = "wish you have a good day"
@@ -21,12 +23,12 @@ SAID = "wish you have a good day"
 
 @pytest.fixture(scope="module")
 def authors(tiny_checkpoint):
-    return TextEncoder.from_folder(tiny_checkpoint)
+    return build.text_encoder(read_hub_folder(tiny_checkpoint))
 
 
 @pytest.fixture(scope="module")
 def as_diffusers(tiny_checkpoint):
-    return TextEncoder.from_folder(tiny_checkpoint, reference="diffusers")
+    return build.text_encoder(read_hub_folder(tiny_checkpoint), reference="diffusers")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def speech_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def speech(speech_checkpoint):
-    return TextEncoder.from_folder(speech_checkpoint)
+    return build.text_encoder(read_hub_folder(speech_checkpoint))
 
 
 def subset(checkpoint: Path, folder: Path, *names: str) -> Path:
@@ -107,7 +109,7 @@ def test_number_of_vectors_is_an_argument(as_diffusers, oracle):
 
 def test_number_of_vectors_comes_from_the_checkpoint(tmp_path):
     folder = checkpoints.save(tmp_path, language_model=checkpoints.gpt2(max_new_tokens=3))
-    assert TextEncoder.from_folder(folder).encode("rain").contexts[0].shape == (1, 3, 24)
+    assert build.text_encoder(read_hub_folder(folder)).encode("rain").contexts[0].shape == (1, 3, 24)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_number_of_vectors_comes_from_the_checkpoint(tmp_path):
 @torch.no_grad()
 def test_speech_equals_diffusers(speech_checkpoint, prompt, transcription, negative, num_waveforms):
     oracle = checkpoints.diffusers_pipeline(speech_checkpoint)
-    encoder = TextEncoder.from_folder(speech_checkpoint, reference="diffusers")
+    encoder = build.text_encoder(read_hub_folder(speech_checkpoint), reference="diffusers")
     generated = oracle.encode_prompt(
         prompt, "cpu", num_waveforms, True, transcription=transcription, negative_prompt=negative
     )[2]
@@ -142,7 +144,7 @@ def test_film_equals_diffusers_audioldm(clap_only, negative):
     oracle = diffusers.AudioLDMPipeline(
         text_encoder=branch, tokenizer=tokenizer, unet=None, vae=None, scheduler=None, vocoder=None
     )
-    encoder = TextEncoder.from_folder(clap_only, reference="diffusers")
+    encoder = build.text_encoder(read_hub_folder(clap_only), reference="diffusers")
     conditioning = encoder.encode(CAPTIONS[0])
     both = Conditioning.join([encoder.encode_unconditional(conditioning, negative), conditioning])
     expected = oracle._encode_prompt(CAPTIONS[0], "cpu", 1, True, negative)
@@ -202,7 +204,7 @@ def test_empty_negative_prompt_among_others_is_unconditional(authors, empty):
 
 @pytest.mark.parametrize("reference", ["authors", "diffusers"])
 def test_equal_prompts_are_encoded_once(tiny_checkpoint, monkeypatch, reference):
-    encoder = TextEncoder.from_folder(tiny_checkpoint, reference=reference)
+    encoder = build.text_encoder(read_hub_folder(tiny_checkpoint), reference=reference)
     seen, generate = [], encoder.generate
     monkeypatch.setattr(encoder, "generate", lambda clap, *rest: seen.append(len(clap)) or generate(clap, *rest))
     conditioning = encoder.encode(["rain", "a dog", "rain"])
@@ -255,19 +257,19 @@ def test_speech_writes_512_vectors_unless_told_otherwise(speech, listed, referen
 
 
 def test_clap_alone_gives_a_unit_film_vector_and_no_context(clap_only):
-    conditioning = TextEncoder.from_folder(clap_only).encode(CAPTIONS)
+    conditioning = build.text_encoder(read_hub_folder(clap_only)).encode(CAPTIONS)
     assert conditioning.contexts == conditioning.masks == ()
     torch.testing.assert_close(conditioning.film.norm(dim=1), torch.ones(len(CAPTIONS)))
 
 
 def test_unconditional_film_is_the_empty_text(clap_only):
-    encoder = TextEncoder.from_folder(clap_only)
+    encoder = build.text_encoder(read_hub_folder(clap_only))
     conditioning = encoder.encode(CAPTIONS[:2])
     assert torch.equal(encoder.encode_unconditional(conditioning).film, encoder.clap([""]).expand(2, -1))
 
 
 def test_t5_alone_gives_one_context_although_clap_is_there_for_ranking(t5_only, authors):
-    encoder = TextEncoder.from_folder(t5_only)
+    encoder = build.text_encoder(read_hub_folder(t5_only))
     conditioning = encoder.encode(CAPTIONS[0])
     assert encoder.clap is None
     assert torch.equal(conditioning.contexts[0], authors.encode(CAPTIONS[0]).contexts[1])
@@ -275,7 +277,7 @@ def test_t5_alone_gives_one_context_although_clap_is_there_for_ranking(t5_only, 
 
 
 def test_t5_alone_as_diffusers_pads_the_negative_side(t5_only):
-    encoder = TextEncoder.from_folder(t5_only, reference="diffusers")
+    encoder = build.text_encoder(read_hub_folder(t5_only), reference="diffusers")
     conditioning = encoder.encode(CAPTIONS[0])
     unconditional = encoder.encode_unconditional(conditioning)
     assert unconditional.contexts[0].shape == conditioning.contexts[0].shape
@@ -309,7 +311,7 @@ def test_half_a_character_is_an_error(authors):
 
 @pytest.mark.parametrize("reference", ["authors", "diffusers"])
 def test_negative_prompts_must_be_one_or_one_each(tiny_checkpoint, reference):
-    encoder = TextEncoder.from_folder(tiny_checkpoint, reference=reference)
+    encoder = build.text_encoder(read_hub_folder(tiny_checkpoint), reference=reference)
     with pytest.raises(ValueError, match="one negative prompt for all or one for each of the 2 prompts, got 3"):
         encoder.encode_unconditional(encoder.encode(["rain", "a dog"]), ["a", "b", "c"])
 
@@ -337,7 +339,7 @@ def test_empty_transcription_is_an_error(speech):
 
 def test_unknown_reference_lists_the_known_ones(tiny_checkpoint):
     with pytest.raises(ValueError, match="reference must be one of authors, diffusers, got 'original'"):
-        TextEncoder.from_folder(tiny_checkpoint, reference="original")
+        build.text_encoder(read_hub_folder(tiny_checkpoint), reference="original")
 
 
 # Loading
@@ -354,7 +356,7 @@ def test_everything_loaded_is_real(authors, speech):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_lower_precision_stays_close(tiny_checkpoint, authors, dtype):
-    encoder = TextEncoder.from_folder(tiny_checkpoint, dtype=dtype)
+    encoder = build.text_encoder(read_hub_folder(tiny_checkpoint), dtype=dtype)
     conditioning, expected = encoder.encode(CAPTIONS), authors.encode(CAPTIONS)
     assert {context.dtype for context in conditioning.contexts} == {dtype}
     for one, other in zip(conditioning.contexts, expected.contexts):
@@ -365,7 +367,7 @@ def test_lower_precision_stays_close(tiny_checkpoint, authors, dtype):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float16, 0.05)])
 def test_gpu_agrees_with_cpu(tiny_checkpoint, authors, dtype, tolerance):
-    encoder = TextEncoder.from_folder(tiny_checkpoint, device="cuda", dtype=dtype)
+    encoder = build.text_encoder(read_hub_folder(tiny_checkpoint), device="cuda", dtype=dtype)
     conditioning = encoder.encode(CAPTIONS).to("cpu", torch.float32)
     for one, other in zip(conditioning.contexts, authors.encode(CAPTIONS).contexts):
         assert (one - other).norm() < tolerance * other.norm()
@@ -378,7 +380,7 @@ def test_missing_part_is_named(tiny_checkpoint, tmp_path, part):
     path = folder / part
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(ValueError, match=re.escape(str(path))) as raised:
-        TextEncoder.from_folder(folder)
+        build.text_encoder(read_hub_folder(folder))
     assert "\n" not in str(raised.value)
 
 
@@ -390,14 +392,14 @@ def test_damaged_tokenizer_is_named(tiny_checkpoint, tmp_path, content):
     file = folder / "tokenizer_2" / "tokenizer.json"
     file.unlink() if content is None else file.write_text(content)
     with pytest.raises(ValueError, match=re.escape(str(file.parent))) as raised:
-        TextEncoder.from_folder(folder)
+        build.text_encoder(read_hub_folder(folder))
     assert "\n" not in str(raised.value)
 
 
 def test_impossible_number_of_vectors_is_an_error(tmp_path):
     folder = checkpoints.save(tmp_path, language_model=checkpoints.gpt2(max_new_tokens=0))
     with pytest.raises(ValueError, match="max_new_tokens must be a positive integer, got 0"):
-        TextEncoder.from_folder(folder)
+        build.text_encoder(read_hub_folder(folder))
 
 
 @pytest.mark.parametrize(("limit", "message"), [
@@ -412,4 +414,4 @@ def test_without_a_table_of_positions_the_tokenizer_must_set_a_limit_that_fits(t
         tokenizer_2=checkpoints.vits_tokenizer(tmp_path, model_max_length=limit),
     )
     with pytest.raises(ValueError, match=message):
-        TextEncoder.from_folder(folder)
+        build.text_encoder(read_hub_folder(folder))

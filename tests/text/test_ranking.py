@@ -13,7 +13,8 @@ import transformers
 from benchmarks import checkpoints
 from benchmarks.checkpoints import CAPTIONS
 from ldm2.audio import resample
-from ldm2.text.encoder import TextEncoder
+from ldm2.checkpoints import build
+from ldm2.checkpoints.reading import read_hub_folder
 from ldm2.text.ranking import FEATURE_EXTRACTOR, ClapAudio, Ranker, best_first
 
 RATE = 16_000
@@ -21,7 +22,7 @@ RATE = 16_000
 
 @pytest.fixture(scope="module")
 def ranker(tiny_checkpoint):
-    return Ranker.from_folder(tiny_checkpoint)
+    return build.ranker(read_hub_folder(tiny_checkpoint))
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +85,15 @@ def test_tensors_are_taken_as_well_as_arrays(ranker, sounds):
 
 
 def test_text_branch_of_the_encoder_is_shared(tiny_checkpoint, ranker, sounds):
-    encoder = TextEncoder.from_folder(tiny_checkpoint)
-    sharing = Ranker.from_folder(tiny_checkpoint, encoder.clap)
+    encoder = build.text_encoder(read_hub_folder(tiny_checkpoint))
+    sharing = build.ranker(read_hub_folder(tiny_checkpoint), encoder.clap)
     assert sharing.text is encoder.clap
     assert torch.equal(sharing.scores(["rain"], sounds, RATE), ranker.scores(["rain"], sounds, RATE))
 
 
 def test_half_precision_text_branch_can_be_shared(tiny_checkpoint, ranker, sounds):
-    encoder = TextEncoder.from_folder(tiny_checkpoint, dtype=torch.bfloat16)
-    scores = Ranker.from_folder(tiny_checkpoint, encoder.clap).scores(["rain"], sounds, RATE)
+    encoder = build.text_encoder(read_hub_folder(tiny_checkpoint), dtype=torch.bfloat16)
+    scores = build.ranker(read_hub_folder(tiny_checkpoint), encoder.clap).scores(["rain"], sounds, RATE)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, ranker.scores(["rain"], sounds, RATE), atol=0.02, rtol=0)
 
@@ -117,7 +118,7 @@ def test_checkpoint_without_audio_branch_cannot_rank(tiny_checkpoint, tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"feature_extractor": [None, None]}))
     with pytest.raises(ValueError, match="this checkpoint cannot rank"):
-        Ranker.from_folder(folder)
+        build.ranker(read_hub_folder(folder))
 
 
 def test_missing_audio_weight_is_named():

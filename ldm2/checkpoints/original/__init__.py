@@ -12,27 +12,26 @@ from disk. `read` gives each part as a published hub folder would hold it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm2 import weights
+from ldm2.checkpoints import build
 from ldm2.checkpoints.original import configs as configs
 from ldm2.checkpoints.original import keys as keys
-from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
+from ldm2.checkpoints.parts import Checkpoint, Part
 from ldm2.fields import few, named
 from ldm2.schedules import Schedule
 from ldm2.text.encoder import TextEncoder
-from ldm2.text.encoders import ClapText, T5Text
-from ldm2.text.gpt2 import load_gpt2, load_projection
-from ldm2.text.phonemes import PhonemeText
-from ldm2.text.ranking import FEATURE_EXTRACTOR, ClapAudio, Ranker
+from ldm2.text.encoders import ClapText
+from ldm2.text.ranking import FEATURE_EXTRACTOR, Ranker
 from ldm2.text.tokenizers import tokenizer
 from ldm2.unet import UNet
 from ldm2.vae import VAE
@@ -58,19 +57,10 @@ _KINDS = {
     "phonemes": r"text_encoder\.emb\.weight",
 }
 
-_MODULES: dict[str, tuple[Any, Any, str]] = {
-    "unet": (UNet, UNetConfig, "UNet"), "vae": (VAE, VAEConfig, "VAE"), "vocoder": (Vocoder, VocoderConfig, "vocoder"),
-}
+_TEXT = {"text_encoder", "text_encoder_2", "language_model"}
 
 Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part as a hub folder would hold it: the fields of its config.json, and its tensors, memory-mapped."""
-
-    fields: dict[str, Any]
-    tensors: Tensors
+Contents = dict[str, tuple[dict[str, Any], Tensors]]       # of each part the fields of its config.json, and its tensors
 
 
 @dataclass(frozen=True)
@@ -89,7 +79,7 @@ class Components:
     text: TextEncoder | None
     scale_factor: float | None
     schedule: Schedule
-    parts: dict[str, Part]
+    parts: Checkpoint
 
 
 def components(
@@ -115,44 +105,18 @@ def components(
 
     Raises ValueError, one line, for a file that is not such a checkpoint, or not complete, or holds anything unknown.
     """
-    parts = read(path, config)
-    load = partial(part, parts, tokenizers=tokenizers, reference=reference, device=device, dtype=dtype,
-                   local_files_only=local_files_only, source=f"{path}: ")
-    return Components(
-        unet=load("unet"), vae=load("vae"), vocoder=load("vocoder"), text=load("text"),
-        scale_factor=parts["vae"].fields["scaling_factor"] if "vae" in parts else None,
-        schedule=schedule(parts, str(path)), parts=parts,
-    )
-
-
-def schedule(parts: Mapping[str, Part], source: str) -> Schedule:
-    """The noise schedule of the training."""
-    return Schedule.from_dict(parts["scheduler"].fields, f"{source}: schedule")
-
-
-def part(
-    parts: Mapping[str, Part], name: str, *, tokenizers: str | Path | None = None, reference: str = "authors",
-    device: torch.device | str | None = None, dtype: torch.dtype | None = None, local_files_only: bool = False,
-    source: str = "",
-) -> Any:
-    """One of "unet", "vae", "vocoder" and "text" (all encoders), loaded; None if the file does not hold it.
-
-    parts: what `read` returned; source: what errors begin with; the rest as for `components`.
-    """
+    parts = read(path, config, tokenizers=tokenizers, local_files_only=local_files_only)
     where: dict[str, Any] = {"device": device, "dtype": dtype}
-    if name == "text":
-        find_tokenizer = partial(tokenizer, folder=tokenizers, local_files_only=local_files_only)
-        return _text(parts, source, find_tokenizer, reference, where)
-    if name not in parts:
-        return None
-    model, config, title = _MODULES[name]
-    with named(source + title), weights.on_meta():
-        module = model(config.from_dict(parts[name].fields, source + title))
-    return weights.load(module, parts[name].tensors, table={}, source=source + name, **where)
+    models = {name: build.model(parts[name], name, **where) if name in parts else None for name in build.MODELS}
+    text = build.text_encoder(parts, reference, whole=False, **where) if _TEXT & parts.keys() else None
+    scale_factor = parts["vae"].fields["scaling_factor"] if "vae" in parts else None
+    scheduler = parts["scheduler"]
+    schedule = Schedule.from_dict(scheduler.fields, scheduler.config)
+    return Components(**models, text=text, scale_factor=scale_factor, schedule=schedule, parts=parts)
 
 
 def ranker(
-    parts: Mapping[str, Part], text: ClapText | None = None, *, tokenizers: str | Path | None = None,
+    parts: Checkpoint, text: ClapText | None = None, *, tokenizers: str | Path | None = None,
     device: torch.device | str | None = None, local_files_only: bool = False,
 ) -> Ranker:
     """What ranks candidates, from the CLAP of a file. Raises ValueError if it holds none.
@@ -160,73 +124,40 @@ def ranker(
     parts: those of `Components`; text: its text branch if that is loaded, else it is loaded here; the rest as for
     `components`.
     """
-    part = parts.get("text_encoder")
-    if part is None:
-        raise ValueError("the file holds no CLAP: this checkpoint cannot rank")
-    if text is None:
-        words: Any = tokenizer("clap", tokenizers, local_files_only)
-        text = ClapText.load(part.fields, part.tensors, words, device=device, dtype=torch.float32)
-    extractor = transformers.ClapFeatureExtractor(**FEATURE_EXTRACTOR)
-    return Ranker(text, ClapAudio.load(part.fields, part.tensors, extractor, device=device))
+    words = partial(tokenizer, folder=tokenizers, local_files_only=local_files_only)
+    return build.ranker(replace(parts, tokenizer=words), text, device=device)
 
 
-def _text(
-    parts: Mapping[str, Part], source: str, find_tokenizer: Callable[[str], Any],
-    reference: str, where: dict[str, Any],
-) -> TextEncoder | None:
-    """The text encoders that the file holds; a T5 without GPT-2 needs no CLAP."""
-
-    def load(name: str, loader: Callable[..., nn.Module], encoder: str | None = None, *more: int) -> Any:
-        if name not in parts:
-            return None
-        arguments = more if encoder is None else (find_tokenizer(encoder), *more)
-        with named(source + name):
-            return loader(parts[name].fields, parts[name].tensors, *arguments, source=source + name, **where)
-
-    speaks = "text_encoder_2" in parts and parts["text_encoder_2"].fields["model_type"] == "vits"
-    gpt2 = load("language_model", load_gpt2)
-    clap = t5 = phonemes = projection = None
-    if "projection_model" in parts and parts["projection_model"].fields:
-        projection = load("projection_model", load_projection)
-    if speaks:
-        positions = parts["projection_model"].tensors["learnable_positional_embedding"].shape[2]
-        phonemes = load("text_encoder_2", PhonemeText.load, "phonemes", positions)
-    else:
-        t5 = load("text_encoder_2", T5Text.load, "t5")
-    if t5 is None or gpt2 is not None:
-        clap = load("text_encoder", ClapText.load, "clap")
-    if not any((clap, t5, phonemes, gpt2, projection)):
-        return None
-    vectors = configs.SPEECH_VECTORS if speaks else configs.VECTORS
-    if gpt2 is not None:
-        vectors = parts["language_model"].fields["max_new_tokens"]
-    return TextEncoder(clap=clap, t5=t5, phonemes=phonemes, projection=projection, gpt2=gpt2, num_vectors=vectors,
-                       reference=reference)
-
-
-def read(path: str | Path, config: Mapping[str, Any] | str | Path | None = None) -> dict[str, Part]:
+def read(
+    path: str | Path, config: Mapping[str, Any] | str | Path | None = None, *, tokenizers: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Checkpoint:
     """The parts of an authors' checkpoint by the names of a hub folder: `unet`, `vae`, `vocoder`, `text_encoder`
     (CLAP), `text_encoder_2` (T5 or phonemes), `projection_model`, `language_model` (GPT-2), and `scheduler` without
     tensors.
 
-    Each tensor of the file is used in exactly one part, or dropped by one of the tables in `original_keys`, or belongs
+    Each tensor of the file is used in exactly one part, or dropped by one of the tables in `keys`, or belongs
     to the second copy of an encoder. Raises ValueError, one line, as `components` does.
     """
-    return split(_open(path), configs.read(config), str(path))
+    parts = split(_open(path), configs.read(config), str(path))
+    words = partial(tokenizer, folder=tokenizers, local_files_only=local_files_only)
+    extractor = partial(transformers.ClapFeatureExtractor, **FEATURE_EXTRACTOR) if "text_encoder" in parts else None
+    return Checkpoint(str(path), parts, words, extractor)
 
 
 def split(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: str) -> dict[str, Part]:
-    """As `read`, from the tensors of a file; `source` is its name, for errors."""
+    """The parts, as in `read`, from the tensors of a file; `source` is its name, for errors."""
     with named(source):
         groups = _groups(tensors, source)
         _check_average(tensors, groups, source)
         try:
-            parts = _models(groups, config, source) | _texts(groups, source)
+            contents = _models(groups, config, source) | _texts(groups, source)
         except KeyError as error:
             raise ValueError(f"{source} is not complete: {error.args[0]} is missing") from error
-        if "unet" in parts:
-            configs.check_layers({name: part.fields for name, part in parts.items()}, source)
-        return parts | {"scheduler": Part(configs.scheduler(config, tensors.get("betas"), source), {})}
+        if "unet" in contents:
+            configs.check_layers({name: fields for name, (fields, _) in contents.items()}, source)
+        contents["scheduler"] = (configs.scheduler(config, tensors.get("betas"), source), {})
+    return {name: Part.of(f"{source}: {name}", *content) for name, content in contents.items()}
 
 
 def _open(path: str | Path) -> Tensors:
@@ -273,18 +204,18 @@ def _check_average(tensors: Mapping[str, Tensor], groups: Mapping[str, Tensors],
         raise ValueError(f"{source} is not complete: its UNet lacks what {few(lost)} is the moving average of")
 
 
-def _models(groups: Mapping[str, Tensors], config: Mapping[str, Any], source: str) -> dict[str, Part]:
+def _models(groups: Mapping[str, Tensors], config: Mapping[str, Any], source: str) -> Contents:
     """UNet, VAE and vocoder."""
-    parts = {}
+    parts: Contents = {}
     vae = keys.vae(groups.get(_VAE, {}), source)
     if _UNET in groups:
         tensors = keys.unet(groups[_UNET], source)
-        parts["unet"] = Part(configs.unet(tensors, config, configs.latent_frames(vae)), tensors)
+        parts["unet"] = (configs.unet(tensors, config, configs.latent_frames(vae)), tensors)
     if vae:
-        parts["vae"] = Part(configs.vae(vae, _scale_factor(groups, config, source)), vae)
+        parts["vae"] = (configs.vae(vae, _scale_factor(groups, config, source)), vae)
     if _VOCODER in groups:
         tensors = keys.vocoder(groups[_VOCODER], source)
-        parts["vocoder"] = Part(configs.vocoder(tensors, config, source), tensors)
+        parts["vocoder"] = (configs.vocoder(tensors, config, source), tensors)
     return parts
 
 
@@ -300,33 +231,33 @@ def _scale_factor(groups: Mapping[str, Tensors], config: Mapping[str, Any], sour
     return float(value)
 
 
-def _texts(groups: Mapping[str, Tensors], source: str) -> dict[str, Part]:
+def _texts(groups: Mapping[str, Tensors], source: str) -> Contents:
     """The text encoders. A CLAP that conditions goes before the one that only ranks; two T5s must be the same."""
     stages = _stages(groups, source)
-    parts = {}
+    parts: Contents = {}
     projection: Tensors = {}
     places = None
     claps = stages["clap"] + ([groups[_RANKING]] if _RANKING in groups else [])
     _check_names(claps, source, "CLAPs")
     if claps:
         tensors = keys.clap(_inside(claps[0], "model."), source)
-        parts["text_encoder"] = Part(configs.clap(tensors), tensors)
+        parts["text_encoder"] = (configs.clap(tensors), tensors)
     if stages["t5"]:
         _check_copies(stages["t5"], source)
         tensors = weights.rename(_inside(stages["t5"][0], "model."), keys.T5, source=source)
-        parts["text_encoder_2"] = Part(configs.t5(tensors), tensors)
+        parts["text_encoder_2"] = (configs.t5(tensors), tensors)
     for stage in stages["phonemes"]:
         tensors = keys.phonemes(_inside(stage, "text_encoder."), source)
-        parts["text_encoder_2"] = Part(configs.vits(tensors), tensors)
+        parts["text_encoder_2"] = (configs.vits(tensors), tensors)
         projection |= _outside(stage, "text_encoder.")
         places = projection["learnable_positional_embedding"].shape[2]
     for stage in stages["gpt2"]:
         tensors = weights.rename(_inside(stage, "model."), keys.GPT2, source=source)
-        parts["language_model"] = Part(configs.gpt2(tensors, places), tensors)
+        parts["language_model"] = (configs.gpt2(tensors, places), tensors)
         projection |= _outside(stage, "model.")
     if projection:
         tensors = keys.projection(projection, source)
-        parts["projection_model"] = Part(configs.projection(tensors), tensors)
+        parts["projection_model"] = (configs.projection(tensors), tensors)
     return parts
 
 
