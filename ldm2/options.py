@@ -21,11 +21,13 @@ class Kind:
     check:  check(name, value) -> the value in its one form. Raises ValueError naming value and rule.
     parse:  a word of a command line -> a value for `check`. Raises ValueError.
     schema: of its values in JSON, as JSON Schema has it.
+    unit:   of a number
     """
 
     check: Callable[[str, Any], Any]
     parse: Callable[[str], Any]
     schema: Mapping[str, Any]
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def number(minimum: float | None = None, maximum: float | None = None, *, above:
     """A finite number, in `unit`."""
     limits = {"minimum": minimum, "maximum": maximum, "exclusiveMinimum": above}
     return Kind(lambda name, value: check_number(name, value, minimum, maximum, above=above, unit=unit), parse_number,
-                {"type": "number"} | {name: limit for name, limit in limits.items() if limit is not None})
+                {"type": "number"} | {name: limit for name, limit in limits.items() if limit is not None}, unit)
 
 
 def flag() -> Kind:
@@ -325,7 +327,8 @@ def prompt_changes() -> Kind:
             checked.append((start, check_text(f"{name}: the prompt at {start:g} s", text)))
         return tuple(checked)
 
-    return Kind(check, parse_change, {"type": "array", "items": {"type": "array", "minItems": 2, "maxItems": 2}})
+    return Kind(check, parse_change, {"type": "array", "items": {
+        "type": "array", "prefixItems": [{"type": "number"}, {"type": "string"}], "minItems": 2, "maxItems": 2}})
 
 
 def normalization() -> Kind:

@@ -90,8 +90,8 @@ def test_commands_of_a_page_are_understood(page):
 
 
 def is_offline(words: list[str]) -> bool:
-    """Whether a command needs no network; the doctor and the profiler have tests of their own, and take long."""
-    return words[0] == "models" or (words[0] not in ("profile", "doctor") and "tiny" in words)
+    """Whether a command needs no network; the doctor, the profiler and the server have tests of their own."""
+    return words[0] == "models" or (words[0] not in ("profile", "doctor", "serve") and "tiny" in words)
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=ids(WITH_COMMANDS))

@@ -4,6 +4,7 @@ from ldm2.audio.files import (
     FORMATS,
     FileInfo,
     as_samples,
+    check_format,
     check_output,
     check_rate,
     check_rows,
@@ -21,7 +22,7 @@ from ldm2.audio.files import (
 )
 
 __all__ = [
-    "FORMATS", "FileInfo", "as_samples", "check_output", "check_rate", "check_rows", "describe", "mix",
-    "nearest_encoding", "read", "read_channels", "read_metadata", "resample", "samples_to_seconds",
+    "FORMATS", "FileInfo", "as_samples", "check_format", "check_output", "check_rate", "check_rows", "describe",
+    "mix", "nearest_encoding", "read", "read_channels", "read_metadata", "resample", "samples_to_seconds",
     "seconds_to_samples", "write", "write_all",
 ]

@@ -312,12 +312,22 @@ def check_output(path: str | Path, overwrite: bool = False, *, sample_rate: int 
     not have, or one of `inputs`; OSError (which one tells what) for a place where no new file can be written.
     """
     path = Path(path)
+    check_format(path, sample_rate=sample_rate, channels=channels, encoding=encoding)
+    atomic.check_place(path, overwrite, inputs)
+
+
+def check_format(path: str | Path, *, sample_rate: int | None = None, channels: int = 1,
+                 encoding: str | None = None) -> None:
+    """Check that the format of a suffix has this sample rate (Hz), number of channels and encoding.
+
+    Raises ValueError for one that it does not have, and for an unknown suffix. No file is looked at.
+    """
+    path = Path(path)
     kind = _format_of(path, encoding)
     if sample_rate is not None:
         _check_rate(path.suffix.lower(), kind, sample_rate)
     if not 1 <= channels <= kind.max_channels:
         raise ValueError(f"{path.suffix} takes 1 to {kind.max_channels} channels, got {channels}")
-    atomic.check_place(path, overwrite, inputs)
 
 
 def _format_of(path: Path, encoding: str | None) -> _Format:

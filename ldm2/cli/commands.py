@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from ldm2 import __version__
 from ldm2.audio import recorded
-from ldm2.cli import batch, doctor, edit, evaluate, options, output, profile, replay, verify
+from ldm2.cli import batch, doctor, edit, evaluate, options, output, profile, replay, serve, verify
 from ldm2.settings import GENERATE, Settings
 
 _LESS_MEMORY = {"low_memory": "--low-memory", "dtype": "--dtype bfloat16", "batch": "a smaller --batch",
@@ -100,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     edit.add(commands)
     replay.add(commands)
     batch.add(commands)
+    serve.add(commands)
 
     command = commands.add_parser("models", help="list the known checkpoints")
     command.set_defaults(run=models)

@@ -1,0 +1,76 @@
+"""The command `ldm2 serve`: the model behind HTTP, for programs and pages."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from ldm2.cli import options
+from ldm2.options import options_of
+from ldm2.serve.limits import Limits
+
+MISSING = "ldm2 serve needs {}: pip install 'ldm2[serve]'"
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the parser's."""
+    command = commands.add_parser(
+        "serve", help="a server: make sound over HTTP", description="Serve a model over HTTP: an API with a queue, "
+        "progress and cancelling. Its description is at /docs.",
+        epilog="For example: ldm2 serve --model tiny")
+    section = command.add_argument_group("the server")
+    section.add_argument("--host", default="127.0.0.1", help="address to listen on; others than this machine's own "
+                         "need a key (default: 127.0.0.1)")
+    section.add_argument("--port", type=_port, metavar="N", help="port to listen on (default: the first free one from "
+                         "8000 up)")
+    section.add_argument("--api-key", metavar="KEY", help="what clients must know (default: LDM2_API_KEY of the "
+                         "environment; where programs can be listed, better there than here)")
+    section.add_argument("--insecure", action="store_true", help="serve other machines without a key")
+    section.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="let pages of this site use the "
+                         "server, for example https://example.org; may be repeated")
+    section.add_argument("--batch", type=_count, default=0, metavar="N", help="requests of equal shape that run "
+                         "together at most (default: as many as fit)")
+    section = command.add_argument_group("limits")
+    for name, each in options_of(Limits).items():
+        options.add_option(section, Limits, name, each, "")
+    options.add_model_options(command)
+    command.set_defaults(run=serve)
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Run the command, until it is stopped."""
+    key = args.api_key or os.environ.get("LDM2_API_KEY") or None
+    try:
+        from ldm2.serve import server
+    except ModuleNotFoundError as error:
+        raise ImportError(MISSING.format(error.name)) from None
+    local = server.is_local(args.host)
+    if not local and key is None and not args.insecure:
+        raise ValueError(f"--host {args.host} is open to others: give --api-key KEY (or LDM2_API_KEY), or --insecure")
+    limits = Limits(**options.given(args, Limits))
+    with server.listening(args.host, args.port) as place:
+        pipe = options.load(args)
+        hosts = tuple(dict.fromkeys(("localhost", "127.0.0.1", "::1", args.host))) if local else None
+        with server.opened(pipe, limits, args.batch, key=key, hosts=hosts, origins=tuple(args.cors)) as app:
+            port = place.getsockname()[1]
+            name = f"[{args.host}]" if ":" in args.host else args.host
+            print(f"ldm2: serving {args.model} at http://{name}:{port} (docs at /docs, Ctrl-C stops)", file=sys.stderr,
+                  flush=True)
+            server.Server(app, limits.grace).run(sockets=[place])
+    print("ldm2: stopped", file=sys.stderr)
+    return 0
+
+
+def _port(text: str) -> int:
+    """A port; 0 takes any."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    """A number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, got {text!r}")
+    return int(text)

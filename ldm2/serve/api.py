@@ -1,0 +1,233 @@
+"""Jobs over HTTP: made, listed, watched, heard and cancelled; and what the server and its model are."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import mimetypes
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import Response, StreamingResponse
+from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect
+
+from ldm2.serve import schemas, uploads
+from ldm2.serve.asked import About, asked, from_words, read_json
+from ldm2.serve.errors import Refused, invalid, to_json
+from ldm2.serve.jobs import COMPLETED, LIVE, QUEUED, Job, Jobs
+from ldm2.serve.limits import Limits
+from ldm2.serve.metrics import Metrics
+
+router = APIRouter(prefix="/v1")
+FIELDS = 200                               # of a form
+
+
+@dataclass(frozen=True)
+class Api:
+    """What the routes share."""
+
+    about: About
+    jobs: Jobs
+    limits: Limits
+    metrics: Metrics
+
+
+async def served(request: Request) -> Api:
+    """The Api of an application."""
+    return request.app.state.api
+
+
+Served = Annotated[Api, Depends(served)]
+
+
+class JSON(Response):
+    """An answer in JSON."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Answers of a route beside success, for the document."""
+    return {status: {"model": schemas.Error} for status in (*statuses, 400, 401, 403)}
+
+
+def client_of(request: Request) -> str:
+    """Whose request it is."""
+    return request.client.host if request.client is not None else ""
+
+
+@router.post(
+    "/jobs", status_code=202, response_model=schemas.Job, responses=errors(404, 413, 429), tags=["jobs"],
+    openapi_extra={"requestBody": {"required": True, "content": {
+        "application/json": {"schema": schemas.body()}, "multipart/form-data": {"schema": schemas.form()}}}})
+async def create_job(request: Request, api: Served) -> Response:
+    """Ask for a sound: JSON with options by their names; for edits a form with the sound as `audio`."""
+    api.jobs.check_room(client_of(request))
+    name = api.jobs.new_id()
+    try:
+        job = Job(name, await read_request(request, api, name), client_of(request))
+        api.jobs.submit(job)
+    except BaseException:
+        api.jobs.folder.forget(name)
+        raise
+    told = api.jobs.describe(job)
+    return JSON(told, status_code=202, headers={"Location": told["url"]})
+
+
+async def read_request(request: Request, api: Api, job: str) -> Any:
+    """The request in a body of JSON or in a form. Raises Refused."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+        given = read_json(await request.body())
+        return await run_in_threadpool(asked, given, api.about, api.limits)
+    async with request.form(max_files=1, max_fields=FIELDS) as form:
+        files = [(name, value) for name, value in form.multi_items() if isinstance(value, UploadFile)]
+        for name, _ in files:
+            if name != "audio":
+                raise invalid(f"the file must be called audio, got {name!r:.100}", name[:100])
+        words = from_words((name, value) for name, value in form.multi_items() if isinstance(value, str))
+        if "audio" in words:
+            raise invalid("audio must be a file: no paths, no addresses", "audio")
+        upload = None
+        if files:
+            upload = await run_in_threadpool(uploads.keep, files[0][1], api.jobs.folder.of(job), api.limits)
+        return await run_in_threadpool(asked, words, api.about, api.limits, upload)
+
+
+@router.get("/jobs", response_model=schemas.JobList, responses=errors(), tags=["jobs"])
+async def list_jobs(api: Served) -> Response:
+    """All jobs that wait, run or are kept, the newest first."""
+    return JSON({"object": "list", "data": [api.jobs.describe(job) for job in api.jobs.all()]})
+
+
+@router.get("/jobs/{id}", response_model=schemas.Job, responses=errors(404), tags=["jobs"])
+async def get_job(id: str, api: Served) -> Response:
+    """A job: where it stands, and its results."""
+    return JSON(api.jobs.describe(api.jobs.get(id)))
+
+
+@router.delete("/jobs/{id}", response_model=schemas.Job, responses=errors(404), tags=["jobs"])
+async def cancel_job(id: str, api: Served) -> Response:
+    """Cancel a job: one that waits at once, one that runs at its next step. A finished one and its files go."""
+    job = api.jobs.get(id)
+    api.jobs.cancel(job)
+    return JSON(api.jobs.describe(job))
+
+
+@router.get("/jobs/{id}/events", response_class=StreamingResponse, tags=["jobs"], responses={
+    **errors(404), 200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}})
+async def watch_job(id: str, api: Served) -> Response:
+    """Server-sent events: `queued`, `progress`, and at last `done`, each with the job as its data."""
+    job = api.jobs.get(id)
+
+    async def events() -> AsyncIterator[bytes]:
+        async for changed in api.jobs.changes(job):
+            if not changed:
+                yield b": still here\n\n"
+                continue
+            told = api.jobs.describe(job)
+            live = told["status"] in LIVE
+            kind = b"done" if not live else b"queued" if told["status"] == QUEUED else b"progress"
+            yield b"event: " + kind + b"\ndata: " + to_json(told) + b"\n\n"
+            if not live:
+                return
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+@router.get("/jobs/{id}/content", response_class=Response, tags=["jobs"], responses={
+    **errors(404, 409), 200: {"content": {"audio/*": {"schema": {"type": "string", "format": "binary"}}}}})
+async def get_content(id: str, api: Served, n: Annotated[int, Query(ge=1)] = 1) -> Response:
+    """The sound file of a finished job: of several candidates the n-th best."""
+    job = api.jobs.get(id)
+    if job.status != COMPLETED:
+        raise Refused(409, f"job {job.id} is {job.status}: it has no sound", "no_sound")
+    if n > len(job.sounds):
+        raise Refused(404, f"n must be from 1 to {len(job.sounds)}, got {n}", "no_sound", "n")
+    return await sound(job, job.sounds[n - 1].path)
+
+
+async def sound(job: Job, path: Path, headers: dict[str, str] | None = None) -> Response:
+    """A file as an answer."""
+    try:
+        content = await run_in_threadpool(path.read_bytes)
+    except FileNotFoundError:                              # removed in this moment
+        raise Refused(404, f"there is no job {job.id!r} any more", "job_not_found", "id") from None
+    name = f"{job.id}{path.stem.removeprefix('sound')}{path.suffix}"
+    return Response(content, media_type=media_type(path.suffix), headers={
+        "Content-Disposition": f'inline; filename="{name}"', **(headers or {})})
+
+
+def media_type(suffix: str) -> str:
+    """What a file of a suffix is called in HTTP."""
+    return {".wav": "audio/wav", ".flac": "audio/flac", ".opus": "audio/ogg", ".mp3": "audio/mpeg"}.get(
+        suffix, mimetypes.types_map.get(suffix, "audio/ogg"))
+
+
+async def made(request: Request, api: Api, job: Job) -> Response:
+    """Have a job made while the client waits; a client that goes away cancels it. Raises Refused."""
+    api.jobs.submit(job)
+    ended = asyncio.ensure_future(_ended(api.jobs, job))
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait([ended, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            raise ClientDisconnect
+        if job.error is not None:
+            raise job.error
+        if job.status != COMPLETED:
+            raise Refused(409, f"job {job.id} was cancelled", "cancelled")
+        return await sound(job, job.sounds[0].path, about(job))
+    finally:
+        ended.cancel()
+        gone.cancel()
+        api.jobs.drop(job)
+
+
+async def _ended(jobs: Jobs, job: Job) -> None:
+    """Wait for the end of a job."""
+    async for _ in jobs.changes(job):
+        pass
+
+
+async def _gone(request: Request) -> None:
+    """Wait until the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def about(job: Job) -> dict[str, str]:
+    """Headers that say how a sound was made. What does not fit into a header stands in the file alone."""
+    best = job.sounds[0]
+    headers = {"X-Job-Id": job.id, "X-Seed": str(best.seed)}
+    if best.score is not None:
+        headers["X-Score"] = f"{best.score:.6f}"
+    told = json.dumps(job.asked.told | {"seed": best.seed})
+    return headers | ({"X-Settings": told} if len(told) <= 6000 else {})
+
+
+@router.get("/models", responses=errors(), tags=["server"])
+async def list_models(api: Served) -> Response:
+    """The model that is served."""
+    return JSON({"object": "list", "data": [schemas.model(api.about)]})
+
+
+@router.get("/capabilities", responses=errors(), tags=["server"])
+async def capabilities(api: Served) -> Response:
+    """What can be asked for: kinds, options with their limits and defaults, formats, and the limits of the server."""
+    return JSON(schemas.capabilities(api.about, api.limits))
+
+
+def routes(others: Sequence[APIRouter] = ()) -> APIRouter:
+    """All routes of the API."""
+    for each in others:
+        router.include_router(each)
+    return router

@@ -1,0 +1,111 @@
+"""The application: routes, errors in one shape, and the gate in front of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+
+from ldm2 import __version__
+from ldm2.serve.api import JSON, Api, router
+from ldm2.serve.errors import Refused
+from ldm2.serve.gate import Gate
+
+logger = logging.getLogger(__name__)
+
+_SWEEP = 15.0                              # seconds
+
+
+def application(api: Api, *, key: str | None = None, hosts: tuple[str, ...] | None = None,
+                origins: tuple[str, ...] = ()) -> FastAPI:
+    """The server as an ASGI application. key, hosts, origins: see `Gate`."""
+    app = FastAPI(title="ldm2", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan,
+                  description="Text to sound effects, music and speech, and edits of sound.")
+    app.state.api = api
+    app.include_router(router)
+    app.add_api_route("/health", health, methods=["GET"], tags=["server"])
+    app.add_api_route("/metrics", metrics, methods=["GET"], tags=["server"], response_class=Response)
+    for kind, handler in {Refused: _refused, HTTPException: _http, RequestValidationError: _invalid,
+                          ClientDisconnect: _gone, Exception: _broken}.items():
+        app.add_exception_handler(kind, handler)           # type: ignore[arg-type]
+    app.add_middleware(Gate, key=key, hosts=hosts, origins=origins, upload_bytes=api.limits.upload_bytes,
+                       metrics=api.metrics)
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"],
+                           expose_headers=["X-Job-Id", "X-Seed", "X-Score", "X-Settings", "Retry-After"])
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Old results go while the server runs."""
+
+    async def sweep() -> None:
+        while True:
+            await asyncio.sleep(_SWEEP)
+            app.state.api.jobs.sweep()
+
+    task = asyncio.create_task(sweep())
+    yield
+    task.cancel()
+
+
+async def health(request: Request) -> Response:
+    """Whether the server takes jobs; needs no key."""
+    api: Api = request.app.state.api
+    return JSON({"status": "ok", "model": api.about.origin["model"], "version": __version__,
+                 "queue": api.jobs.waiting(), "running": len(api.jobs.running())})
+
+
+async def metrics(request: Request) -> Response:
+    """Counters and times in the text format of Prometheus."""
+    api: Api = request.app.state.api
+    api.metrics.queue.set(api.jobs.waiting())
+    api.metrics.running.set(len(api.jobs.running()))
+    api.metrics.kept.set(sum(job.size for job in api.jobs.all()))
+    return Response(api.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def told(refused: Refused) -> Response:
+    """A refusal as an answer."""
+    return JSON({"error": refused.told()}, status_code=refused.status, headers=refused.headers)
+
+
+async def _refused(request: Request, error: Refused) -> Response:
+    return told(error)
+
+
+async def _http(request: Request, error: HTTPException) -> Response:
+    """What the framework refuses: unknown paths, methods, broken forms."""
+    words = {404: f"there is nothing at {request.url.path!r:.200}",
+             405: f"{request.method:.20} is not what {request.url.path!r:.200} takes"}
+    message = words.get(error.status_code, " ".join(str(error.detail).split())[:500])
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    return told(Refused(error.status_code, message, code, headers=error.headers))
+
+
+async def _invalid(request: Request, error: RequestValidationError) -> Response:
+    """A parameter of an address that is not what it must be."""
+    first: dict[str, Any] = error.errors()[0]
+    name = str(first["loc"][-1])
+    return told(Refused(400, f"{name}: {first['msg']}, got {first.get('input')!r:.100}", "invalid_value", name[:100]))
+
+
+async def _gone(request: Request, error: ClientDisconnect) -> Response:
+    """Nobody reads this."""
+    return Response(status_code=499)
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    """Our own mistakes: in the log, and a line for the client."""
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return told(Refused(500, f"the server failed: {type(error).__name__}", "internal"))
