@@ -28,11 +28,11 @@ from ldm2.solver_options import SolverOptions
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
-_OLD_SAMPLERS = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
-# Classes whose files describe a noise schedule of this kind. Others (LCM, TCD, EDM, flow matching, ...) belong to
-# models that were trained for something else, which no sampler here would sample right.
+_LEADING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler")
+# Classes whose files describe a noise schedule of this kind. Others (TCD, EDM, flow matching, ...) belong to models
+# that were trained for something else, which no sampler here would sample right.
 CLASSES = (
-    *_OLD_SAMPLERS, "LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    *_LEADING, "LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
 )
 MOST_TIMESTEPS = 100_000                                   # a limit far above every training's
@@ -99,7 +99,7 @@ class Schedule:
             raise ValueError(f"{source}: _class_name must be one of {', '.join(CLASSES)}, got {short(name)}")
         defaults = {
             "prediction_type": "epsilon",
-            "timestep_spacing": "leading" if name in (None, *_OLD_SAMPLERS) else "linspace",
+            "timestep_spacing": "leading" if name in (None, *_LEADING) else "linspace",
             "steps_offset": 0,
             "set_alpha_to_one": name != "PNDMScheduler",
             "trained_betas": None,
@@ -193,6 +193,20 @@ class Schedule:
         """As `timesteps`, for the samplers that interpolate sigma: LMS, Euler, Heun. "linspace" is not rounded."""
         spaced = self._spaced(steps, points=self.check_steps(steps))
         return tuple(float(t) for t in spaced.astype(np.float32))
+
+    def consistency_timesteps(self, steps: int) -> tuple[int, ...]:
+        """As `timesteps`, for LCM: `steps` of those that it was trained on, which are every k-th and end at T - 1.
+
+        Raises ValueError if there are not as many.
+        """
+        trained, T = self.options("LCMScheduler").original_inference_steps, self.num_train_timesteps
+        if trained > T:
+            raise ValueError(f"original_inference_steps must be at most {T}, got {trained}")
+        if self.check_steps(steps) > trained:
+            raise ValueError(f"steps must be at most {trained} with the sampler lcm (its original_inference_steps), "
+                             f"got {steps}")
+        chosen = np.floor(np.linspace(0, trained, steps, endpoint=False)).astype(int)
+        return tuple(int(t) for t in (trained - chosen) * (T // trained) - 1)
 
     def _spaced(self, steps: int, points: int) -> np.ndarray:
         """The first `steps` of `points` timesteps, descending, before rounding where the spacing leaves fractions."""

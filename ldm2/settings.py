@@ -41,7 +41,8 @@ RESULTS = TASKS[:-1]                       # the tasks that return a Result: can
 NOISED = (TRANSFER, VARIATIONS, RECONSTRUCT)
 KEEPING = (INPAINT, EXTEND, SUPER_RESOLUTION)
 
-SAMPLERS = ("ddim", "ddpm", "pndm", "lms", "euler", "euler-ancestral", "heun", "dpmpp-2m", "dpmpp-2m-sde", "unipc")
+SAMPLERS = ("ddim", "ddpm", "pndm", "lms", "euler", "euler-ancestral", "heun", "dpmpp-2m", "dpmpp-2m-sde", "unipc",
+            "lcm")
 SPACINGS = ("leading", "trailing", "linspace")
 SIDES = ("after", "before", "both")
 STAGES = ("vocoder", "vae", "diffusion")
@@ -90,7 +91,8 @@ class Sampling:
         number(0, 1), "DDIM's eta: 0 is deterministic, 1 is as random as DDPM", value=0.0)
     spacing: str | None = option(
         choice(SPACINGS), "spacing of the timesteps: leading, trailing (starts at the last timestep of the "
-        "training, which leading misses, by more the fewer the steps) or linspace (arXiv:2305.08891, table 2)",
+        "training, which leading misses, by more the fewer the steps) or linspace (arXiv:2305.08891, table 2); lcm has "
+        "its own",
         of_checkpoint=True, metavar="NAME", foreign=("timestep_spacing",))
     cache_interval: int | None = option(
         integer(1), "compute the deep part of the UNet in every N-th step and reuse it in between (DeepCache, "

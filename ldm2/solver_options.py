@@ -24,6 +24,8 @@ class SolverOptions:
     disable_corrector:  indices of UniPC's steps whose end is not corrected
     variance_type:      of DDPM: "fixed_small" is the variance of the posterior, "fixed_large" is beta_t
     skip_prk_steps:     whether PNDM does without Runge-Kutta in its first three steps
+    original_inference_steps: of LCM: the steps of the training, from which its own are chosen
+    timestep_scaling:   of LCM: how fast the boundary condition at timestep 0 fades with the timestep
     clip_sample, clip_sample_range: limit x_0 to -range..range
     thresholding, dynamic_thresholding_ratio, sample_max_value: limit it by dynamic thresholding, arXiv:2205.11487,
                         section 2.3, which goes before
@@ -37,6 +39,8 @@ class SolverOptions:
     disable_corrector: tuple[int, ...] = ()
     variance_type: str = "fixed_small"
     skip_prk_steps: bool = True
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
     clip_sample: bool = False
     clip_sample_range: float = 1.0
     thresholding: bool = False
@@ -65,6 +69,7 @@ _FOLLOWED = {
     "HeunDiscreteScheduler": _CLIP,
     "DPMSolverMultistepScheduler": ("euler_at_final", *_MULTISTEP),
     "UniPCMultistepScheduler": ("disable_corrector", *_MULTISTEP),
+    "LCMScheduler": ("original_inference_steps", "timestep_scaling", *_CLIP, *_THRESHOLD),
 }
 # Class -> its defaults where they are not those of the checkpoints; they hold for files of that class.
 _DEFAULTS = {
@@ -89,6 +94,7 @@ _FIXED = {
         "rescale_betas_zero_snr", "use_flow_sigmas", "predict_x0", "solver_p", "use_dynamic_shifting", "shift_terminal",
         *_SPACED,
     ),
+    "LCMScheduler": ("rescale_betas_zero_snr",),
 }
 _ONLY = {
     "rescale_betas_zero_snr": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
@@ -155,6 +161,12 @@ def _positive(name: str, value: object) -> float:
     return float(value)
 
 
+def _count(name: str, value: object) -> int:
+    if type(value) is not int or value < 1:
+        raise _error(name, "a positive integer", value)
+    return value
+
+
 def _share(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or value < 0 or not value <= 1:
         raise _error(name, "a number from 0 to 1", value)
@@ -180,6 +192,8 @@ _RULES: dict[str, Callable[[str, object], object]] = {
     "disable_corrector": _indices,
     "variance_type": _one_of(_VARIANCES),
     "skip_prk_steps": _flag,
+    "original_inference_steps": _count,
+    "timestep_scaling": _positive,
     "clip_sample": _flag,
     "clip_sample_range": _positive,
     "thresholding": _flag,

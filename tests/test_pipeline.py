@@ -29,6 +29,7 @@ SCHEDULERS = {
     "dpmpp-2m": ("DPMSolverMultistepScheduler", {}),
     "dpmpp-2m-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
 }
 
 
@@ -344,6 +345,16 @@ def test_a_checkpoint_brings_its_own_defaults(tmp_path):
     (folder / "ldm2.json").write_text('{"second": 1}')
     with pytest.raises(ValueError, match="second"):
         ldm2.load(folder)
+
+
+def test_a_checkpoint_with_the_scheduler_of_a_consistency_model_is_sampled_as_one(tmp_path):
+    folder = checkpoints.save(tmp_path / "checkpoint")
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "LCMScheduler"}))
+    settings = ldm2.load(folder).generate(PROMPT, seed=0, seconds=0.16).settings
+    assert (settings["sampler"], settings["steps"], settings["guidance_scale"]) == ("lcm", 4, 1.0)
+    (folder / "ldm2.json").write_text('{"steps": 2}')
+    assert ldm2.load(folder).generate(PROMPT, seed=0, seconds=0.16).settings["steps"] == 2
 
 
 def test_each_text_is_encoded_once_however_often_it_comes(tiny_checkpoint, monkeypatch):

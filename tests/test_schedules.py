@@ -128,9 +128,10 @@ def test_steps_must_not_exceed_the_timesteps_of_the_training():
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_timestep_that_a_sampler_visits_lies_within_the_whole_run(name):
+    most = 50 if name == "lcm" else 1000
     for spacing in SPACINGS:
         schedule = Schedule.from_dict(PUBLISHED | {"timestep_spacing": spacing})
-        assert all(schedule.within(t, (0, 1)) for steps in (1, 7, 1000) for t in timesteps(name, schedule, steps))
+        assert all(schedule.within(t, (0, 1)) for steps in (1, 7, most) for t in timesteps(name, schedule, steps))
 
 
 @pytest.mark.parametrize("border", [0, 0.1, 0.29, 1 / 3, 0.5, 0.7, 0.999, 1])

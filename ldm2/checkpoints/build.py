@@ -167,10 +167,17 @@ def pipeline(
 
     loads: dict[str, Load] = {name: functools.partial(read_part, name) for name in ("text", *MODELS)}
     return AudioLDM2(
-        **_modules(loads, device, low_memory, report), schedule=schedule, defaults=checkpoint.defaults,
+        **_modules(loads, device, low_memory, report), schedule=schedule,
+        defaults={**_defaults(schedule), **checkpoint.defaults},
         make_ranker=make_ranker if checkpoint.can_rank else None, device=device, dtype=dtype, reference=reference,
         origin=origin, load=load,
     )
+
+
+def _defaults(schedule: Schedule) -> dict[str, Any]:
+    """What a checkpoint asks for by its scheduler: consistency models are sampled as such."""
+    consistent = schedule.config.get("_class_name") == "LCMScheduler"
+    return {"sampler": "lcm", "steps": 4, "guidance_scale": 1.0} if consistent else {}
 
 
 def _modules(loads: Mapping[str, Load], device: torch.device, low_memory: bool, report: Progress) -> dict[str, Any]:

@@ -177,7 +177,7 @@ class AudioLDM2Pipeline(Components):
 
     def prepare_extra_step_kwargs(self, generator: Generators, eta: float) -> dict[str, object]:
         """What diffusers hands to the steps of this scheduler."""
-        draws = self._sampler in ("ddim", "ddpm", "euler", "euler-ancestral", "dpmpp-2m", "dpmpp-2m-sde")
+        draws = self._sampler in ("ddim", "ddpm", "euler", "euler-ancestral", "dpmpp-2m", "dpmpp-2m-sde", "lcm")
         return ({"eta": eta} if self._sampler == "ddim" else {}) | ({"generator": generator} if draws else {})
 
     def check_inputs(

@@ -74,8 +74,8 @@ class Scheduler:
 
     @property
     def compatibles(self) -> list[type[Scheduler]]:
-        """The classes that can take the place of this one."""
-        return list(CLASSES.values())
+        """The classes that can take the place of this one: all but that of consistency models, which none replaces."""
+        return [kind for kind in CLASSES.values() if "lcm" not in (kind.sampler, self.sampler)]
 
     @property
     def betas(self) -> Tensor:
@@ -178,6 +178,13 @@ class UniPCMultistepScheduler(Scheduler):
     """UniPC, arXiv:2302.04867."""
 
     sampler = "unipc"
+
+
+class LCMScheduler(Scheduler):
+    """Multistep sampling of latent consistency models, arXiv:2310.04378."""
+
+    sampler = "lcm"
+    defaults = _DEFAULTS | {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 CLASSES: dict[str, type[Scheduler]] = {cls.__name__: cls for cls in Scheduler.__subclasses__()}

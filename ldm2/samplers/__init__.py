@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ldm2.samplers.consistency import lcm
 from ldm2.samplers.core import Denoiser, Epsilon, Noise, Run, Solver, Step
 from ldm2.samplers.exponential import dpmpp_2m, dpmpp_2m_sde, unipc
 from ldm2.samplers.ode import euler, euler_ancestral, heun, lms
@@ -56,6 +57,7 @@ SAMPLERS = {
         dpmpp_2m_sde, Schedule.interval_timesteps, "DPMSolverMultistepScheduler", stochastic=True
     ),
     "unipc": Sampler(unipc, Schedule.interval_timesteps, "UniPCMultistepScheduler"),
+    "lcm": Sampler(lcm, Schedule.consistency_timesteps, "LCMScheduler", stochastic=True),
 }
 
 
@@ -101,8 +103,8 @@ def sample(
     denoiser:  denoiser(x_t, t) -> what schedule.prediction_type names, like x_t in shape, in any floating dtype.
                x_t is float32 with variance near one; t is a number from `timesteps(name, schedule, steps)`.
     eta:       for ddim: 0 adds no noise, 1 as much as ddpm
-    noise:     noise(like) -> standard normal float32; needed by ddim with eta > 0, ddpm, euler-ancestral and
-               dpmpp-2m-sde, and called exactly when diffusers would draw
+    noise:     noise(like) -> standard normal float32; needed by ddim with eta > 0, ddpm, euler-ancestral, dpmpp-2m-sde
+               and lcm, and called exactly when diffusers would draw
     x0, start: start at step `start` from the clean latents x0, noised with x_T to that step's level;
                start = steps returns x0
     edit:      edit(step) -> the x_t to take the step from, called once before each step (not before the second model

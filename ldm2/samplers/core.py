@@ -149,3 +149,9 @@ def preserving(sigma: float) -> tuple[float, float]:
     """Noise over signal -> (alpha, sigma) with alpha^2 + sigma^2 = 1."""
     alpha = 1 / math.hypot(1, sigma)
     return alpha, alpha * sigma
+
+
+def predict_x0(eps: Epsilon, run: Run, i: int, x: Tensor, t: float) -> Tensor:
+    """The model's x_0 at the state x before step i of a run whose state is variance preserving."""
+    alpha, sigma = run.levels(i)
+    return (x - sigma * eps(x, t)) / alpha

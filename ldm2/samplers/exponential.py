@@ -13,7 +13,7 @@ from math import expm1, factorial, log, sqrt
 import numpy as np
 from torch import Tensor
 
-from ldm2.samplers.core import Epsilon, Run, Solver
+from ldm2.samplers.core import Epsilon, Run, Solver, predict_x0
 
 
 def dpmpp_2m(eps: Epsilon, run: Run, x: Tensor) -> Solver:
@@ -132,9 +132,3 @@ def unipc_weights(run: Run, i: int, order: int, corrects: bool = False) -> tuple
         phi = phi / -h - 1 / factorial(j + 1)
     rho = np.full(1, 0.5) if len(r) == 1 else np.linalg.solve(r ** np.arange(len(r))[:, None], b)
     return r, -scale * rho
-
-
-def predict_x0(eps: Epsilon, run: Run, i: int, x: Tensor, t: float) -> Tensor:
-    """The model's x_0 at the state x before step i."""
-    alpha, sigma = run.levels(i)
-    return (x - sigma * eps(x, t)) / alpha

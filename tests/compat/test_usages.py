@@ -309,7 +309,7 @@ def _(case):
 def _(case):
     x, noise = torch.randn(2, 1, 4, 5, 8)
     for name in ("DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "PNDMScheduler",
-                 "LMSDiscreteScheduler", "UniPCMultistepScheduler"):
+                 "LMSDiscreteScheduler", "UniPCMultistepScheduler", "LCMScheduler"):
         ours = getattr(ldm2.compat, name).from_config(case.pipe.scheduler.config)
         theirs = getattr(diffusers, name).from_config(case.oracle.scheduler.config)
         for scheduler in (ours, theirs):

@@ -148,7 +148,7 @@ def test_outside_the_ranges_every_sample_is_the_inputs_own(pipe, rate, channels)
     assert (result.channels[0][:, new] != sound[:, new]).mean() > 0.99
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "pndm", "euler-ancestral", "dpmpp-2m-sde"])
+@pytest.mark.parametrize("sampler", ["ddim", "pndm", "euler-ancestral", "dpmpp-2m-sde", "lcm"])
 def test_any_sampler_makes_the_ranges_anew(pipe, sampler):
     sound = noise(8000)
     result = pipe.inpaint(sound, RAIN, times=[(0.2, 0.3)], sample_rate=RATE, sampler=sampler, **FEW)

@@ -232,4 +232,4 @@ def test_with_any_sampler_the_kept_part_ends_near_the_input(sampler):
     result = samplers.sample(sampler, exact, draw(x0), SCHEDULE, 50, noise=draw, edit=masks.masked(x0, keep, draw))
     distance = (result - x0).square().mean(dim=(0, 1, 3)).sqrt()
     assert distance[:8].max() < 0.3
-    assert distance[8:].min() > 1
+    assert distance[8:].min() > 0.8                       # sqrt(2) for two draws; lcm ends with less variance

@@ -92,7 +92,7 @@ def missing_field(folder: Path, pick: Chooser) -> str:
 
 
 def foreign_class(folder: Path, pick: Chooser) -> str:
-    kinds = ["LCMScheduler", "TCDScheduler", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler", "os.system",
+    kinds = ["TCDScheduler", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler", "os.system",
              "StableDiffusionPipeline", "VQModel", "BertModel", "../x", ""]
     name = pick.choose(kinds)
     if pick.integer(0, 1):

@@ -9,6 +9,7 @@ import torch
 from ldm2 import samplers
 from ldm2.noise import SeededNoise
 from ldm2.samplers import SAMPLERS, Cancelled, sample
+from ldm2.samplers.consistency import boundary
 from ldm2.samplers.core import preserving
 from ldm2.samplers.ode import adams_bashforth
 from tests.samplers.toy import SCHEDULE, SHAPE, STOCHASTIC, draw_latents, error, knowing, model
@@ -26,7 +27,7 @@ def test_a_model_that_knows_x0_leads_to_x0(name, start):
     assert error(latents, x0) < 1e-4
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])    # it wants a model that jumps
 def test_a_model_of_the_unit_normal_keeps_the_noise(name):
     # E[eps | x_t] = sigma x_t for data of variance one: the flow of the ODE is the identity, and noise stays noise
     shape = (1, 4, 100, 25)
@@ -86,6 +87,12 @@ def test_adams_bashforth_integrates_cubics_on_uneven_nodes_exactly():
         assert sum(w * node**power for w, node in zip(weights, nodes)) == pytest.approx(integral, rel=1e-11)
 
 
+def test_lcm_returns_its_input_at_timestep_zero_and_x0_far_from_it():
+    assert boundary(0) == (1, 0)                          # arXiv:2303.01469, equation 5: f(x, 0) = x
+    assert boundary(0.5) == pytest.approx((0.5, 0.5**0.5))                   # at sigma_data
+    assert boundary(1e6) == pytest.approx((0, 1), abs=1e-9)
+
+
 def test_ddim_in_one_step_is_the_closed_form():
     x_T = draw_latents(2)
     a, a_prev = SCHEDULE.alpha_cumprod(1), SCHEDULE.alpha_cumprod(0)
@@ -109,7 +116,7 @@ def test_v_prediction_gives_what_eps_prediction_gives(name):
 def test_as_many_steps_as_timesteps_are_finite(name):
     # diffusers divides by zero or indexes out of its table in most of these
     for steps in (39, 40):
-        schedule = replace(SCHEDULE, num_train_timesteps=40)
+        schedule = replace(SCHEDULE, num_train_timesteps=40, config={"original_inference_steps": 40})
         latents = sample(name, model, draw_latents(2), schedule, steps, noise=SeededNoise([0]))
         assert latents.isfinite().all(), steps
 
@@ -261,10 +268,15 @@ def test_the_start_is_not_changed_in_place():
 
 # ----------------------------------------------------------------------------------------------------------- errors
 
+def test_lcm_takes_no_more_steps_than_its_model_was_trained_on():
+    with pytest.raises(ValueError, match=r"steps must be at most 50 .*lcm.*, got 51"):
+        sample("lcm", model, draw_latents(2), SCHEDULE, 51, noise=SeededNoise([0]))
+
+
 @pytest.mark.parametrize("name", ["DDIM", "dpm", "", None, 3, ["ddim"]])
 def test_an_unknown_sampler_lists_the_known_ones(name):
     with pytest.raises(ValueError, match="choose from ddim, ddpm, pndm, lms, euler, euler-ancestral, heun, dpmpp-2m, "
-                                         "dpmpp-2m-sde, unipc"):
+                                         "dpmpp-2m-sde, unipc, lcm"):
         sample(name, model, draw_latents(2), SCHEDULE, 5)
 
 

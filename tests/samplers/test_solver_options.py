@@ -60,6 +60,8 @@ VALUES = {
     "disable_corrector": [[0, 2]],
     "solver_p": ["ddim"],
     "shift_terminal": [0.1],
+    "original_inference_steps": [20, 100, 2000],
+    "timestep_scaling": [0.01],
 }
 # What is refused, of what diffusers computes.
 REFUSED = {
@@ -69,6 +71,7 @@ REFUSED = {
     ("DDPMScheduler", "variance_type", "fixed_large_log"), ("variance_type", "learned"),
     ("variance_type", "learned_range"), ("algorithm_type", "dpmsolver"), ("algorithm_type", "sde-dpmsolver"),
     ("solver_order", 4), ("trained_betas", "2 numbers"),
+    ("LCMScheduler", "timestep_spacing", "uniform"),       # LCM has its own, and looks at none there
     ("UniPCMultistepScheduler", "lower_order_final"),      # alone it leads to NaN there
 }
 # Options that need another one to count.

@@ -12,7 +12,7 @@ from ldm2.schedules import Schedule
 from tests.helpers import PUBLISHED
 
 SCHEDULE = Schedule.from_dict(PUBLISHED)
-STOCHASTIC = ("ddpm", "euler-ancestral", "dpmpp-2m-sde")
+STOCHASTIC = ("ddpm", "euler-ancestral", "dpmpp-2m-sde", "lcm")
 SHAPE = (4, 5, 3)
 MIX = 0.5 * torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
 
