@@ -40,7 +40,7 @@ from ldm2.text.encoder import TextEncoder
 from ldm2.text.encoders import ClapText
 from ldm2.text.ranking import Ranker, best_first
 from ldm2.unet import UNet
-from ldm2.vae import VAE
+from ldm2.vae import VAE, Posterior
 from ldm2.vocoder import Vocoder
 from ldm2.windows import Window, average, plan
 
@@ -358,18 +358,26 @@ class Stages:
 
         Raises ValueError for another shape, no samples, integers, NaN or infinite samples, or an impossible rate.
         """
+        posterior = self.posterior(waveform, sample_rate)
+        latents = posterior.mean
+        if seed is not None:
+            latents = latents + posterior.std * SeededNoise(row_seeds(seed, len(latents)))(latents)
+        return self.finite(latents * self.vae.config.scaling_factor, "the VAE's latents")
+
+    @usual_numpy
+    @in_stage("vae")
+    @inference
+    def posterior(self, waveform: np.ndarray | Tensor, sample_rate: int) -> Posterior:
+        """Sound -> the distribution of its latents (B, C, T/f, F/f), float32 and not scaled. Arguments and errors as of
+        `encode_audio`."""
         samples = np.atleast_2d(audio.as_samples(waveform))
         rows = audio.resample(samples, audio.check_rate(sample_rate), self.sample_rate)
         mel = self.log_mel(rows).to(self.dtype)
         num_frames = mel.shape[2] // self.vae.config.downsampling
         tile = num_frames if self.whole else self.piece_frames
         tiles = plan(num_frames, tile, tile // 4)
-        posteriors = [tiling.encode(self.vae, row, tiles) for row in mel.split(1)]
-        latents = torch.cat([posterior.mean for posterior in posteriors])
-        if seed is not None:
-            noise = SeededNoise(row_seeds(seed, len(rows)))
-            latents = latents + torch.cat([posterior.std for posterior in posteriors]) * noise(latents)
-        return self.finite(latents * self.vae.config.scaling_factor, "the VAE's latents")
+        parts = [tiling.encode(self.vae, row, tiles) for row in mel.split(1)]
+        return Posterior(torch.cat([part.mean for part in parts]), torch.cat([part.logvar for part in parts]))
 
     @in_stage("text")
     @inference

@@ -103,7 +103,7 @@ def convert(
             index = _copy_rest(path, partial)
         else:
             index, lacking = _write_rest(checkpoint, partial, tokenizers, local_files_only)
-    licence = _licence(source, path)
+    licence = licence_of(source, path)
     _write_readme(partial, path, licence, dtype)
     _write_json(partial / "model_index.json", index)
     _finish(partial, folder)
@@ -308,7 +308,7 @@ def _finish(partial: Path, folder: Path) -> None:
 # Licence
 
 
-def _licence(source: str | Path, path: Path) -> str | None:
+def licence_of(source: str | Path, path: Path) -> str | None:
     """The licence tag of the source: what its README says, else the table of models; None if neither knows it."""
     readme = path / "README.md"
     if readme.is_file():

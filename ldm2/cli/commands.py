@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from ldm2 import __version__
 from ldm2.audio import recorded
-from ldm2.cli import batch, doctor, edit, evaluate, options, output, profile, replay, serve, verify
+from ldm2.cli import batch, doctor, edit, evaluate, options, output, profile, replay, serve, train, verify
 from ldm2.settings import GENERATE, Settings
 
 _LESS_MEMORY = {"low_memory": "--low-memory", "dtype": "--dtype bfloat16", "batch": "a smaller --batch",
@@ -132,6 +132,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--overwrite", action="store_true", help="replace the folder if it is a checkpoint")
     command.set_defaults(run=convert)
 
+    train.add(commands)
     evaluate.add(commands)
     profile.add(commands)
     verify.add(commands)

@@ -105,19 +105,24 @@ def given(args: argparse.Namespace, cls: type, task: str | None = None) -> dict[
 def add_model_options(command: argparse.ArgumentParser) -> None:
     """Which checkpoint, and where and how it runs."""
     section = command.add_argument_group("the model")
+    add_checkpoint_options(section)
+    section.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: auto)")
+    section.add_argument("--low-memory", action="store_true", help="keep only the part of the model in memory that is "
+                         "running: the same sound, plus the time to read each part again")
+    section.add_argument("--compile", action="store_true", help="compile the UNet's step with torch.compile at its "
+                         "first call, which takes minutes")
+
+
+def add_checkpoint_options(section: argparse._ActionsContainer) -> None:
+    """Which checkpoint, where it runs, and whose arithmetic it has."""
     section.add_argument("--model", default=DEFAULT_MODEL, help="short name, hub name, folder or authors' file; "
                          f"\"tiny\" is bundled and needs no network (default: {DEFAULT_MODEL})")
     add_source_options(section)
     section.add_argument("--tokenizers", metavar="FOLDER", help="for authors' .pth files: a folder with tokenizer and "
                          "tokenizer_2 (default: their own hub repositories)")
     section.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    section.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: auto)")
     section.add_argument("--reference", default="authors", help="whose arithmetic to reproduce: authors or diffusers "
                          "(default: authors; see weights.md)")
-    section.add_argument("--low-memory", action="store_true", help="keep only the part of the model in memory that is "
-                         "running: the same sound, plus the time to read each part again")
-    section.add_argument("--compile", action="store_true", help="compile the UNet's step with torch.compile at its "
-                         "first call, which takes minutes")
 
 
 def recorded_model(command: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm2.conditioning import Conditioning
 from ldm2.schedules import Schedule
 from ldm2.training.loop import Clock, Recipe, train
+from ldm2.training.objective import add_noise, spread_steps, step_weights
 from ldm2.training.tiny.text import Describer, TextSide, drop_prompts, vary
 from ldm2.unet import UNet
 
@@ -32,24 +33,6 @@ class TextToLatents(nn.Module):
     @property
     def text(self) -> TextSide:
         return self.describer.text
-
-
-def add_noise(x_0: Tensor, eps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """x_t of arXiv:2006.11239 equation 4, alphas_cumprod (B,) at each row's time step."""
-    a = alphas_cumprod[:, None, None, None]
-    return a.sqrt() * x_0 + (1 - a).sqrt() * eps
-
-
-def step_weights(alphas_cumprod: Tensor) -> Tensor:
-    """min(SNR, gamma) / SNR for an eps loss, arXiv:2303.09556 section 3.4, but not below _LEAST."""
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    return (snr.clamp(max=_GAMMA) / snr).clamp(min=_LEAST)
-
-
-def spread_steps(rows: int, total: int, generator: torch.Generator) -> Tensor:
-    """One time step for each row, evenly spread over the schedule, in random order: int64 (rows,)."""
-    share = (torch.randperm(rows, generator=generator) + torch.rand(rows, generator=generator)) / rows
-    return (share * total).long().clamp(max=total - 1)
 
 
 def train_diffusion(
@@ -71,7 +54,7 @@ def train_diffusion(
         t = spread_steps(len(rows), len(alphas_cumprod), generator)
         eps = torch.randn(x_0.shape, generator=generator)
         prompts, zeroed = drop_prompts(vary([captions[i] for i in rows], generator), generator)
-        weights = step_weights(alphas_cumprod[t]).to(device)
+        weights = step_weights("epsilon", alphas_cumprod[t], _GAMMA).clamp(min=_LEAST).to(device)
         conditioning = model.text(prompts, zeroed.to(device))
         told = torch.tensor([bool(prompt) for prompt in prompts])
         described = torch.where(told[:, None], targets[rows], -100).to(device)

@@ -8,7 +8,7 @@ from torch import nn
 
 from ldm2.config import VAEConfig, VocoderConfig
 from ldm2.mel import log_mel
-from ldm2.training import autoencoder, diffusion
+from ldm2.training import autoencoder
 from ldm2.training.loop import Clock, OutOfTime, Recipe, train
 from ldm2.training.tiny import contrast, text, vocoding
 from ldm2.training.tiny.data import Pool, collect, formula_pool
@@ -123,21 +123,6 @@ def test_fast_features_are_those_of_the_extractor(pool):
     found = contrast.features(wave, extractor)
     assert found.shape == expected[0][None].shape
     assert (found - expected).abs().mean() < 0.1
-
-
-def test_noise_is_added_as_the_schedule_says():
-    x, eps = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 2.0)
-    assert diffusion.add_noise(x, eps, torch.tensor([0.36])).item() == pytest.approx(0.6 + 2 * 0.8)
-
-
-def test_hard_time_steps_count_fully_and_easy_ones_less():
-    weights = diffusion.step_weights(torch.tensor([0.1, 0.5, 0.95]))
-    assert weights.tolist() == pytest.approx([1.0, 1.0, 5 * 0.05 / 0.95], rel=1e-4)
-
-
-def test_time_steps_are_spread_over_the_whole_schedule():
-    steps = diffusion.spread_steps(10, 1000, torch.Generator().manual_seed(0))
-    assert (steps // 100).sort().values.tolist() == list(range(10))
 
 
 def test_a_tenth_of_the_prompts_is_dropped_and_half_of_these_zeroed():

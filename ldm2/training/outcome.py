@@ -1,0 +1,96 @@
+"""What of a UNet is trained, and how the result is written."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm2 import weights
+from ldm2.attention import Transformer2D
+from ldm2.checkpoints.adapter import FILE
+from ldm2.checkpoints.convert import convert, licence_notice, licence_of
+from ldm2.checkpoints.writer import write_safetensors
+from ldm2.layers import ResnetBlock
+from ldm2.training.folder import Folder
+from ldm2.training.loop import Recipe, generator_for
+from ldm2.training.lora import Lora, add_lora
+from ldm2.training.options import LORA, Training
+from ldm2.unet import UNet
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@dataclass
+class Trained:
+    """What is trained. module: holds all that is, and for a full training the rest of the UNet. lora: None for that."""
+
+    module: nn.Module
+    lora: Lora | None
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+
+
+def prepare(unet: UNet, options: Training) -> Trained:
+    """Make the UNet ready: the parameters that need a gradient are float32 and in memory of their own."""
+    if options.checkpointing:
+        recompute(unet)
+    if options.task == LORA:
+        lora = add_lora(unet, options.rank or 1, options.alpha, options.layers or (),
+                        generator=generator_for(options.seed or 0, 0))
+        return Trained(nn.ModuleList(lora.parts.values()), lora)
+    for parameter in unet.parameters():
+        parameter.data = parameter.detach().clone()        # else they are those of the mapped file
+        parameter.requires_grad_(True)
+    return Trained(unet, None)
+
+
+def recompute(unet: UNet) -> None:
+    """Keep of each residual block and transformer only what enters it, and compute it again for the gradient."""
+    for part in unet.modules():
+        if isinstance(part, (ResnetBlock, Transformer2D)):
+            part.forward = functools.partial(  # type: ignore[method-assign]
+                checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def recipe(options: Training) -> Recipe:
+    """How it is optimised. options: resolved."""
+    values = {name: getattr(options, name) for name in
+              ("steps", "rate", "warmup", "decay_from", "clip", "weight_decay", "seed", "patience")}
+    return Recipe(**values, average=options.average or 0.0)
+
+
+def bytes_needed(trained: Trained, options: Training) -> int:
+    """Disk for the state of a training (with that of the save before) and its result."""
+    copies = 4 + (options.patience is not None)            # weights, two moments, their average, the best
+    result = 0 if trained.lora else sum(p.nbytes for p in trained.module.parameters())
+    return (2 * copies + 1) * 4 * trained.numbers + result
+
+
+def write(trained: Trained, model: str, load: Mapping[str, Any], path: Path, folder: Folder, steps: int) -> str:
+    """Write the result to OUT. model, load: arguments of `ldm2.load`; path: the checkpoint. Returns what was made."""
+    if trained.lora is None:
+        return _write_checkpoint(trained.module, model, load, path, folder)
+    file = folder.out / FILE
+    trained.lora.adapter("unet", base_model=model, steps=steps).save(file, overwrite=True)
+    said = " ".join(licence_notice(licence_of(model, path)))
+    return f"{said}\nThe LoRA is {file}; try: ldm2 generate \"...\" --model {model} --lora {folder.out}"
+
+
+def _write_checkpoint(unet: nn.Module, model: str, load: Mapping[str, Any], path: Path, folder: Folder) -> str:
+    """A folder in the hub's layout: the model with another UNet, in the precision that it had."""
+    names = ("reference", "revision", "local_files_only", "variant", *(("tokenizers",) if path.is_file() else ()))
+    done = convert(model, folder.inside / "result", overwrite=True, **{key: load[key] for key in names if key in load})
+    file = done.folder / WEIGHTS
+    dtype = next(tensor.dtype for tensor in weights.read_safetensors(file).values() if tensor.is_floating_point())
+    write_safetensors(file, unet.state_dict(), dtype)
+    folder.move_in(done.folder, last="model_index.json")
+    return f"{done.notice}\nThe model is in {folder.out}; try: ldm2 generate \"...\" --model {folder.out}"
