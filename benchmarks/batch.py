@@ -27,6 +27,7 @@ import soundfile
 
 from benchmarks.arguments import count
 from ldm2.batch import manifest
+from ldm2.batch.local import Folder
 
 PROMPTS = ("a rising sweep", "low hum", "a high tone", "white noise", "a dog barking", "wind", "rain", "clapping")
 FIRST = 16                                 # rows of the first batches of two workers
@@ -164,7 +165,7 @@ def measure(table: Path, folder: Path, args: argparse.Namespace) -> tuple[list[s
     workers, jobs = disturbed(table, folder / "killed", args.every, args.kills)
     faults = differences(folder / "one", folder / "killed")
     lines.append(f"With {workers} workers and {jobs} whole jobs killed (SIGKILL), the folder has "
-                 f"{len(manifest.settled(folder / 'killed'))} rows done; differences from an undisturbed one: "
+                 f"{len(manifest.settled(Folder(folder / 'killed')))} rows done; differences from an undisturbed one: "
                  f"{len(faults) or 'none'}.")
     return lines, faults
 

@@ -82,23 +82,23 @@ def together(paths: Sequence[Path], overwrite: bool = False) -> Iterator[list[Pa
 
 def _temporary() -> str:
     """A name for a file that is not complete; it says which process writes it, on which machine."""
-    return f".ldm2-{_machine()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+    return f".ldm2-{machine()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
 
 
-def _machine() -> str:
+def machine() -> str:
     """A word for this machine, since folders may be shared by several."""
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
 def _clean(folder: Path) -> None:
     """Remove what processes of this machine that were killed have left."""
-    for path in folder.glob(f".ldm2-{_machine()}-*-*.tmp"):
+    for path in folder.glob(f".ldm2-{machine()}-*-*.tmp"):
         with suppress(ValueError, OSError):
-            if not _is_running(int(path.name.split("-")[2])):
+            if not is_running(int(path.name.split("-")[2])):
                 path.unlink()
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Whether there is a process of this number; where that cannot be told, there is."""
     if os.name != "posix":
         return True

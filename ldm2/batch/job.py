@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
-import itertools
 import json
-import os
 import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,23 +15,24 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldm2 import __version__
-from ldm2.atomic import whole
 from ldm2.batch import manifest, tables
-from ldm2.batch.rows import Row, Rules
+from ldm2.batch.local import Folder, Lock
+from ldm2.batch.remote import Lease, Remote, opened
+from ldm2.batch.rows import Row, Rules, nameless, origin_of
 
-_OURS = (".lock-", ".ldm2-")
+LEFT, TWICE = 1, 2
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a batch is. source, folder: the table and where the sounds go. shard: (i, n), the i-th of n parts, from 1.
+    """What a batch is. source, out: the table, and where the sounds go. shard: (i, n), the i-th of n parts, from 1.
 
     format, form: of the files. model, load: as of `ldm2.load`. defaults, allow_extra: see `Rules`.
     retry: whether rows that failed are tried again. batch: rows that run together, 0 for as many as fit.
     """
 
     source: Path
-    folder: Path
+    out: str
     model: str
     load: Mapping[str, Any]
     format: str = "flac"
@@ -42,37 +43,54 @@ class Job:
     retry: bool = False
     batch: int = 0
 
+    @functools.cached_property
+    def place(self) -> Folder | Remote:
+        """Where the files go."""
+        return opened(self.out)
+
     @property
     def part(self) -> str:
         """The shard as it stands in file names."""
         return "{}of{}".format(*self.shard)
 
-    def rows(self) -> Iterator[Row]:
-        """The rows of all shards, each id once: a second row that asks for the same is left out."""
-        origin = {"model": self.model, "revision": self.load.get("revision"),
-                  "reference": self.load.get("reference", "authors")}
-        rules = Rules(origin, self.defaults, self.allow_extra, words=self.source.suffix.lower() == ".csv")
-        seen: dict[int, int] = {}
+    def rows(self, order: dict[int, int]) -> Iterator[Row]:
+        """The rows of all shards, each id once: a second row that asks for the same is left out.
+
+        order: is filled with the place of each id, by its key.
+        """
+        asked = array("Q")                                 # at each place; dictionaries of a million texts are large
+        rules = self._rules()
+        for line, columns in self._records():
+            row = rules.row(line, columns)
+            key, what = row.key, int(row.asked[:16] or "0", 16)
+            if key in order:
+                if row.error is None and asked[order[key]] == what:
+                    continue
+                row = _twice(row)
+                key, what = row.key, 0
+            order[key] = len(asked)
+            asked.append(what)
+            yield row
+
+    def some(self, found: Survey) -> Iterator[Row]:
+        """The rows that a survey found to be left."""
+        rules, lines = self._rules(), found.left
+        for line, columns in self._records(lambda number: number < len(lines) and lines[number]):
+            row = rules.row(line, columns)
+            yield _twice(row) if lines[line] == TWICE else row
+
+    def _rules(self) -> Rules:
+        """How the rows are read."""
+        words = self.source.suffix.lower() == ".csv"
+        return Rules(origin_of(self.model, self.load), self.defaults, self.allow_extra, words)
+
+    def _records(self, wanted: tables.Wanted = lambda number: True) -> Iterator[tables.Record]:
+        """What stands in the table."""
         try:
-            for line, columns in tables.records(self.source):
-                row = rules.row(line, columns)
-                key, asked = manifest.key_of(row.id), int(row.asked[:16] or "0", 16)
-                if key in seen:
-                    if row.error is None and seen[key] == asked:
-                        continue
-                    other = f"line {line}: the id {row.id!r} stands in a line before, for something else"
-                    row = Row(line, f"line-{line}", extra=row.extra, error=row.error or other)
-                    key, asked = manifest.key_of(row.id), 0
-                seen[key] = asked
-                yield row
+            yield from tables.records(self.source, wanted)
         except ValueError as error:
             known = str(error).startswith(str(self.source))
             raise ValueError(str(error) if known else f"{self.source}: {error}") from error
-
-    def own(self) -> Iterator[Row]:
-        """The rows of this shard."""
-        number, count = self.shard
-        return itertools.islice(self.rows(), number - 1, None, count)
 
     def fingerprint(self) -> dict[str, Any]:
         """All that changes results beside the rows themselves, and the versions."""
@@ -88,22 +106,27 @@ class Job:
 
 @dataclass
 class Survey:
-    """What a table holds: rows of this shard, those that cannot be made, kinds of sound, and the place of each id."""
+    """What a table holds.
 
-    order: dict[int, int]
+    order: the place of each id, by its key. rows: of this shard. failed, errors: those of them that cannot be made.
+    groups: kinds of sound. through: how those ended for which nothing is to be done. left: by the line, what is to be
+    done: nothing, LEFT, or TWICE for a row that cannot have the id that it asks for.
+    """
+
+    order: dict[int, int] = field(default_factory=dict)
     rows: int = 0
     errors: list[str] = field(default_factory=list)
     failed: int = 0
     groups: Counter = field(default_factory=Counter)
     through: Counter = field(default_factory=Counter)
+    left: bytearray = field(default_factory=bytearray)
 
 
-def survey(job: Job, settled: Mapping[str, tuple[str, str]], errors: int = 20) -> Survey:
+def survey(job: Job, settled: Mapping[int, int], errors: int = 20) -> Survey:
     """Read the whole table. errors: how many of them are kept. Raises ValueError for a table without rows."""
     number, count = job.shard
-    found = Survey({})
-    for place, row in enumerate(job.rows()):
-        found.order[manifest.key_of(row.id)] = place
+    found = Survey()
+    for place, row in enumerate(job.rows(found.order)):
         if place % count != number - 1:
             continue
         found.rows += 1
@@ -112,52 +135,64 @@ def survey(job: Job, settled: Mapping[str, tuple[str, str]], errors: int = 20) -
             if len(found.errors) < errors:
                 found.errors.append(row.error)
         else:
-            found.groups[kind(row)] += 1
-        if is_through(job, row, settled):
-            found.through[settled[row.id][0]] += 1
+            found.groups[row.kind] += 1
+        status = ended(job, row, settled)
+        if status is not None:
+            found.through[status] += 1
+        else:
+            found.left.extend(bytes(row.line + 1 - len(found.left)))
+            found.left[row.line] = TWICE if row.id == nameless(row.line) else LEFT
     if not found.order:
         raise ValueError(f"{job.source} holds no rows")
     return found
 
 
-def kind(row: Row) -> tuple[str, ...]:
-    """What decides over the time that a row takes, in words."""
-    names = ("seconds", "steps", "sampler", "preset", "guidance_scale", "num_waveforms")
-    return row.options["task"], *(f"{name} {row.options[name]}" for name in names if name in row.options)
+def ended(job: Job, row: Row, settled: Mapping[int, int]) -> str | None:
+    """How a row ended for which nothing is left to do: the same was asked for, and it succeeded, or failed and is not
+    to be tried again."""
+    mark = settled.get(row.key)
+    if mark is None:
+        return None
+    status = manifest.status_of(mark)
+    if mark != manifest.mark(status, row.asked) or (status == manifest.ERROR and job.retry):
+        return None
+    return status
 
 
-def is_through(job: Job, row: Row, settled: Mapping[str, tuple[str, str]]) -> bool:
-    """Whether nothing is left to do for a row: the same was asked for, and it succeeded (or failed, without retry)."""
-    status, asked = settled.get(row.id, (None, ""))
-    return asked == row.asked and (status == manifest.OK or (status == manifest.ERROR and not job.retry))
-
-
-def open_folder(job: Job, command: list[str]) -> BinaryIO:
-    """Make the folder ready, and lock it for this shard: the file is to be held open.
+def open_place(job: Job, command: list[str]) -> Lock | Lease:
+    """Make the place of the files ready, and lock it for this shard until what is returned is closed.
 
     Raises ValueError for a folder of another job, one that holds something else, and one that is in use.
     """
-    job.folder.mkdir(parents=True, exist_ok=True)
-    about = job.folder / "job.json"
-    others = [name for name in os.listdir(job.folder) if not name.startswith(_OURS)]
-    if others and not about.exists():
-        raise ValueError(f"{job.folder} holds other files, such as {min(others)}: choose a new folder")
-    now = job.fingerprint()
-    if not about.exists():
-        with suppress(FileExistsError), whole(about) as temporary:
-            temporary.write_text(json.dumps({"fingerprint": now, "command": command}, indent=1), encoding="utf-8")
+    place = job.place
+    place.make()
+    names, now = place.names(), job.fingerprint()
+    if names and "job.json" not in names:
+        raise ValueError(f"{place} holds other files, such as {names[0]}: choose a new folder")
+    lock = place.lock(f".lock-{job.part}")
     try:
-        then = json.loads(about.read_text(encoding="utf-8"))["fingerprint"]
+        if not names:
+            with suppress(FileExistsError), place.written("job.json") as temporary:
+                temporary.write_text(json.dumps({"fingerprint": now, "command": command}, indent=1), encoding="utf-8")
+        _check_same(place, now)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _check_same(place: Folder | Remote, now: Mapping[str, Any]) -> None:
+    """Raise ValueError if a folder belongs to a job with another fingerprint."""
+    about = place.where("job.json")
+    try:
+        with place.read(["job.json"]) as [path]:
+            then = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
         other = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{about} is not a job of ldm2 batch: choose a new folder") from None
     if other:
         told = ", ".join(f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in other)
-        raise ValueError(f"{job.folder} belongs to another job: {told}; choose a new folder")
-    path = job.folder / f".lock-{job.part}"
-    file = open(path, "a+b")                               # noqa: SIM115  (held by the caller)
-    manifest.lock(file.fileno(), path)
-    return file
+        raise ValueError(f"{place} belongs to another job: {told}; choose a new folder")
 
 
 @contextmanager
@@ -176,17 +211,17 @@ def from_stdin(job: Job, stream: BinaryIO) -> Iterator[Job]:
 
 def finish(job: Job, order: Mapping[int, int]) -> None:
     """Write the merged manifests: manifest.jsonl, and manifest.parquet where pyarrow is installed."""
-    manifest.merge(job.folder, order)
+    manifest.merge(job.place, order)
     with suppress(ImportError):
-        _write_parquet(job.folder)
+        _write_parquet(job.place)
 
 
-def _write_parquet(folder: Path) -> None:
+def _write_parquet(place: Folder | Remote) -> None:
     """manifest.jsonl as Parquet; columns of mixed types as text. Raises ImportError without pyarrow."""
     parquet = tables.pyarrow_parquet()
     import pyarrow
 
-    with open(folder / "manifest.jsonl", encoding="utf-8") as file:
+    with place.read(["manifest.jsonl"]) as [path], open(path, encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
     names = dict.fromkeys(name for record in records for name in record)
     columns = {}
@@ -196,8 +231,14 @@ def _write_parquet(folder: Path) -> None:
             columns[name] = pyarrow.array(values)
         except (pyarrow.ArrowException, OverflowError):
             columns[name] = pyarrow.array([None if value is None else json.dumps(value) for value in values])
-    with whole(folder / "manifest.parquet", overwrite=True) as temporary:
+    with place.written("manifest.parquet") as temporary:
         parquet.write_table(pyarrow.table(columns), temporary)
+
+
+def _twice(row: Row) -> Row:
+    """A row whose id another has, and asks for something else."""
+    why = f"line {row.line}: the id {row.id!r} stands in a line before, for something else"
+    return Row(row.line, nameless(row.line), extra=row.extra, error=row.error or why)
 
 
 def _jsonable(values: Mapping[str, Any]) -> Any:

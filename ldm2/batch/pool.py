@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 from ldm2.batch import manifest
+from ldm2.batch.remote import opened
 from ldm2.batch.rows import LONGEST_REASON, Row, canonical
 from ldm2.fields import one_line
 from ldm2.settings import PER_PROMPT
@@ -100,8 +100,7 @@ class Pool:
     def _replaced(self, member: _Member) -> list[list[Row]]:
         """A new process for a dead one. Returns portions of the rows that are left, each row alone."""
         member.start()
-        path = Path(member.arguments["out"]) / f"manifest-{member.arguments['name']}.jsonl"
-        written = {record["id"]: record for _, record in manifest.lines(path)} if path.exists() else {}
+        written = manifest.written(opened(member.arguments["out"]), member.arguments["name"])
         left, member.rows, member.busy = member.rows, {}, False
         portions = []
         for row in left.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -23,14 +24,29 @@ MANIFEST = ("id", "path", "status", "error", "seed", "seconds", "sample_rate", "
 OPTIONS = options_of(Settings)
 OF_THE_JOB = options_of(Output)
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+_KEY, _SEED = 64, 75                       # bits of an id's digest that are not in its key, not in its seed
 _SHAPES = 4096                             # different settings that are remembered as checked
 
 
-@dataclass(frozen=True)
+_NAMELESS = re.compile(r"\(line \d+\)")
+
+
+def nameless(line: int) -> str:
+    """The id of a row that has none that could be used."""
+    return f"(line {line})"
+
+
+def origin_of(model: str, load: Mapping[str, Any]) -> dict[str, Any]:
+    """What names a model in the ids of rows that bring none; model, load: as of `ldm2.load`."""
+    return {"model": model, "revision": load.get("revision"), "reference": load.get("reference", "authors")}
+
+
+@dataclass(slots=True)
 class Row:
     """One row: `options` and `input` make the sound, `extra` are columns to carry through.
 
     line: in the file, from 1. asked: a digest of options and input. error: why nothing can be made of it, or None.
+    kind: what decides over the time that it takes, in words. key: see `key_of`.
     """
 
     line: int
@@ -40,6 +56,12 @@ class Row:
     extra: dict[str, Any] = field(default_factory=dict)
     asked: str = ""
     error: str | None = None
+    kind: tuple[str, ...] = ()
+    key: int = -1
+
+    def __post_init__(self) -> None:
+        if self.key < 0:
+            self.key = key_of(self.id)
 
     @property
     def path(self) -> str:
@@ -52,7 +74,7 @@ class Row:
 class Rules:
     """How rows are read: one object for a table.
 
-    origin:      what names the model in the ids of rows that bring none: model, revision, reference
+    origin:      see `origin_of`
     defaults:    options for rows that do not give them
     allow_extra: columns whose names are near to those of options are carried through too
     words:       values are text, as in CSV
@@ -63,7 +85,10 @@ class Rules:
     allow_extra: bool = False
     words: bool = False
     _names: dict[str, str | None] = field(default_factory=dict)
-    _shapes: dict[str, dict[str, Any] | str] = field(default_factory=dict)
+    _shapes: dict[str, _Shape | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._origin = canonical(dict(self.origin))
 
     def row(self, line: int, columns: Mapping[str, Any] | str) -> Row:
         """The row in a line. What is wrong with its values becomes its error.
@@ -71,26 +96,31 @@ class Rules:
         Raises ValueError for a column whose name is near to an option's.
         """
         if isinstance(columns, str):
-            return Row(line, f"line-{line}", error=f"line {line}: {columns}")
+            return Row(line, nameless(line), error=f"line {line}: {columns}")
         given: dict[str, Any] = {}
         extra: dict[str, Any] = {}
+        names = self._names
         for name, value in columns.items():
-            option = self._option(str(name), line)
+            option = names[name] if name in names else self._option(str(name), line)
             if option is None:
                 extra[f"row_{name}" if name in MANIFEST else str(name)] = value
             else:
                 given[option] = value
         named = given.pop("id", None)
-        row_id = f"line-{line}"
+        row_id = nameless(line)
         try:
             row_id = row_id if named is None else _checked_id(named)
-            options, source, asked = self._options(given)
+            options, kind, source, size, asked = self._options(given)
         except (ValueError, TypeError, RecursionError, OverflowError) as error:
             return Row(line, row_id, extra=extra, error=f"line {line}: {one_line(error, LONGEST_REASON)}")
         if named is None:
-            row_id = digest(canonical([options, source, dict(self.origin)]))
-        options.setdefault("seed", seed_of(row_id))
-        return Row(line, row_id, options, source, extra, asked)
+            row_id = digest(f"{asked}{self._origin}")
+        number = int(digest(row_id), 16)
+        if "seed" not in options:
+            options["seed"] = number >> _SEED
+        if size is not None:
+            asked = f"{asked}{size}"
+        return Row(line, row_id, options, source, extra, digest(asked), None, kind, number >> _KEY)
 
     def _option(self, name: str, line: int) -> str | None:
         """The option (or id, or input) that a column is; None for one to carry through. Raises ValueError."""
@@ -98,33 +128,57 @@ class Rules:
             self._names[name] = _option_named(name, line, self.allow_extra)
         return self._names[name]
 
-    def _options(self, given: dict[str, Any]) -> tuple[dict[str, Any], str | None, str]:
-        """The options of a row in their plain form, its input, and the digest of both. Raises ValueError."""
+    def _options(
+        self, given: dict[str, Any]
+    ) -> tuple[dict[str, Any], tuple[str, ...], str | None, int | None, str]:
+        """The options of a row in their plain form, its kind, its input and the size of that, and all in one text.
+
+        Raises ValueError.
+        """
         source = given.pop("input", None)
         task = str(given.get("task", self.defaults.get("task", GENERATE)))
-        inherited = {name: value for name, value in self.defaults.items()
-                     if task not in TASKS or OPTIONS[name].applies_to(task)}
-        given = inherited | (_from_words(given) if self.words else given)
+        if self.words:
+            given = _from_words(given)
+        if self.defaults:
+            given = {name: value for name, value in self.defaults.items()
+                     if task not in TASKS or OPTIONS[name].applies_to(task)} | given
         texts = {name: _checked_text(name, given.pop(name)) for name in PER_PROMPT if given.get(name) is not None}
-        seed = {"seed": _checked_seed(given.pop("seed"))} if given.get("seed") is not None else {}
-        options = self._shape(given, texts) | texts | seed
+        seed = given.pop("seed", None)
+        seed = None if seed is None else _checked_seed(seed)
         size = _checked_input(task, source)
-        return options, source, digest(canonical([options, source, size]))
+        shape = self._shape(given, texts)
+        options = shape.options | texts
+        asked = [shape.text, *texts.values(), "" if source is None else source]
+        if seed is not None:
+            options["seed"] = seed
+            asked.append(str(seed))
+        return options, shape.kind, source, size, "".join(f"{len(each)}:{each}" for each in asked)
 
-    def _shape(self, given: dict[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
+    def _shape(self, given: dict[str, Any], texts: Mapping[str, str]) -> _Shape:
         """The options beside texts and seed, checked, of which most rows have the same. Raises ValueError."""
-        key = repr((given, sorted(texts)))
-        if key not in self._shapes:
+        key = repr((given, *texts))
+        found = self._shapes.get(key)
+        if found is None:
             if len(self._shapes) >= _SHAPES:
                 self._shapes.clear()
             try:
-                self._shapes[key] = _checked_shape(given, texts)
+                options = _checked_shape(given, texts)
+                found = _Shape(options, _kind(options), canonical([options, *texts]))
             except ValueError as error:
-                self._shapes[key] = str(error)
-        found = self._shapes[key]
+                found = str(error)
+            self._shapes[key] = found
         if isinstance(found, str):
             raise ValueError(found)
         return found
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Options beside texts and seed; what stands for them and for the names of the texts in a digest."""
+
+    options: dict[str, Any]
+    kind: tuple[str, ...]
+    text: str
 
 
 def _option_named(name: str, line: int, allow_extra: bool) -> str | None:
@@ -163,9 +217,15 @@ def _checked_shape(given: Mapping[str, Any], texts: Mapping[str, str]) -> dict[s
                              if name not in texts and getattr(settings, name) != default_value(Settings, name)}
 
 
+def _kind(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """What decides over the time that a row takes, in words."""
+    names = ("seconds", "steps", "sampler", "preset", "guidance_scale", "num_waveforms")
+    return options["task"], *(f"{name} {options[name]}" for name in names if name in options)
+
+
 def _checked_text(name: str, text: Any) -> str:
     """A text of a row. Raises ValueError."""
-    text = check_text(name, text, may_be_empty=name == "negative_prompt")
+    text = check_text(name, text, name == "negative_prompt")
     if len(text) > LONGEST_TEXT:
         raise ValueError(f"{name} may have {LONGEST_TEXT:,} characters, got {len(text):,}")
     return text
@@ -186,7 +246,10 @@ def _checked_id(value: Any) -> str:
     text = check_text("id", str(value))
     if len(text) > LONGEST_ID:
         raise ValueError(f"id may have {LONGEST_ID} characters, got {len(text):,}")
-    if not text.isprintable() or ".." in text.replace("\\", "/").split("/") or text.startswith(("/", "\\")):
+    if text[0] == "(" and _NAMELESS.fullmatch(text):
+        raise ValueError(f"id must not be {text!r}: rows without one are told by such")
+    leads_out = ".." in text and ".." in text.replace("\\", "/").split("/")
+    if leads_out or not text.isprintable() or text[0] in "/\\":
         raise ValueError(f"id must be printable, and no path that leads out of a folder, got {text!r}")
     return text
 
@@ -218,6 +281,11 @@ def digest(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
+def key_of(row_id: str) -> int:
+    """The first 64 bits of its digest: what stands for an id where a million of them are kept."""
+    return int(digest(row_id), 16) >> _KEY
+
+
 def seed_of(row_id: str) -> int:
     """The seed of a row that gives none: a number below 2**53 that depends on its id alone."""
-    return int(digest(row_id), 16) >> 75
+    return int(digest(row_id), 16) >> _SEED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,10 +14,11 @@ SEPARATORS = ",;\t|"
 
 # Number of the line, and its columns by their names; or why it has none.
 Record = tuple[int, dict[str, Any] | str]
+Wanted = Callable[[int], object]
 
 
-def records(path: Path) -> Iterator[Record]:
-    """The rows of a file, numbered as its lines are (of Parquet: by rows), from 1.
+def records(path: Path, wanted: Wanted = lambda number: True) -> Iterator[Record]:
+    """The rows of a file whose numbers are wanted: those of their lines (of Parquet: of the rows), from 1.
 
     A row that cannot be read comes as the reason. Raises ValueError for an unknown suffix and for what is wrong with
     the file as a whole, OSError where it cannot be read.
@@ -29,7 +30,8 @@ def records(path: Path) -> Iterator[Record]:
         raise FileNotFoundError(f"{path} does not exist")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder")
-    return {".jsonl": _json_lines, ".txt": _prompts, ".csv": _csv, ".parquet": _parquet}[suffix](path)
+    read = {".jsonl": _json_lines, ".txt": _prompts, ".csv": _csv, ".parquet": _parquet}[suffix]
+    return read(path, wanted)
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | str]]:
@@ -49,30 +51,32 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | str]]:
             yield number, line.rstrip(b"\r\n")
 
 
-def _json_lines(path: Path) -> Iterator[Record]:
+def _json_lines(path: Path, wanted: Wanted) -> Iterator[Record]:
     """An object a line."""
     with open(path, "rb") as file:
         for number, line in _lines(file):
-            yield number, line if isinstance(line, str) else _object(line)
+            if wanted(number):
+                yield number, line if isinstance(line, str) else _object(line)
 
 
 def _object(line: bytes) -> dict[str, Any] | str:
     """The object in a line."""
     try:
-        columns = json.loads(line)
+        columns = json.loads(line.decode())                # no other encoding is guessed at
     except (ValueError, RecursionError) as error:
         return f"the line is not JSON ({error})"
     return columns if isinstance(columns, dict) else f"the line must be a JSON object, got {type(columns).__name__}"
 
 
-def _prompts(path: Path) -> Iterator[Record]:
+def _prompts(path: Path, wanted: Wanted) -> Iterator[Record]:
     """A prompt a line."""
     with open(path, "rb") as file:
         for number, line in _lines(file):
-            yield number, line if isinstance(line, str) else {"prompt": line.decode("utf-8", "surrogateescape")}
+            if wanted(number):
+                yield number, line if isinstance(line, str) else {"prompt": line.decode("utf-8", "surrogateescape")}
 
 
-def _csv(path: Path) -> Iterator[Record]:
+def _csv(path: Path, wanted: Wanted) -> Iterator[Record]:
     """A table with a header; its separator is the one that the header holds most of. Empty cells are not given."""
     usual = csv.field_size_limit(LONGEST_LINE)
     try:
@@ -84,7 +88,7 @@ def _csv(path: Path) -> Iterator[Record]:
             names = [name.strip() for name in next(table, [])]
             if "" in names or len(set(names)) < len(names):
                 raise ValueError(f"{path}: each column needs a name of its own, got {names}")
-            yield from _cells(table, names)
+            yield from (record for record in _cells(table, names) if wanted(record[0]))
     finally:
         csv.field_size_limit(usual)
 
@@ -108,7 +112,7 @@ def _cells(table: Any, names: list[str]) -> Iterator[Record]:
             yield number, {name: cell for name, cell in zip(names, cells) if cell != ""}
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _parquet(path: Path, wanted: Wanted) -> Iterator[Record]:
     """A Parquet file; nulls are not given."""
     parquet = pyarrow_parquet()
     from pyarrow import ArrowException
@@ -116,7 +120,8 @@ def _parquet(path: Path) -> Iterator[Record]:
     try:
         batches = parquet.ParquetFile(path).iter_batches(1000)
         for number, columns in enumerate((columns for batch in batches for columns in batch.to_pylist()), 1):
-            yield number, {name: value for name, value in columns.items() if value is not None}
+            if wanted(number):
+                yield number, {name: value for name, value in columns.items() if value is not None}
     except ArrowException as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
 

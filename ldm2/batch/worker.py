@@ -10,7 +10,6 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ import torch
 import ldm2
 from ldm2 import audio
 from ldm2.batch.maker import Maker
-from ldm2.batch.manifest import ERROR, OK, Manifest
-from ldm2.batch.rows import LONGEST_REASON, Row, Rules
+from ldm2.batch.manifest import ERROR, OK
+from ldm2.batch.remote import opened
+from ldm2.batch.rows import LONGEST_REASON, Row, Rules, origin_of
 from ldm2.fields import one_line
 from ldm2.result import Result, output_of
 
@@ -30,7 +30,8 @@ class Worker(Maker):
     """Rows -> sound files below a folder. Everything that it is built of is a string, a number, or a table of such.
 
     model, load: as of `ldm2.load`
-    out:         the folder of the job; name: of this worker in it, which no other has
+    out:         the folder of the job, or an address of fsspec (s3://bucket/folder)
+    name:        of this worker in it, which no other has
     format:      of the files, without the point; form: how they are written, as of ldm2.settings.Output
     batch:       rows that run together at most; 0 finds a size. A row has the same sound in any company, up to rounding
     threads:     of PyTorch; 0 leaves them as they are
@@ -47,13 +48,12 @@ class Worker(Maker):
     ):
         if threads:
             torch.set_num_threads(threads)
-        self.folder, self.format, self.form = Path(out), format, dict(form or {})
+        self.place, self.format, self.form = opened(out), format, dict(form or {})
         output_of(self.form)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.manifest = Manifest(self.folder / f"manifest-{name}.jsonl")
+        self.place.make()
+        self.log = self.place.log(f"manifest-{name}")
         super().__init__(ldm2.load(model, **(load or {})), batch)
-        origin = {part: self.pipe.origin[part] for part in ("model", "revision", "reference")}
-        self.rules = Rules(origin, dict(defaults or {}), allow_extra)
+        self.rules = Rules(origin_of(model, load or {}), dict(defaults or {}), allow_extra)
 
     def __call__(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """A table of rows by its columns -> a table of their records; what is missing is None or NaN."""
@@ -65,8 +65,8 @@ class Worker(Maker):
         return {name: [record.get(name) for record in records] for name in every}
 
     def close(self) -> None:
-        """Unlock the manifest, so that another worker may have its name."""
-        self.manifest.close()
+        """Close the manifest, so that another worker may have its name."""
+        self.log.close()
 
     def run(self, rows: Sequence[Row], done: Callable[[Record], object] = lambda record: None) -> list[Record]:
         """Make the rows -> their records, in this order. done: called with each when its file is in place.
@@ -82,6 +82,7 @@ class Worker(Maker):
                 for row, made, spent in self.made(*group):
                     writer.put(row, made, spent)
             records = writer.finish()
+        self.log.flush()
         return [records[id(row)] for row in rows]
 
     def _write(self, done: Callable[[Record], object], row: Row, made: Result | Exception, spent: float) -> Record:
@@ -92,21 +93,24 @@ class Worker(Maker):
         if isinstance(made, Exception):
             record["error"] = row.error or f"line {row.line}: {one_line(made, LONGEST_REASON)}"
         else:
-            path = self.folder / f"{row.path}.{self.format}"
-            path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                made[0].save(path, overwrite=True, **self.form)
-                about = audio.describe(path)
-                record |= {"path": f"{row.path}.{self.format}", "status": OK, "seed": made.seeds[0],
-                           "seconds": round(about.num_samples / about.sample_rate, 6),
-                           "sample_rate": about.sample_rate, "bytes": path.stat().st_size,
-                           "score": None if made.scores is None else made.scores[0]}
+                record |= self._saved(row, made)
             except ValueError as error:                    # of the sound: silence that has no loudness, for one
                 record["error"] = f"line {row.line}: {one_line(error, LONGEST_REASON)}"
         record |= {name: value for name, value in _plain(row.extra).items() if name not in record}
-        self.manifest.add(record)
+        self.log.add(json.dumps(record).encode() + b"\n")
         done(record)
         return record
+
+    def _saved(self, row: Row, made: Result) -> Record:
+        """Write the file of a row -> what its record says of it. Raises ValueError if the sound cannot be written."""
+        name = f"{row.path}.{self.format}"
+        with self.place.sound(name) as path:
+            made[0].save(path, overwrite=True, **self.form)
+            about, size = audio.describe(path), path.stat().st_size
+        return {"path": name, "status": OK, "seed": made.seeds[0],
+                "seconds": round(about.num_samples / about.sample_rate, 6), "sample_rate": about.sample_rate,
+                "bytes": size, "score": None if made.scores is None else made.scores[0]}
 
 
 class _Writer:

@@ -8,13 +8,15 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from ldm2.batch import job as jobs
 from ldm2.batch import manifest, pool
 from ldm2.batch.job import Job, Survey
+from ldm2.batch.local import Folder
+from ldm2.batch.remote import Remote, of_one_process
 from ldm2.cli import options
 from ldm2.cli.output import say
 from ldm2.options import from_word, options_of, refuse_unknown
@@ -67,14 +69,12 @@ def batch(args: argparse.Namespace) -> int:
             job = stack.enter_context(jobs.from_stdin(job, sys.stdin.buffer))
         if args.dry_run:
             return _dry_run(job)
-        stack.enter_context(jobs.open_folder(job, sys.argv[1:]))
-        settled = manifest.settled(job.folder)
-        found = jobs.survey(job, settled)
-        rows = (row for row in job.own() if not jobs.is_through(job, row, settled))
+        stack.enter_context(closing(jobs.open_place(job, sys.argv[1:])))
+        found = jobs.survey(job, manifest.settled(job.place))
         status = Status(found, None if args.quiet else sys.stderr)
         try:
             with _sigterm(), status:
-                _run(job, args.workers, found.rows - found.through.total(), rows, status)
+                _run(job, args.workers, found, status)
         except KeyboardInterrupt as stop:
             say(f"stopped after {status.made} of {found.rows} rows: run the same command again to go on")
             return 143 if isinstance(stop, Terminated) else 130
@@ -83,7 +83,7 @@ def batch(args: argparse.Namespace) -> int:
             return 1
         jobs.finish(job, found.order)
         print(f"{found.rows} rows: {found.through[manifest.OK]} were done before, {status.ok} done now, "
-              f"{status.failed} failed; see {job.folder / 'manifest.jsonl'}")
+              f"{status.failed} failed; see {job.place.where('manifest.jsonl')}")
         return 1 if status.failed else 0
 
 
@@ -92,7 +92,7 @@ def _job(args: argparse.Namespace) -> Job:
     load = {name: getattr(args, name) for name in
             ("device", "dtype", "reference", "revision", "variant", "local_files_only", "tokenizers", "low_memory",
              "compile")}
-    return Job(Path(args.input).expanduser(), Path(args.output).expanduser(), args.model, load, args.format,
+    return Job(Path(args.input).expanduser(), args.output, args.model, load, args.format,
                options.given(args, Output), _defaults(args.set), args.allow_extra, args.shard or _shard_around(),
                args.retry_failed, args.batch)
 
@@ -111,13 +111,16 @@ def _defaults(words: list[str]) -> dict[str, Any]:
     return values
 
 
-def _run(job: Job, workers: int | None, left: int, rows: Any, status: Status) -> None:
+def _run(job: Job, workers: int | None, found: Survey, status: Status) -> None:
     """Make the rows that are left, in as many processes as asked for."""
+    left, rows = found.rows - found.through.total(), job.some(found)
     if not left:
         return
     devices = _devices(job, workers, left)
+    if len(devices) > 1 and of_one_process(job.place):
+        raise ValueError(f"{job.place} is of one process: leave out --workers")
     arguments = [{
-        "model": job.model, "out": str(job.folder), "name": f"{job.part}-{number}", "format": job.format,
+        "model": job.model, "out": job.out, "name": f"{job.part}-{number}", "format": job.format,
         "batch": job.batch, "threads": 0 if workers is None else max(1, machine.cores() // len(devices)),
         "load": dict(job.load) | {"device": device}, "form": dict(job.form), "defaults": {},
         "allow_extra": job.allow_extra,
@@ -143,8 +146,7 @@ def _devices(job: Job, workers: int | None, left: int) -> list[str]:
 
 def _dry_run(job: Job) -> int:
     """Tell what there is to do. Nothing is written, no model is loaded."""
-    settled = manifest.settled(job.folder)
-    found = jobs.survey(job, settled, errors=50)
+    found = jobs.survey(job, manifest.settled(job.place), errors=50)
     left = found.rows - found.through.total()
     print(f"{found.rows} rows: {found.through[manifest.OK]} done, {found.through[manifest.ERROR]} failed before, "
           f"{left} to do, {found.failed} with errors in the table")
@@ -152,7 +154,7 @@ def _dry_run(job: Job) -> int:
         print(f"{count:>9}  {', '.join(kind)}")
     if len(found.groups) > 20:
         print(f"           and {len(found.groups) - 20} other kinds")
-    times, sizes = _measured(job.folder)
+    times, sizes = _measured(job.place)
     if times:
         print(f"about {left * sum(times) / len(times) / 1e3:.0f} s and {left * sum(sizes) / len(sizes) / 1e6:.1f} MB "
               f"to go, as the {len(times)} rows that are done took")
@@ -165,10 +167,10 @@ def _dry_run(job: Job) -> int:
     return 1 if found.failed else 0
 
 
-def _measured(folder: Path) -> tuple[list[float], list[int]]:
+def _measured(place: Folder | Remote) -> tuple[list[float], list[int]]:
     """What the rows that are done took: ms and bytes of each."""
-    done = [record for path in manifest.files(folder) for _, record in manifest.lines(path)
-            if record.get("status") == manifest.OK]
+    with place.read(manifest.files(place)) as paths:
+        done = [record for path in paths for _, record in manifest.lines(path) if record.get("status") == manifest.OK]
     return [record["ms"] for record in done], [record["bytes"] for record in done]
 
 

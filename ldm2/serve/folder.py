@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from ldm2.batch.manifest import Locked, lock
+from ldm2.batch.local import Locked, lock
 
 PREFIX = "ldm2-serve-"
 _YOUNG = 60.0                              # seconds in which a folder may be without its lock

@@ -18,7 +18,8 @@ import torch
 
 import ldm2
 from ldm2 import audio
-from ldm2.batch import manifest, pool, worker
+from ldm2.batch import local, manifest, pool, worker
+from ldm2.batch.local import Folder
 from ldm2.batch.rows import Rules, seed_of
 from ldm2.batch.worker import Worker
 from ldm2.cli.commands import main
@@ -166,7 +167,7 @@ def test_a_folder_of_another_job_is_refused(batch, tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.skipif(manifest.fcntl is None, reason="no file locks here")
+@pytest.mark.skipif(local.fcntl is None, reason="no file locks here")
 def test_a_folder_in_use_is_refused_until_its_owner_ends(batch, tmp_path):
     batch("out", rows=some(1))
     code = ("import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); "
@@ -297,7 +298,7 @@ def test_a_stopped_job_is_taken_up_again(batch, tmp_path, word, code):
     process.send_signal(word)
     assert process.communicate(timeout=30)[1].count("run the same command again to go on") == 1
     assert process.returncode == code
-    done = manifest.settled(tmp_path / "out")
+    done = manifest.settled(Folder(tmp_path / "out"))
     assert 0 < len(done) < 200 and len(sounds(tmp_path / "out")) == len(done)
 
 

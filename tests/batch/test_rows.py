@@ -83,7 +83,7 @@ def test_other_columns_are_carried_through():
     ({"prompt": "x", "id": "../x"}, "id must be printable"), ({"prompt": "x", "id": "a/../../x"}, "id must be"),
     ({"prompt": "x", "id": "..\\x"}, "id must be"), ({"prompt": "x", "id": "/etc/x"}, "id must be printable"),
     ({"prompt": "x", "id": "i" * 1000}, "id may have 200 characters, got 1,000"),
-    ({"prompt": "x", "id": ""}, "id must"),
+    ({"prompt": "x", "id": ""}, "id must"), ({"prompt": "x", "id": "(line 3)"}, r"id must not be '\(line 3\)'"),
     ({"prompt": "x", "id": 1.5}, "id must be text"), ({"prompt": "x", "id": "a\nb"}, "id must be printable"),
     ({"prompt": "x", "task": "dance"}, "unknown task 'dance'"), ({"prompt": "x", "task": 3}, "unknown task 3"),
     ({"prompt": "x", "task": ["generate"]}, "unknown task"), ({"prompt": "x", "task": "reconstruct"}, "reconstruct"),
