@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from numbers import Integral, Real
+from os import PathLike
 from typing import Any
 
 
@@ -231,6 +233,7 @@ def parse_flag(text: str) -> bool:
 
 Range = tuple[float | None, float | None]  # from, to; None is the beginning or the end
 NUM_SEEDS = 2**64                          # of a torch.Generator
+MOST_LORAS = 32
 
 
 def check_text(name: str, value: Any, may_be_empty: bool = False) -> str:
@@ -331,6 +334,43 @@ def prompt_changes() -> Kind:
         "type": "array", "prefixItems": [{"type": "number"}, {"type": "string"}], "minItems": 2, "maxItems": 2}})
 
 
+def loras() -> Kind:
+    """LoRAs: "FILE", "FILE:SCALE", (file, scale) or (file, scale, SHA-256 that the file must have). Kept as a tuple."""
+
+    def check(name: str, value: Any) -> tuple[tuple[Any, ...], ...]:
+        several = (value,) if isinstance(value, (str, PathLike)) or _is_lora(value) else value
+        if not isinstance(several, Sequence) or len(several) > MOST_LORAS:
+            raise ValueError(f"{name} must be a list of at most {MOST_LORAS} of FILE:SCALE, got {value!r:.200}")
+        return tuple(_lora(name, each) for each in several)
+
+    entry = {"type": "array", "prefixItems": [{"type": "string"}, {"type": "number"}, {"type": "string"}],
+             "minItems": 1, "maxItems": 3}
+    return Kind(check, parse_lora, {"type": "array", "items": {"anyOf": [{"type": "string"}, entry]}})
+
+
+def _is_lora(value: Any) -> bool:
+    """Whether a value is one (file, scale), maybe with a digest."""
+    return isinstance(value, (tuple, list)) and len(value) in (2, 3) and is_number(value[1])
+
+
+def _lora(name: str, value: Any) -> tuple[Any, ...]:
+    """One LoRA in its one form. Raises ValueError."""
+    parts = parse_lora(value) if isinstance(value, str) else (value,) if isinstance(value, PathLike) else value
+    if not isinstance(parts, (tuple, list)) or not 1 <= len(parts) <= 3:
+        raise ValueError(f"{name} must hold FILE:SCALE or (file, scale), got {value!r:.200}")
+    file, scale, *digest = (*parts, 1.0) if len(parts) == 1 else parts
+    file = check_text(f"{name}: the file", str(file) if isinstance(file, PathLike) else file)
+    scale = check_number(f"{name}: the scale of {file}", scale)
+    if digest and not (isinstance(digest[0], str) and re.fullmatch("[0-9a-f]{64}", digest[0])):
+        raise ValueError(f"{name}: the SHA-256 of {file} must have 64 hexadecimal digits, got {digest[0]!r:.80}")
+    return (file, scale, *digest)
+
+
+def names_a_lora(word: str) -> bool:
+    """Whether the file of a LoRA can be meant by its name, and not by its path: no folders and no suffix."""
+    return not re.search(r"[/\\.~]", word)
+
+
 def normalization() -> Kind:
     """"peak", or a loudness in LUFS from -70 to 0."""
 
@@ -363,6 +403,15 @@ def parse_range(text: str) -> Range:
     except ValueError:
         pass
     raise ValueError(f"must be FROM:TO, for example 2.5:4, got {text!r}")
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """"rain.safetensors:0.8" -> ("rain.safetensors", 0.8); 1 where no number stands after the last colon."""
+    file, colon, scale = text.rpartition(":")
+    try:
+        return (file, float(scale)) if colon and file else (text, 1.0)
+    except ValueError:                                     # the colon of a drive or of the name itself
+        return text, 1.0
 
 
 def parse_change(text: str) -> tuple[float, str]:

@@ -53,6 +53,7 @@ class AudioLDM2(Stages):
         Raises what `generate` raises.
         """
         call = call.resolved(self.defaults)
+        call = replace(call, lora=self.adapters.pinned(call.lora))
         if call.loop:
             call = replace(call, seconds=self._whole_frames(call.seconds))
         noise = SeededNoise(call.seeds)
@@ -63,9 +64,10 @@ class AudioLDM2(Stages):
         self.warn_unranked(call)
         with shown(call.progress) as report:
             report("reading the prompt", 0, 1)
-            conditioning, unconditional = encode(call)
-            latents = self.denoise(conditioning, unconditional, latents, call, noise=noise, windows=windows,
-                                   callback=call.callback, progress=report)
+            with self.adapters.hold(call.lora):
+                conditioning, unconditional = encode(call)
+                latents = self.denoise(conditioning, unconditional, latents, call, noise=noise, windows=windows,
+                                       callback=call.callback, progress=report)
             mel = self.decode(latents, loop=call.loop, progress=report)
             waveforms = self.vocode(mel, loop=call.loop, progress=report)
             waveforms = waveforms[:, : round(call.seconds * self.sample_rate)].numpy()

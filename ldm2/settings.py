@@ -22,6 +22,7 @@ from ldm2.options import (
     flag,
     integer,
     interval,
+    loras,
     normalization,
     number,
     option,
@@ -139,6 +140,10 @@ class Settings(Sampling):
     negative_prompt: str | Sequence[str] | None = option(
         texts(may_be_empty=True), "what to steer away from", metavar="TEXT")
     _: KW_ONLY
+    lora: Sequence[str | tuple[Any, ...]] | None = option(
+        loras(), "a LoRA that changes the model for this sound, and how much it counts, for example "
+        "rain.safetensors:0.8; a file, a folder, or the name of one that the model brings; may be repeated",
+        metavar="FILE[:SCALE]", foreign=("loras", "lora_path", "adapter"))
     task: str = option(choice(TASKS), "what to do", value=GENERATE, group="task")
     seconds: float | None = option(
         number(above=0, maximum=MAX_SECONDS, unit="seconds"), "length of the sound; of extend, how much to add",

@@ -15,6 +15,8 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from ldm2.runtime.compilation import compile_step, is_compiled
 from ldm2.runtime.deepcache import reusing
 from ldm2.runtime.host import usual_numpy
 from ldm2.runtime.inference import inference, ordinary
+from ldm2.runtime.lora import Adapters
 from ldm2.runtime.memory import STAGES, Stage, in_stage
 from ldm2.runtime.progress import Progress, shown
 from ldm2.samplers import Step
@@ -78,6 +81,7 @@ class Stages:
     defaults:      what the checkpoint asks for, such as its length and number of steps.
     origin:        model, revision, reference, dtype, device and version of PyTorch, for the settings of what is made.
     make_ranker:   make_ranker(clap, device) loads what ranks candidates (CLAP's audio branch) when it is first needed.
+    loras:         names that stand for files of LoRAs, such as those in the folder lora/ of the checkpoint.
     load:          makes it again: `ldm2.load` with its arguments, by which it is pickled.
     stages:        those whose parts are in memory only inside them (`ldm2.load(low_memory=True)`): whoever uses such a
                    part directly does so `with pipe.stages["unet"]:`.
@@ -88,7 +92,7 @@ class Stages:
         device: torch.device, dtype: torch.dtype, reference: str = "authors",
         defaults: Mapping[str, object] | None = None, origin: Mapping[str, object] | None = None,
         make_ranker: MakeRanker | None = None, stages: Sequence[Stage] = (),
-        load: functools.partial[Stages] | None = None,
+        load: functools.partial[Stages] | None = None, loras: Mapping[str, Path] | None = None,
     ):
         self.unet, self.vae, self.vocoder, self.text, self.schedule = unet, vae, vocoder, text, schedule
         self.device, self.dtype, self.reference = device, dtype, reference
@@ -98,6 +102,9 @@ class Stages:
         self._ranker: Ranker | None = None
         self.stages = {name: Stage(name, device) for name in STAGES} | {stage.name: stage for stage in stages}
         self.low_memory = bool(stages)
+        self.adapters = Adapters(unet, text, self.low_memory, loras)
+        for stage in stages:
+            stage.woken = functools.partial(self.adapters.woken, stage.name)
         self._load = load
 
     def __reduce__(self) -> tuple:
@@ -105,7 +112,7 @@ class Stages:
         if self._load is None:
             raise TypeError("a pipeline that ldm2.load did not make cannot be pickled: pickle its parts")
         now = {"device": str(self.device), "dtype": str(self.dtype)[6:], "compile": is_compiled(self.unet)}
-        return _load_again, (functools.partial(self._load, **now), self.schedule)
+        return _load_again, (functools.partial(self._load, **now), self.schedule, self.adapters.recipe())
 
     def __copy__(self) -> Stages:
         other = object.__new__(type(self))
@@ -131,12 +138,38 @@ class Stages:
         if self.low_memory:
             raise ValueError(f"low_memory reads the parts for {self.device}: load the model again for {device}")
         graphs.forget(self.unet)
-        for module in (self.unet, self.vae, self.vocoder):
-            weight_layout.arrange(module.to(device, dtype))
-        self.device, self.dtype, self.text, self._ranker = device, dtype, text, None
+        with self.adapters.bare():                         # a sum is rounded once, in the new dtype
+            for module in (self.unet, self.vae, self.vocoder):
+                weight_layout.arrange(module.to(device, dtype))
+            self.text = self.adapters.text = text
+        self.device, self.dtype, self._ranker = device, dtype, None
         self.origin |= {"dtype": str(dtype)[6:], "device": device.type}
         for stage in self.stages.values():
             stage.device = device
+
+    @property
+    def loras(self) -> dict[str, Path]:
+        """Names that stand for files of LoRAs in `load_lora` and in requests; names may be added."""
+        return self.adapters.files
+
+    def load_lora(self, path: str | PathLike[str], scale: float = 1.0, name: str | None = None) -> str:
+        """Change the model by a LoRA, `scale` times, until `unload_lora`; several may be loaded and add up.
+
+        path: a file or folder of diffusers, peft or kohya's scripts, or a name in `loras`
+        name: what to unload it by, default that of the file
+
+        Returns the name. A request with an option `lora` of its own is made with those alone. Raises ValueError or
+        OSError, one line, for what cannot be read, is no plain LoRA, or does not fit the model.
+        """
+        return self.adapters.load(path, scale, name)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take out a LoRA, or all of them. The weights are bit by bit what they were without it."""
+        self.adapters.unload(name)
+
+    def set_lora_scale(self, name: str, scale: float) -> None:
+        """Let a LoRA that is loaded count more or less."""
+        self.adapters.rescale(name, scale)
 
     @property
     def sample_rate(self) -> int:
@@ -469,8 +502,9 @@ def _counted(report: Progress, stage: str, total: int) -> Callable[[], object]:
     return lambda: report(stage, next(counter), total)
 
 
-def _load_again(load: Callable[[], Stages], schedule: Schedule) -> Stages:
+def _load_again(load: Callable[[], Stages], schedule: Schedule, loras: dict) -> Stages:
     """A pipeline that was pickled."""
     pipe = load()
     pipe.schedule = schedule
+    pipe.adapters.follow(loras)
     return pipe

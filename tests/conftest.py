@@ -18,9 +18,10 @@ if not torch.cuda.is_available():                          # Triton reads this w
 LONG = (
     "batch", "benchmarks", "checkpoints/original", "checkpoints/test_convert", "checkpoints/test_damaged",
     "checkpoints/test_download", "checkpoints/test_verify", "cli", "compat", "fuzz", "kernels", "metrics",
-    "runtime/test_copies", "runtime/test_fork", "runtime/test_host", "runtime/test_inference", "runtime/test_profiling",
-    "runtime/test_threads", "runtime/test_weight_layout", "serve", "test_comfyui", "test_docs",
-    "test_examples", "test_full_size", "test_import", "test_long", "test_pipeline", "test_tiny", "training",
+    "runtime/test_copies", "runtime/test_fork", "runtime/test_host", "runtime/test_inference", "runtime/test_lora",
+    "runtime/test_profiling", "runtime/test_threads", "runtime/test_weight_layout", "serve", "test_comfyui",
+    "test_docs", "test_examples", "test_full_size", "test_import", "test_long", "test_pipeline", "test_tiny",
+    "training",
 )
 
 

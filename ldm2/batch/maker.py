@@ -112,21 +112,22 @@ class Maker:
     def _encoded(self, settings: Settings) -> tuple[Conditioning, Conditioning | None]:
         """Both sides of guidance for prompts that are encoded each alone, and once."""
         texts = {name: settings.each(name) or [None] * len(settings.prompts) for name in PER_PROMPT}
-        pairs = [self._encoded_alone(settings.guided, **dict(zip(texts, each))) for each in zip(*texts.values())]
+        pairs = [self._encoded_alone((settings.guided, settings.lora), **dict(zip(texts, each)))
+                 for each in zip(*texts.values())]
         if len(pairs) == 1:
             return pairs[0]
         other = Conditioning.join([pair[1] for pair in pairs]) if settings.guided else None
         return Conditioning.join([pair[0] for pair in pairs]), other
 
     def _encoded_alone(
-        self, guided: bool, prompt: str, negative_prompt: str | None, **speech: str | None
+        self, how: tuple[bool, object], prompt: str, negative_prompt: str | None, **speech: str | None
     ) -> tuple[Conditioning, Conditioning | None]:
-        """Both sides of guidance for one prompt."""
-        key = (guided, prompt, negative_prompt, *speech.values())
+        """Both sides of guidance for one prompt. how: whether it is guided, and the LoRAs that hold."""
+        key = (how, prompt, negative_prompt, *speech.values())
         if key not in self._conditionings:
             if len(self._conditionings) >= _TEXTS:
                 self._conditionings.pop(next(iter(self._conditionings)))
             one = self.pipe.encode([prompt], **speech)
-            other = self.pipe.encode_unconditional(one, negative_prompt, **speech) if guided else None
+            other = self.pipe.encode_unconditional(one, negative_prompt, **speech) if how[0] else None
             self._conditionings[key] = one, other
         return self._conditionings[key]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm2.fields import one_line
-from ldm2.options import check_text, default_value, from_word, options_of
+from ldm2.options import check_text, default_value, from_word, names_a_lora, options_of
 from ldm2.settings import EDITS, GENERATE, PER_PROMPT, RECONSTRUCT, TASKS, Output, Settings
 
 LONGEST_TEXT = 10_000                      # characters of a prompt
@@ -163,7 +163,7 @@ class Rules:
                 self._shapes.clear()
             try:
                 options = _checked_shape(given, texts)
-                found = _Shape(options, _kind(options), canonical([options, *texts]))
+                found = _Shape(options, _kind(options), canonical([options, *texts, *_sizes_of_loras(options)]))
             except ValueError as error:
                 found = str(error)
             self._shapes[key] = found
@@ -269,6 +269,15 @@ def _checked_input(task: str, source: Any) -> int | None:
         return path.stat().st_size
     except OSError as error:
         raise ValueError(f"the input {source!r:.200} cannot be read: {error.strerror}") from None
+
+
+def _sizes_of_loras(options: Mapping[str, Any]) -> list[int]:
+    """The sizes in bytes of LoRAs that are given by their paths. Raises ValueError for one that is not there."""
+    paths = [Path(word).expanduser() for word, *_ in options.get("lora", ()) if not names_a_lora(word)]
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"the LoRA {str(path)!r:.200} does not exist")
+    return [path.stat().st_size for path in paths]
 
 
 def canonical(value: Any) -> str:

@@ -170,7 +170,7 @@ def pipeline(
         **_modules(loads, device, low_memory, report), schedule=schedule,
         defaults={**_defaults(schedule), **checkpoint.defaults},
         make_ranker=make_ranker if checkpoint.can_rank else None, device=device, dtype=dtype, reference=reference,
-        origin=origin, load=load,
+        origin=origin, load=load, loras=checkpoint.loras,
     )
 
 

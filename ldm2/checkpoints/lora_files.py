@@ -198,7 +198,7 @@ def _pair(name: str, sides: Mapping[str, Tensor], source: str) -> tuple[Tensor, 
     if up.shape[1] != down.shape[0] or up[0, 0].numel() != 1 or not down.numel():
         raise ValueError(f"{source}: the matrices of {name} do not fit each other: {tuple(up.shape)} times "
                          f"{tuple(down.shape)}")
-    return down, up
+    return down.clone(), up.clone()                        # the file may be written anew while they are in use
 
 
 def _of_part(config: Mapping[str, Any], part: str) -> dict[str, Any]:

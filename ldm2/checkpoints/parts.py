@@ -65,6 +65,7 @@ class Checkpoint(Mapping[str, Part]):
     tokenizer: the tokenizer of an encoder ("clap", "t5" or "phonemes")
     extractor: what makes the spectrograms of CLAP's audio branch; None for a checkpoint without
     defaults:  what it asks for in its ldm2.json, such as its length and number of steps
+    loras:     files of LoRAs that it brings, by their names
     """
 
     source: str
@@ -72,6 +73,7 @@ class Checkpoint(Mapping[str, Part]):
     tokenizer: Callable[[str], Any]
     extractor: Callable[[], Any] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    loras: Mapping[str, Path] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Part:
         return self.parts[name]

@@ -41,7 +41,10 @@ def read_hub_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     extractor: Callable[[], Any] | None = None
     if "feature_extractor" in parts:
         extractor = functools.partial(read_extractor, path / "feature_extractor")
-    return Checkpoint(str(path), parts, functools.partial(_tokenizer, path), extractor, _defaults(path / "ldm2.json"))
+    loras = {file.stem: file for file in sorted(path.glob("lora/*.safetensors"))}
+    return Checkpoint(
+        str(path), parts, functools.partial(_tokenizer, path), extractor, _defaults(path / "ldm2.json"), loras
+    )
 
 
 def _part(folder: Path, kind: str, variant: str | None) -> Part:

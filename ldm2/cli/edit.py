@@ -95,6 +95,7 @@ def _checked(given: dict[str, Any], sound: Sound, task: str) -> Settings:
     from ldm2.edit.masks import merge_ranges
 
     settings = Settings.create(task, **given)
+    options.check_loras(settings)
     if task == INPAINT and settings.times is None and settings.bands is None:
         raise ValueError("inpaint needs --time FROM:TO, --band FROM:TO, or both")
     if task == SUPER_RESOLUTION and settings.above is None:

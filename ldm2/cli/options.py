@@ -7,10 +7,11 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm2.checkpoints.known import DEFAULT_MODEL
-from ldm2.options import Option, default_value, options_of
+from ldm2.options import Option, default_value, names_a_lora, options_of
 from ldm2.settings import Output, Settings
 
 if TYPE_CHECKING:
@@ -165,6 +166,13 @@ def one_prompt(words: list[str]) -> str | None:
     if words == ["-"]:
         return sys.stdin.read().strip()
     return words[0] if words else None
+
+
+def check_loras(settings: Settings) -> None:
+    """Raise OSError for a LoRA that is given by a path where there is none, before gigabytes are loaded."""
+    for word in (each[0] for each in settings.lora or ()):
+        if not names_a_lora(word) and not Path(word).expanduser().exists():
+            raise FileNotFoundError(f"the LoRA {word} does not exist")
 
 
 def load(args: argparse.Namespace) -> AudioLDM2:

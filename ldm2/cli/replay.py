@@ -15,7 +15,7 @@ import numpy as np
 from ldm2 import audio
 from ldm2.audio import recorded
 from ldm2.cli import options, output
-from ldm2.options import default_value, from_word, options_of, refuse_unknown
+from ldm2.options import default_value, from_word, names_a_lora, options_of, refuse_unknown
 from ldm2.settings import GENERATE, ORIGIN, PRESETS, RECONSTRUCT, SUBTYPES, Output, Settings
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def replay(args: argparse.Namespace) -> int:
         raise ValueError("reconstruct is not replayed: run ldm2 reconstruct again")
     change(given, changes := _changes(args.set, task))
     source = () if task == GENERATE else (_input(path, told, changes),)
+    if given.get("lora"):
+        given["lora"] = [_lora(path, *each) for each in given["lora"]]
     settings = Settings.create(task, **given)
     options.take_model(args, told)
     _take_form(args, path, told)
@@ -120,6 +122,16 @@ def _input(path: Path, told: Mapping[str, Any], changes: Mapping[str, Any]) -> P
         raise ValueError(f"the input {source} has changed: its SHA-256 was {digest:.12}..., is {found:.12}...; to use "
                          f"it as it is, give --set input={source}")
     return source
+
+
+def _lora(path: Path, word: str, *scale_and_digest: Any) -> tuple[Any, ...]:
+    """A LoRA where it was, or beside the file of the sound. Raises OSError where it is in neither place."""
+    beside = path.parent / Path(word).name
+    if not names_a_lora(word) and not Path(word).expanduser().exists():
+        if not beside.exists():
+            raise FileNotFoundError(f"the LoRA {word} is missing: say where it is with --set lora=FILE:SCALE")
+        word = str(beside)
+    return (word, *scale_and_digest)
 
 
 def _take_form(args: argparse.Namespace, path: Path, told: Mapping[str, Any]) -> None:

@@ -167,7 +167,7 @@ class Components:
             kind = type(value).__name__
             raise ValueError(f"{name} must be a module with the structure of this checkpoint's, got {kind}")
         if module is not self._parts[name]:
-            with self._awake(name):
+            with self._awake(name), self._model.adapters.bare():
                 self._parts[name].take(module)
         return module is not value
 
@@ -210,7 +210,7 @@ class Components:
         ):
             kind = type(value).__name__
             raise ValueError(f"language_model must be a GPT-2 of the sizes of this checkpoint's, got {kind}")
-        with self._awake("text"):
+        with self._awake("text"), self._model.adapters.bare():
             self._model.text.gpt2 = gpt2.to(self.device, self.dtype).eval()
 
     @cached_property

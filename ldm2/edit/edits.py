@@ -191,6 +191,7 @@ class _Job:
         opened = open_sound(sound, call.sample_rate, call.channel) if not isinstance(sound, Sound) else sound
         check_duration(opened.seconds)
         resolved = call.resolved(stages.defaults, duration=opened.seconds)
+        resolved = replace(resolved, lora=stages.adapters.pinned(resolved.lora))
         stages.warn_unranked(resolved)
         return cls(stages, opened, resolved)
 
@@ -217,8 +218,9 @@ class _Job:
         changes = [seconds for seconds, _ in call.prompt_at]
         windows = stages.windows(x0.shape[2], call.window, call.overlap, changes=changes)
         init = Init(x0 if start else None, start, edit)
-        return stages.denoise(*stages.conditionings(call), latents, call, noise=noise, windows=windows, init=init,
-                              callback=call.callback, progress=report)
+        with stages.adapters.hold(call.lora):
+            return stages.denoise(*stages.conditionings(call), latents, call, noise=noise, windows=windows, init=init,
+                                  callback=call.callback, progress=report)
 
     def result(self, latents: Tensor, join: Join, report: Progress) -> Result:
         """Latents -> sound, joined with the input; candidates best first by what the model made."""

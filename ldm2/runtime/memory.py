@@ -51,6 +51,7 @@ class Stage:
         self._load = load
         self._users, self._lock, self._start = 0, threading.Lock(), 0.0
         self._guards: list[RemovableHandle] = []
+        self.woken: Callable[[], object] | None = None     # called when the module has been read
         self._sleep()
 
     def __getstate__(self) -> dict:
@@ -81,6 +82,8 @@ class Stage:
                 loaded = self._load(self.device)
                 weights.check_finite(loaded)
                 _take_over(self.module, loaded)
+            if self.woken is not None:
+                self.woken()
             weight_layout.arrange(self.module)
             while self._guards:
                 self._guards.pop().remove()
@@ -107,7 +110,7 @@ def in_stage(name: str) -> Callable[[Callable], Callable]:
             check_precision(pipe.device, pipe.dtype)
             for part in (pipe.text, pipe.unet, pipe.vae, pipe.vocoder):
                 weights.check_finite(part)                 # before minutes of work, not after
-            with pipe.stages[name]:
+            with pipe.adapters.hold_in(name), pipe.stages[name]:
                 return function(pipe, *args, **keywords)
 
         return run
