@@ -149,12 +149,20 @@ def check_number(
     unit: str = "",
 ) -> float:
     """A finite number within limits: at least `minimum`, above `above`, at most `maximum`. Raises ValueError."""
-    low = -math.inf if minimum is None else minimum
-    fits = is_number(value) and math.isfinite(value) and low <= value and (above is None or value > above)
-    if not fits or (maximum is not None and value > maximum):
-        got = f"{value:g}" if is_number(value) else repr(value)
+    low, known = -math.inf if minimum is None else minimum, _as_float(value) if is_number(value) else math.nan
+    fits = math.isfinite(known) and low <= known and (above is None or known > above)
+    if not fits or (maximum is not None and known > maximum):
+        got = f"{known:g}" if is_number(value) else repr(value)
         raise ValueError(f"{name} must be {_range(minimum, maximum, above)}{unit and ' ' + unit}, got {got}")
-    return float(value)
+    return known
+
+
+def _as_float(value: Any) -> float:
+    """A real number; infinity for one that is too large."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _range(minimum: float | None, maximum: float | None, above: float | None) -> str:

@@ -105,6 +105,12 @@ def test_a_reuse_that_is_no_whole_number_from_1_up_is_refused(reuse):
         resolved("a dog", reuse=reuse)
 
 
+@pytest.mark.parametrize("value, told", [(10**400, "inf"), (-10**400, "-inf")])
+def test_a_number_that_no_float_holds_is_refused(value, told):
+    with pytest.raises(ValueError, match=f"guidance_scale must be a finite number, got {told}"):
+        Settings(guidance_scale=value)
+
+
 @pytest.mark.parametrize("loop", ["no", 2, None, []])
 def test_a_loop_that_is_neither_true_nor_false_is_refused(loop):
     with pytest.raises(ValueError, match=f"loop must be True or False, got {re.escape(repr(loop))}"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import mimetypes
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -224,10 +224,3 @@ async def list_models(api: Served) -> Response:
 async def capabilities(api: Served) -> Response:
     """What can be asked for: kinds, options with their limits and defaults, formats, and the limits of the server."""
     return JSON(schemas.capabilities(api.about, api.limits))
-
-
-def routes(others: Sequence[APIRouter] = ()) -> APIRouter:
-    """All routes of the API."""
-    for each in others:
-        router.include_router(each)
-    return router

@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from ldm2 import __version__
+from ldm2.serve import compatible, reference
 from ldm2.serve.api import JSON, Api, router
 from ldm2.serve.errors import Refused
 from ldm2.serve.gate import Gate
@@ -32,8 +33,10 @@ def application(api: Api, *, key: str | None = None, hosts: tuple[str, ...] | No
                   description="Text to sound effects, music and speech, and edits of sound.")
     app.state.api = api
     app.include_router(router)
+    app.include_router(compatible.router)
     app.add_api_route("/health", health, methods=["GET"], tags=["server"])
     app.add_api_route("/metrics", metrics, methods=["GET"], tags=["server"], response_class=Response)
+    app.add_api_route("/docs", docs, methods=["GET"], include_in_schema=False)
     for kind, handler in {Refused: _refused, HTTPException: _http, RequestValidationError: _invalid,
                           ClientDisconnect: _gone, Exception: _broken}.items():
         app.add_exception_handler(kind, handler)           # type: ignore[arg-type]
@@ -73,6 +76,11 @@ async def metrics(request: Request) -> Response:
     api.metrics.running.set(len(api.jobs.running()))
     api.metrics.kept.set(sum(job.size for job in api.jobs.all()))
     return Response(api.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def docs(request: Request) -> Response:
+    """The API for people."""
+    return Response(reference.page(request.app.openapi()), media_type="text/html")
 
 
 def told(refused: Refused) -> Response:

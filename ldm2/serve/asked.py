@@ -123,7 +123,7 @@ def _kind(given: Mapping[str, Any]) -> str:
     kind, task = given.get("kind"), given.get("task")
     if kind is not None and task is not None and kind != task:
         raise invalid(f"kind {kind!r:.100} and task {task!r:.100} are two things", "kind")
-    found = _checked("kind", OPTIONS["task"], kind or task or GENERATE)
+    found = _checked("kind", OPTIONS["task"], next((each for each in (kind, task) if each is not None), GENERATE))
     if found == RECONSTRUCT:
         raise invalid(f"unknown kind {found!r}, choose from {', '.join(RESULTS)}", "kind")
     return found
@@ -206,6 +206,10 @@ def _check_amount(settings: Settings, limits: Limits, upload: Upload | None) -> 
 
 def _form(given: Mapping[str, Any], about: About) -> tuple[dict[str, Any], str]:
     """How the files are written."""
+    told = given.get("output", {})                         # as files and jobs tell it
+    if not isinstance(told, dict) or any(name not in (*OUTPUT, "format") for name in told):
+        raise invalid(f"output must be an object with {', '.join(OUTPUT)} and format, got {told!r:.100}", "output")
+    given = {**told, **given}
     form = {name: _checked(name, OUTPUT[name], given[name]) for name in OUTPUT if name in given}
     format = given.get("format", DEFAULT_FORMAT)
     if format not in FORMATS:

@@ -94,14 +94,15 @@ class Gate:
 def _knows(headers: dict[str, str], key: str) -> bool:
     """Whether the key stands in a request: as a bearer's, as a password, or as clients of other servers send it."""
     scheme, _, value = headers.get("authorization", "").partition(" ")
+    given = value.encode("latin-1")
     if scheme.lower() == "basic":
         try:
-            value = base64.b64decode(value, validate=True).decode().partition(":")[2]
-        except (binascii.Error, ValueError):
-            value = ""
+            given = base64.b64decode(given, validate=True).partition(b":")[2]
+        except binascii.Error:
+            given = b""
     elif scheme.lower() != "bearer":
-        value = headers.get("xi-api-key") or headers.get("x-api-key", "")
-    return hmac.compare_digest(value.encode(), key.encode())
+        given = (headers.get("xi-api-key") or headers.get("x-api-key", "")).encode("latin-1")
+    return hmac.compare_digest(given, key.encode())
 
 
 def _bounded(receive: Receive, headers: dict[str, str], most: int) -> Receive:

@@ -9,6 +9,7 @@ from pathlib import Path
 from starlette.datastructures import UploadFile
 
 from ldm2 import audio
+from ldm2.batch.rows import LONGEST_REASON
 from ldm2.fields import one_line
 from ldm2.serve.asked import Upload
 from ldm2.serve.errors import Refused
@@ -33,7 +34,7 @@ def keep(file: UploadFile, folder: Path, limits: Limits) -> Upload:
         seconds = min(limits.max_seconds, MOST_SAMPLES / (about.sample_rate * about.channels))
         channels, rate = audio.read_channels(path, seconds)
     except (ValueError, OSError) as error:
-        line = one_line(error).replace(f"{place}/", "")
+        line = one_line(error, LONGEST_REASON).replace(f"{place}/", "")
         raise Refused(400, line, "invalid_audio", "audio") from None
     return Upload(path, channels.shape[-1] / rate, path.stat().st_size)
 
