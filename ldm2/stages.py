@@ -169,7 +169,7 @@ class Stages:
 
     def set_lora_scale(self, name: str, scale: float) -> None:
         """Let a LoRA that is loaded count more or less."""
-        self.adapters.rescale(name, scale)
+        self.adapters.rescale({name: scale})
 
     @property
     def sample_rate(self) -> int:

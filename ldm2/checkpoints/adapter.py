@@ -132,24 +132,29 @@ class Adapter:
         return path
 
 
-def combined(weights: Mapping[str, Tensor], part: str, adapters: Iterable[tuple[Adapter, float]]) -> dict[str, Tensor]:
-    """The weights of a part that LoRAs change, each with its scale: float32 sums, rounded once to the weight's dtype.
+def combined(
+    weights: Mapping[str, Tensor], part: str, adapters: Iterable[tuple[Adapter, float]],
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """The weights of a part that LoRAs change, each with its scale: float32 sums, rounded once.
 
-    weights: all of the part, by their names. Raises ValueError for a LoRA of another model.
+    weights: all of the part, by their names. dtype: of the sums, None for that of the weight. Raises ValueError for a
+    LoRA of another model.
     """
     changes: dict[str, list[tuple[LowRank, float]]] = {}
     for adapter, scale in adapters:
         for name, layer in adapter.fitted(part, weights).items():
             if scale:
                 changes.setdefault(name, []).append((layer, scale))
-    return {name: _sum(weights[name], several, part == TRANSPOSED) for name, several in changes.items()}
+    return {name: _sum(weights[name], several, part == TRANSPOSED).to(dtype or weights[name].dtype)
+            for name, several in changes.items()}
 
 
 def _sum(weight: Tensor, changes: Sequence[tuple[LowRank, float]], transposed: bool) -> Tensor:
     total = weight.detach().to(torch.float32, copy=True)
     for layer, scale in changes:
         total += layer.delta(weight, scale, transposed)
-    return total.to(weight.dtype)
+    return total
 
 
 def _flat(name: str) -> str:

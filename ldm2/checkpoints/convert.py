@@ -14,7 +14,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,15 @@ import torch
 from torch import Tensor
 
 from ldm2.checkpoints import hub, known, reading
+from ldm2.checkpoints.adapter import Adapter, combined
 from ldm2.checkpoints.build import config_of
+from ldm2.checkpoints.lora_files import find
 from ldm2.checkpoints.original import configs
 from ldm2.checkpoints.parts import Checkpoint, Part
 from ldm2.checkpoints.writer import write_safetensors
 from ldm2.config import UNetConfig
 from ldm2.fields import read_json
+from ldm2.options import loras
 from ldm2.runtime.device import DTYPES
 from ldm2.text.tokenizers import SOURCES, save_tokenizer
 
@@ -69,6 +72,7 @@ def convert(
     revision: str | None = None,
     local_files_only: bool = False,
     variant: str | None = None,
+    lora: Sequence[Any] = (),
 ) -> Converted:
     """Write the checkpoint `source` as a folder in the published layout.
 
@@ -81,6 +85,7 @@ def convert(
     revision:   branch, tag or commit on the hub
     local_files_only: use the hub's cache and never the network
     variant:    word in the names of the weight files to read, such as "fp16"
+    lora:       LoRAs to merge into the weights, each "FILE", "FILE:SCALE" or (file, scale)
 
     Raises ValueError or OSError, one line; what is complete by then is kept in FOLDER.partial for the next call.
     """
@@ -91,14 +96,15 @@ def convert(
     if path.is_dir() and (config is not None or tokenizers is not None):
         raise ValueError(f"config and tokenizers belong to authors' files, {path} is a folder that has its own")
     partial = folder.with_name(f"{folder.name}.partial")
-    _begin(partial, _job(path, dtype, config, reference, variant))
     lacking: list[str] = []
     with hub.opened(path, source):
         checkpoint = reading.read(path, variant=variant, config=config)
+        adapters, digests = _adapters(lora, checkpoint)
+        _begin(partial, _job(path, dtype, config, reference, variant) | {"lora": digests})
         if path.is_file() and "unet" not in checkpoint:
             raise ValueError(f"the file holds no UNet, only {', '.join(checkpoint)}: nothing to make a checkpoint of")
         for name in checkpoint:
-            _write_part(partial, name, checkpoint, reference, dtype)
+            _write_part(partial, name, checkpoint, reference, dtype, adapters)
         if path.is_dir():
             index = _copy_rest(path, partial)
         else:
@@ -108,6 +114,21 @@ def convert(
     _write_json(partial / "model_index.json", index)
     _finish(partial, folder)
     return Converted(folder, " ".join([*licence_notice(licence), *lacking]))
+
+
+def _adapters(lora: Sequence[Any], checkpoint: Checkpoint) -> tuple[list[tuple[Adapter, float]], list[list[Any]]]:
+    """The LoRAs to merge with their scales, held against the checkpoint, and their digests. Raises ValueError."""
+    adapters, digests = [], []
+    for word, scale, *_ in loras().check("lora", lora):
+        file = find(word, checkpoint.loras)
+        adapter = file.read()
+        for part in adapter.parts:
+            if part not in checkpoint:
+                raise ValueError(f"{adapter.source} is a LoRA of another model: this one has no {part}")
+            adapter.fitted(part, checkpoint[part].tensors)
+        adapters.append((adapter, scale))
+        digests.append([file.digest(), scale])
+    return adapters, digests
 
 
 def licence_notice(licence: str | None) -> list[str]:
@@ -160,13 +181,21 @@ def _encoders(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _copy_rest(path: Path, partial: Path) -> dict[str, Any]:
     """Copy what a folder has beside its parts. Returns the model_index.json."""
-    for file in _files(path):
-        if file.name.upper().startswith(("README", "LICENSE", "NOTICE", "LDM2.JSON")):
-            shutil.copyfile(file, partial / file.name)
+    kept = [file for file in _files(path) if file.name.upper().startswith(("README", "LICENSE", "NOTICE", "LDM2.JSON"))]
+    for file in [*kept, *_files_of_loras(path)]:
+        target = partial / file.relative_to(path)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
     index = read_json(path / "model_index.json")
     if index.get("language_model") == ["transformers", "GPT2Model"]:
         index["language_model"] = list(CLASSES["language_model"])
     return index
+
+
+def _files_of_loras(path: Path) -> list[Path]:
+    """The LoRAs that a folder brings."""
+    folder = path / "lora"
+    return [file for file in _files(folder) if file.suffix == ".safetensors"] if folder.is_dir() else []
 
 
 def _files(folder: Path) -> list[Path]:
@@ -199,7 +228,8 @@ def _heads(config: UNetConfig) -> list[int]:
 
 
 def _write_part(
-    partial: Path, name: str, checkpoint: Checkpoint, reference: str, dtype: torch.dtype | None
+    partial: Path, name: str, checkpoint: Checkpoint, reference: str, dtype: torch.dtype | None,
+    adapters: Sequence[tuple[Adapter, float]],
 ) -> None:
     """Write one part unless it is there: the config goes last, so a part that has one is complete."""
     part, folder = checkpoint[name], partial / name
@@ -214,6 +244,7 @@ def _write_part(
         if part.folder is None:
             _write_json(folder / f"{name}_config.json", part.fields)
         return
+    tensors |= combined(tensors, name, [pair for pair in adapters if name in pair[0].parts], dtype)
     fields = _fields(name, checkpoint, reference)
     for file in files:
         if file.suffix in hub.SMALL and ".index." not in file.name and file.name != "config.json":

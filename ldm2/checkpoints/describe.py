@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from ldm2.checkpoints import lora_files
+from ldm2.checkpoints.adapter import Adapter
 from ldm2.checkpoints.build import config_of
 from ldm2.checkpoints.reading import read
 from ldm2.config import REFERENCES, UNetConfig
@@ -83,3 +88,40 @@ def _part(name: str, kind: str, tensors: Mapping[str, Tensor]) -> Part:
 
 def _millions(number: int) -> str:
     return f"{number / 1e6:.2f} M"
+
+
+def describe_lora(path: str | Path) -> str:
+    """Which layers a LoRA changes, and what it was trained on, a line for each thing. Raises ValueError or OSError."""
+    adapter = lora_files.read(path)
+    layers = adapter.layers.values()
+    numbers = sum(layer.down.numel() + layer.up.numel() for layer in layers)
+    size = sum(layer.down.nbytes + layer.up.nbytes for layer in layers)
+    scales = sorted({layer.scale for layer in layers})
+    told = {
+        "kind": "LoRA", "base": _base(adapter), "rank": _span(sorted({layer.rank for layer in layers})),
+        "alpha / rank": _span(scales), "dtype": " ".join(sorted({str(layer.down.dtype)[6:] for layer in layers})),
+        "parameters": f"{_millions(numbers)} ({size / 1e6:.2f} MB)",
+    }
+    for part in adapter.parts:
+        kinds = Counter(_kind(name) for name in adapter.of_part(part))
+        told[part] = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
+    told |= {name: value for name, value in adapter.about.items() if isinstance(value, str) and len(value) <= 100}
+    return "\n".join([adapter.source, *(f"{name:<18}{value}" for name, value in told.items() if value)])
+
+
+def _kind(module: str) -> str:
+    """The end of a module's name that tells which kind of layer it is; kohya's files have no dots in them."""
+    kinds = r"(?:ff[._]net[._]\d.*|to_out[._]0|to_[qkv]|c_\w+|conv\w*|proj_in|proj_out|time_emb_proj)$"
+    found = re.search(kinds, module)
+    return found[0] if found else module.rpartition(".")[2]
+
+
+def _base(adapter: Adapter) -> str:
+    """The model that a LoRA was trained on, as far as its file says so."""
+    named = (adapter.about.get(name) for name in ("model", "base_model_name_or_path", "ss_sd_model_name"))
+    return next((name for name in named if name), "not told")
+
+
+def _span(values: list[Any]) -> str:
+    """One value, or the least and the largest."""
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"

@@ -20,6 +20,7 @@ from torch import Tensor
 from ldm2 import weights
 from ldm2.checkpoints.adapter import CONFIG, FILE, PARTS, Adapter, LowRank
 from ldm2.fields import read_json, short
+from ldm2.options import names_a_lora
 
 PEFT_CONFIG = "adapter_config.json"
 # What a folder may hold: the first that is there counts. Those of peft have their rank and alpha in PEFT_CONFIG.
@@ -114,6 +115,16 @@ class File:
         if not isinstance(config, dict):
             raise ValueError(f"{self.tensors}: {CONFIG} in its header is not a JSON object")
         return config
+
+
+def find(word: str, names: Mapping[str, Path]) -> File:
+    """The file that a name (of those that there are) or a path stands for. Raises ValueError or OSError."""
+    if word in names:
+        return File.at(names[word])
+    if names_a_lora(word) and not Path(word).exists():
+        known = f"it has {', '.join(sorted(names))}" if names else "it has none"
+        raise ValueError(f"this model has no LoRA named {word!r}: {known}; a file is given by its path")
+    return File.at(word)
 
 
 def read(path: str | Path) -> Adapter:

@@ -56,13 +56,16 @@ def download(args: argparse.Namespace) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    """Parts, parameters, dtypes and heads of a checkpoint, or what a sound file holds."""
+    """Parts, parameters, dtypes and heads of a checkpoint, or what a sound file or a LoRA holds."""
     if replay.is_sound(args.model):
         print(replay.described(args.model))
         return
-    from ldm2.checkpoints import hub
-    from ldm2.checkpoints.describe import describe
+    from ldm2.checkpoints import hub, lora_files
+    from ldm2.checkpoints.describe import describe, describe_lora
 
+    if lora_files.is_lora(args.model):
+        print(describe_lora(args.model))
+        return
     path = hub.resolve(args.model, args.revision, args.local_files_only, variant=args.variant)
     with hub.opened(path, args.model):
         print(describe(path, args.variant))
@@ -75,7 +78,7 @@ def convert(args: argparse.Namespace) -> None:
     done = convert(
         args.source, args.folder, args.dtype, args.overwrite, config=args.config, tokenizers=args.tokenizers,
         reference=args.reference, revision=args.revision, local_files_only=args.local_files_only,
-        variant=args.variant,
+        variant=args.variant, lora=args.lora,
     )
     print(done.notice, file=sys.stderr)
     print(args.folder)
@@ -112,9 +115,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--force", action="store_true", help="download it again even if it is in the cache")
     command.set_defaults(run=download)
 
-    command = commands.add_parser("info", help="describe a checkpoint: parts, parameters, dtype, heads; or a sound "
-                                  "file, with its settings")
-    command.add_argument("model", help="short name, hub name or folder; or a sound file")
+    command = commands.add_parser("info", help="describe a checkpoint: parts, parameters, dtype, heads; a sound "
+                                  "file, with its settings; or a LoRA")
+    command.add_argument("model", help="short name, hub name or folder; a sound file; or a LoRA")
     options.add_source_options(command)
     command.set_defaults(run=info)
 
@@ -130,6 +133,8 @@ def parser() -> argparse.ArgumentParser:
                          "their own hub repositories)")
     command.add_argument("--reference", choices=("authors", "diffusers"), default="authors",
                          help="what a single number of heads in a folder means (default: authors; see weights.md)")
+    command.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merge a LoRA into the "
+                         "weights; may be repeated")
     command.add_argument("--overwrite", action="store_true", help="replace the folder if it is a checkpoint")
     command.set_defaults(run=convert)
 

@@ -52,11 +52,15 @@ class Components:
         self.scheduler = kind.from_config(config)
 
     def _read(self, device: str, dtype: torch.dtype, low_memory: bool) -> None:
-        """The checkpoint's files -> the model."""
+        """The checkpoint's files -> the model; LoRAs stay loaded."""
+        before = vars(self).get("_model")
+        loras = vars(self).pop("_loras", None) if before is None else before.adapters.recipe()
         self._model = loading.load(
             self._folder, reference=self._reference, device=device, dtype=str(dtype).removeprefix("torch."),
             variant=self._variant, low_memory=low_memory, compile=self._compiles,
         )
+        if loras is not None:
+            self._model.adapters.follow(loras)
         configs = {name: read(self._folder / name / "config.json") for name in WEIGHTED}
         self._parts = {
             name: kind(getattr(self._model, name), configs[name], self._model.stages[name])
@@ -82,10 +86,11 @@ class Components:
         return twin
 
     def __getstate__(self) -> dict:
-        """What a process needs to read the same files again; weights do not travel, and changes to them are lost."""
+        """What a process needs to read the same files again, those of LoRAs too; other changes of weights are lost."""
         state = {name: value for name, value in vars(self).items() if name not in ("_model", "_parts")}
         state.pop("_preprocessors", None)
-        return state | {"_placed": (str(self.device), self.dtype, self._model.low_memory)}
+        placed = str(self.device), self.dtype, self._model.low_memory
+        return state | {"_placed": placed, "_loras": self._model.adapters.recipe()}
 
     def __setstate__(self, state: dict) -> None:
         device, dtype, low_memory = state.pop("_placed")

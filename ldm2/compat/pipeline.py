@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ldm2.checkpoints import hub
 from ldm2.compat import arguments, saving
-from ldm2.compat.components import NAMES, Components
+from ldm2.compat.components import NAMES
 from ldm2.compat.inputs import Request
+from ldm2.compat.loras import WithLoras
 from ldm2.compat.noise import GeneratorNoise, Generators
 from ldm2.compat.parts import AudioPipelineOutput
 from ldm2.conditioning import Conditioning
@@ -24,7 +25,7 @@ from ldm2.text.gpt2 import continue_sequence
 logger = logging.getLogger(__name__)
 
 
-class AudioLDM2Pipeline(Components):
+class AudioLDM2Pipeline(WithLoras):
     """A checkpoint as diffusers' pipeline shows it. Built by `from_pretrained`."""
 
     @classmethod

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ldm2.checkpoints.adapter import PARTS, Adapter, combined
-from ldm2.checkpoints.lora_files import NAMES, File
-from ldm2.options import check_number, check_text, names_a_lora
+from ldm2.checkpoints.lora_files import NAMES, File, find
+from ldm2.options import check_number, check_text
 from ldm2.runtime.inference import ordinary
 
 if TYPE_CHECKING:
@@ -68,22 +68,12 @@ class Adapters:
 
     # What is asked for
 
-    def find(self, word: str) -> File:
-        """The file behind a name or a path. Raises ValueError or OSError."""
-        if word in self.files:
-            return File.at(self.files[word])
-        if names_a_lora(word) and not Path(word).expanduser().exists():
-            known = f"it has {', '.join(sorted(self.files))}" if self.files else "it has none"
-            raise ValueError(f"this model has no LoRA named {word!r}: {known}; a file is given by its path")
-        return File.at(word)
-
     def entry(self, word: str, scale: float, expected: str | None = None) -> Entry:
         """A LoRA, read and held against the model. Raises ValueError or OSError, one line.
 
         expected: the digest that its file must have.
         """
-        file = self.find(word)
-        digest, adapter = self._opened(file)
+        digest, adapter = self._opened(find(word, self.files))
         if expected is not None and digest != expected:
             raise ValueError(f"the LoRA {word} has changed: its SHA-256 was {expected:.12}..., is {digest:.12}...; to "
                              f"use it as it is, ask for it without a digest, as {word}:{scale:g}")
@@ -129,11 +119,13 @@ class Adapters:
         self._known(name)
         self._stand(kept)
 
-    def rescale(self, name: str, scale: float) -> None:
-        """See `Stages.set_lora_scale`."""
-        self._known(name)
-        changed = replace(self.standing[name], scale=check_number("scale", scale))
-        self._stand({**self.standing, name: changed})
+    def rescale(self, scales: Mapping[str, float]) -> None:
+        """See `Stages.set_lora_scale`; several at once."""
+        changed = dict(self.standing)
+        for name, scale in scales.items():
+            self._known(name)
+            changed[name] = replace(changed[name], scale=check_number("scale", scale))
+        self._stand(changed)
 
     def recipe(self) -> dict[str, Any]:
         """What `follow` needs in another process: files, and what stands of them."""

@@ -31,6 +31,7 @@ class About:
     origin, defaults: as of ldm2.stages.Stages; sample_rate: Hz
     speaks: whether each prompt needs words to say; ranks: whether candidates are ranked; max_steps: of a sampler
     check:  looks at resolved settings of a sound without input as the model would. Raises ValueError.
+    loras:  names that requests may give; files of the server are not for its clients
     """
 
     origin: Mapping[str, Any]
@@ -40,6 +41,7 @@ class About:
     ranks: bool
     max_steps: int
     check: Callable[[Settings], object] = field(default=lambda settings: None, compare=False)
+    loras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ def _settings(
         settings = Settings.create(kind, **options)
         resolved = settings.resolved(about.defaults, duration=None if upload is None else upload.seconds)
         _check_amount(resolved, limits, upload)
+        _check_loras(resolved, about)
         if upload is None:
             about.check(resolved)
     except (ValueError, TypeError, OverflowError) as error:
@@ -202,6 +205,13 @@ def _check_amount(settings: Settings, limits: Limits, upload: Upload | None) -> 
         each = "" if settings.candidates == 1 else f" of {settings.candidates} waveforms"
         raise ValueError(f"seconds: a job makes at most {limits.max_seconds:g} s of sound here, got "
                          f"{seconds * settings.candidates:g} s{each}")
+
+
+def _check_loras(settings: Settings, about: About) -> None:
+    """Names that the server has, and no paths."""
+    for word in (each[0] for each in settings.lora or ()):
+        if word not in about.loras:
+            raise ValueError(f"lora must be of {', '.join(about.loras) or 'none'} here, got {word!r:.100}")
 
 
 def _form(given: Mapping[str, Any], about: About) -> tuple[dict[str, Any], str]:
