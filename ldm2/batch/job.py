@@ -28,7 +28,8 @@ class Job:
     """What a batch is. source, out: the table, and where the sounds go. shard: (i, n), the i-th of n parts, from 1.
 
     format, form: of the files. model, load: as of `ldm2.load`. defaults, allow_extra: see `Rules`.
-    retry: whether rows that failed are tried again. batch: rows that run together, 0 for as many as fit.
+    retry: whether rows that failed are tried again. batch: rows that run together, 0 for as many as fit. elsewhere: the
+    kind of device of workers on other machines.
     """
 
     source: Path
@@ -42,6 +43,7 @@ class Job:
     shard: tuple[int, int] = (1, 1)
     retry: bool = False
     batch: int = 0
+    elsewhere: str = ""
 
     @functools.cached_property
     def place(self) -> Folder | Remote:
@@ -94,9 +96,11 @@ class Job:
 
     def fingerprint(self) -> dict[str, Any]:
         """All that changes results beside the rows themselves, and the versions."""
+        import torch
+
         from ldm2.runtime.device import choose_device, choose_dtype
 
-        device = choose_device(self.load.get("device", "auto"))
+        device = torch.device(self.elsewhere) if self.elsewhere else choose_device(self.load.get("device", "auto"))
         dtype = str(choose_dtype(self.load.get("dtype", "auto"), device))[6:]
         named = {name: self.load.get(name) for name in ("revision", "variant", "reference")}
         return {"model": self.model, **named, "dtype": dtype, "device": device.type, "format": self.format,

@@ -122,6 +122,15 @@ class Rules:
             asked = f"{asked}{size}"
         return Row(line, row_id, options, source, extra, digest(asked), None, kind, number >> _KEY)
 
+    def carried(self, name: str) -> str | None:
+        """What a column that is carried through is called in the manifest; None for one that is an option."""
+        try:
+            if self._option(name, 0) is not None:
+                return None
+        except ValueError:
+            pass
+        return f"row_{name}" if name in MANIFEST else name
+
     def _option(self, name: str, line: int) -> str | None:
         """The option (or id, or input) that a column is; None for one to carry through. Raises ValueError."""
         if name not in self._names:

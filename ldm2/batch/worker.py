@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 import ldm2
 from ldm2 import audio
+from ldm2.batch.columns import records_in, rows_in
 from ldm2.batch.maker import Maker
 from ldm2.batch.manifest import ERROR, OK
 from ldm2.batch.remote import opened
@@ -31,7 +33,7 @@ class Worker(Maker):
 
     model, load: as of `ldm2.load`
     out:         the folder of the job, or an address of fsspec (s3://bucket/folder)
-    name:        of this worker in it, which no other has
+    name:        of this worker in it, which no other has; "": one that is drawn
     format:      of the files, without the point; form: how they are written, as of ldm2.settings.Output
     batch:       rows that run together at most; 0 finds a size. A row has the same sound in any company, up to rounding
     threads:     of PyTorch; 0 leaves them as they are
@@ -51,18 +53,16 @@ class Worker(Maker):
         self.place, self.format, self.form = opened(out), format, dict(form or {})
         output_of(self.form)
         self.place.make()
-        self.log = self.place.log(f"manifest-{name}")
+        self.log = self.place.log(f"manifest-{name or secrets.token_hex(8)}")
         super().__init__(ldm2.load(model, **(load or {})), batch)
         self.rules = Rules(origin_of(model, load or {}), dict(defaults or {}), allow_extra)
 
-    def __call__(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """A table of rows by its columns -> a table of their records; what is missing is None or NaN."""
-        names = list(columns)
-        rows = [self.rules.row(number, _given(dict(zip(names, values))))
-                for number, values in enumerate(zip(*columns.values()), 1)]
-        records = self.run(rows)
-        every = dict.fromkeys(name for record in records for name in record)
-        return {name: [record.get(name) for record in records] for name in every}
+    def __call__(self, columns: Any) -> Any:
+        """A table of rows by its columns -> a table of their records.
+
+        Both are mappings of names to sequences, where None or NaN stands for what is missing, or tables of Arrow.
+        """
+        return records_in(self.run(rows_in(columns, self.rules)), columns, self.rules)
 
     def close(self) -> None:
         """Close the manifest, so that another worker may have its name."""
@@ -153,13 +153,6 @@ class _Writer:
                     self._records[id(item[0])] = self._write(*item)
                 except Exception as error:                 # told by the next call
                     self._error = error
-
-
-def _given(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that a row has, numpy's numbers as Python's."""
-    plain = {name: value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
-             for name, value in columns.items()}
-    return {name: value for name, value in plain.items() if value is not None and value == value}
 
 
 def _plain(extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,12 @@ import sys
 import time
 from collections import Counter
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from ldm2.batch import cluster, manifest, pool
 from ldm2.batch import job as jobs
-from ldm2.batch import manifest, pool
 from ldm2.batch.job import Job, Survey
 from ldm2.batch.local import Folder
 from ldm2.batch.remote import Remote, of_one_process
@@ -46,6 +47,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--batch", type=_batch, default=0, metavar="N", help="rows that run together, or auto: as "
                          "many as fit (default: auto)")
     command.add_argument("--workers", type=_count, metavar="N", help="processes (default: one a GPU, one on a CPU)")
+    command.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help="run the workers on a Ray cluster "
+                         "(default: that of RAY_ADDRESS, or one that is started here); FOLDER must be shared")
     command.add_argument("--shard", type=_shard, metavar="I/N", help="make the I-th of N parts of the rows (default: "
                          "from SLURM_ARRAY_TASK_ID or RANK and WORLD_SIZE, else all)")
     command.add_argument("--retry-failed", action="store_true", help="try rows again that failed before")
@@ -69,12 +72,15 @@ def batch(args: argparse.Namespace) -> int:
             job = stack.enter_context(jobs.from_stdin(job, sys.stdin.buffer))
         if args.dry_run:
             return _dry_run(job)
+        share = None
+        if args.ray is not None:
+            job, share = _on_ray(job, args, stack)
         stack.enter_context(closing(jobs.open_place(job, sys.argv[1:])))
         found = jobs.survey(job, manifest.settled(job.place))
         status = Status(found, None if args.quiet else sys.stderr)
         try:
             with _sigterm(), status:
-                _run(job, args.workers, found, status)
+                _run(job, args.workers, share, found, status)
         except KeyboardInterrupt as stop:
             say(f"stopped after {status.made} of {found.rows} rows: run the same command again to go on")
             return 143 if isinstance(stop, Terminated) else 130
@@ -111,24 +117,42 @@ def _defaults(words: list[str]) -> dict[str, Any]:
     return values
 
 
-def _run(job: Job, workers: int | None, found: Survey, status: Status) -> None:
+def _on_ray(job: Job, args: argparse.Namespace, stack: ExitStack) -> tuple[Job, cluster.Share]:
+    """The job as the machines of a cluster are to do it, and what it takes of the cluster."""
+    stack.enter_context(cluster.connected(args.ray))
+    share = cluster.Share.of(args.workers, gpus=0 if args.device == "cpu" else None)
+    if of_one_process(job.place):
+        raise ValueError(f"{job.place} is of one process: the actors of Ray are others")
+    device = "cuda" if share.gpus else "cpu"
+    out = job.out if "://" in job.out else os.path.abspath(os.path.expanduser(job.out))
+    return replace(job, out=out, load=dict(job.load) | {"device": device}, elsewhere=device), share
+
+
+def _run(job: Job, workers: int | None, share: cluster.Share | None, found: Survey, status: Status) -> None:
     """Make the rows that are left, in as many processes as asked for."""
     left, rows = found.rows - found.through.total(), job.some(found)
     if not left:
         return
+    if share is not None:
+        cluster.run(_arguments(job), rows, share, status)
+        return
     devices = _devices(job, workers, left)
     if len(devices) > 1 and of_one_process(job.place):
         raise ValueError(f"{job.place} is of one process: leave out --workers")
-    arguments = [{
-        "model": job.model, "out": job.out, "name": f"{job.part}-{number}", "format": job.format,
-        "batch": job.batch, "threads": 0 if workers is None else max(1, machine.cores() // len(devices)),
-        "load": dict(job.load) | {"device": device}, "form": dict(job.form), "defaults": {},
-        "allow_extra": job.allow_extra,
-    } for number, device in enumerate(devices)]
+    threads = 0 if workers is None else max(1, machine.cores() // len(devices))
+    arguments = [_arguments(job) | {"name": f"{job.part}-{number}", "threads": threads,
+                                    "load": dict(job.load) | {"device": device}}
+                 for number, device in enumerate(devices)]
     if len(devices) == 1:
         pool.run_here(arguments[0], rows, status)
     else:
         pool.Pool(arguments, status).run(rows)
+
+
+def _arguments(job: Job) -> dict[str, Any]:
+    """What all workers of a job are built of."""
+    return {"model": job.model, "out": job.out, "format": job.format, "batch": job.batch, "load": dict(job.load),
+            "form": dict(job.form), "allow_extra": job.allow_extra}
 
 
 def _devices(job: Job, workers: int | None, left: int) -> list[str]:
