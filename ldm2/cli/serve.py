@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+from pathlib import Path
 
 from ldm2.cli import options
-from ldm2.options import options_of
+from ldm2.options import names_a_lora, options_of
 from ldm2.serve.limits import Limits
 
 MISSING = "ldm2 serve needs {}: pip install 'ldm2[serve]'"
@@ -29,6 +31,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     section.add_argument("--insecure", action="store_true", help="serve other machines without a key")
     section.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="let pages of this site use the "
                          "server, for example https://example.org; may be repeated")
+    section.add_argument("--lora", action="append", default=[], type=_lora, metavar="NAME=FILE", help="a LoRA that "
+                         "requests may ask for by this name; may be repeated")
     section.add_argument("--batch", type=_count, default=0, metavar="N", help="requests of equal shape that run "
                          "together at most (default: as many as fit)")
     section = command.add_argument_group("limits")
@@ -51,6 +55,9 @@ def serve(args: argparse.Namespace) -> int:
     limits = Limits(**options.given(args, Limits))
     with server.listening(args.host, args.port) as place:
         pipe = options.load(args)
+        pipe.loras.update(args.lora)
+        for name, _ in args.lora:                          # one that does not fit is told now
+            pipe.adapters.entry(name, 1.0)
         hosts = tuple(dict.fromkeys(("localhost", "127.0.0.1", "::1", args.host))) if local else None
         with server.opened(pipe, limits, args.batch, key=key, hosts=hosts, origins=tuple(args.cors)) as app:
             port = place.getsockname()[1]
@@ -60,6 +67,17 @@ def serve(args: argparse.Namespace) -> int:
             server.Server(app, limits.grace).run(sockets=[place])
     print("ldm2: stopped", file=sys.stderr)
     return 0
+
+
+def _lora(text: str) -> tuple[str, Path]:
+    """"rain=rain.safetensors" -> the name and the file."""
+    name, _, file = text.partition("=")
+    path = Path(file).expanduser()
+    if not names_a_lora(name) or not re.fullmatch(r"[\w -]+", name) or not file:
+        raise argparse.ArgumentTypeError(f"must be NAME=FILE, for example rain=rain.safetensors, got {text!r}")
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"{file} does not exist")
+    return name, path
 
 
 def _port(text: str) -> int:

@@ -114,7 +114,7 @@ def about(pipe: Stages) -> About:
             pipe.windows(shape[1], settings.window, settings.overlap, loop=settings.loop, changes=changes)
 
     return About(pipe.origin, pipe.defaults, pipe.sample_rate, pipe.text.speaks, pipe.can_rank,
-                 pipe.schedule.num_train_timesteps, check, tuple(pipe.loras))
+                 pipe.schedule.num_train_timesteps, check, tuple(sorted(pipe.loras)))
 
 
 def _device_memory(maker: Maker) -> int:

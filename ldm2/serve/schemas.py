@@ -94,6 +94,9 @@ def schema(name: str, each: Option, about: About | None = None, limits: Limits |
         found = {"type": "string", **found}
     if limits is not None and about is not None:
         most = {"seconds": limits.max_seconds, "num_waveforms": limits.max_waveforms, "steps": about.max_steps}
+        if name == "lora":
+            found["items"] = {"type": "array", "prefixItems": [{"enum": list(about.loras)}, {"type": "number"}],
+                              "minItems": 1, "maxItems": 3}
         if name in most:
             found["maximum"] = min(most[name], found.get("maximum", most[name]))
     return found
@@ -103,7 +106,7 @@ def capabilities(about: About, limits: Limits) -> dict[str, Any]:
     """What the server can do."""
     return {
         "model": model(about), "kinds": list(RESULTS), "formats": list(FORMATS), "default_format": DEFAULT_FORMAT,
-        "options": options(about, limits), "presets": PRESETS,
+        "options": options(about, limits), "presets": PRESETS, "loras": list(about.loras),
         "limits": {name: getattr(limits, name) for name in limits.__dataclass_fields__},
     }
 

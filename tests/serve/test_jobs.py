@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import soundfile
 
 from ldm2 import audio
 from tests.helpers import tone
+from tests.runtime.test_lora import make
+from tests.serve.client import serving
 
 SHORT = {"prompt": "a low hum", "steps": 2, "seconds": 0.4}
 LONG = {"prompt": "a low hum", "steps": 200, "seconds": 10}
@@ -142,3 +145,18 @@ def test_equal_shapes_run_together_and_sound_as_alone(client, pipe):
     for seed, (prompt, job) in enumerate(zip(prompts, done)):
         expected = pipe.generate(**SHORT | {"prompt": prompt}, seed=seed).channels[0, 0]
         assert np.abs(heard(client, job)[0] - expected).max() <= 1e-4 * np.abs(expected).max() + 2**-15
+
+
+def test_a_lora_is_asked_for_by_its_name(pipe, tmp_path):
+    pipe.loras["soft"] = Path(make(pipe, tmp_path / "soft.safetensors"))
+    try:
+        with serving(pipe) as client:
+            plain, with_it = (client.done(client.ask(**SHORT, seed=1, lora=lora)) for lora in ([], [["soft", 0.5]]))
+            expected = pipe.generate(**SHORT, seed=1, lora=[("soft", 0.5)]).channels[0, 0]
+            assert np.abs(heard(client, with_it)[0] - expected).max() <= 2**-15
+            assert np.abs(heard(client, plain)[0] - expected).max() > 2**-10
+            assert client.get("/v1/capabilities").json()["loras"] == ["soft"]
+            error = client.ask(400, **SHORT, lora=["soft.safetensors"])["error"]
+            assert "lora must be of soft here" in error["message"] and error["param"] == "lora"
+    finally:
+        del pipe.loras["soft"]
