@@ -103,6 +103,9 @@ class Adapter:
             elif not layer.fits(weights[name], part == TRANSPOSED):
                 have, need = layer.shape(part == TRANSPOSED), tuple(weights[name].shape)
                 misshapen.append(f"{part}.{module} {have} instead of {need}")
+            elif not weights[name].is_floating_point():
+                raise ValueError(f"{self.source}: {name} is {str(weights[name].dtype)[6:]}, a LoRA is added to weights "
+                                 "in floating point: load the model in another dtype")
             else:
                 found[name] = layer
         problems = [f"{len(names)} {kind} ({few(names)})"
@@ -146,14 +149,20 @@ def combined(
         for name, layer in adapter.fitted(part, weights).items():
             if scale:
                 changes.setdefault(name, []).append((layer, scale))
-    return {name: _sum(weights[name], several, part == TRANSPOSED).to(dtype or weights[name].dtype)
+    return {name: _sum(name, weights[name], several, part == TRANSPOSED, dtype or weights[name].dtype)
             for name, several in changes.items()}
 
 
-def _sum(weight: Tensor, changes: Sequence[tuple[LowRank, float]], transposed: bool) -> Tensor:
+def _sum(
+    name: str, weight: Tensor, changes: Sequence[tuple[LowRank, float]], transposed: bool, dtype: torch.dtype
+) -> Tensor:
+    """A weight with its changes. Raises ValueError where a number leaves the range of the dtype."""
     total = weight.detach().to(torch.float32, copy=True)
     for layer, scale in changes:
         total += layer.delta(weight, scale, transposed)
+    total = total.to(dtype)
+    if not torch.isfinite(total).all():
+        raise ValueError(f"{name} leaves the range of {str(dtype)[6:]} with its LoRAs: let them count less")
     return total
 
 

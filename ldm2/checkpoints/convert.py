@@ -244,7 +244,8 @@ def _write_part(
         if part.folder is None:
             _write_json(folder / f"{name}_config.json", part.fields)
         return
-    tensors |= combined(tensors, name, [pair for pair in adapters if name in pair[0].parts], dtype)
+    kind = dtype if dtype is not None and dtype.is_floating_point else None
+    tensors |= combined(tensors, name, [pair for pair in adapters if name in pair[0].parts], kind)
     fields = _fields(name, checkpoint, reference)
     for file in files:
         if file.suffix in hub.SMALL and ".index." not in file.name and file.name != "config.json":

@@ -308,3 +308,15 @@ def test_a_digest_changes_with_the_tensors_and_with_the_configuration(tmp_path):
         (tmp_path / "adapter_config.json").write_text(text)
         digests |= {lora_files.File.at(tmp_path).digest(), lora_files.File.at(path).digest()}
     assert len(digests) == 3
+
+
+def test_a_scale_that_leaves_the_range_is_refused(unet):
+    weight = unet.get_parameter(f"{Q}.weight").to(torch.float16)
+    with pytest.raises(ValueError, match=f"{Q}.weight leaves the range of float16"):
+        combined({f"{Q}.weight": weight}, "unet", [(adapter({Q: 4}), 1e6)])
+
+
+def test_integers_are_no_weights_to_add_to(unet):
+    weight = torch.ones(64, 64, dtype=torch.int8)
+    with pytest.raises(ValueError, match=f"{Q}.weight is int8"):
+        combined({f"{Q}.weight": weight}, "unet", [(adapter({Q: 4}), 1.0)])

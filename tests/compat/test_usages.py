@@ -23,6 +23,7 @@ import transformers
 import ldm2
 import ldm2.compat
 from ldm2.checkpoints import hub
+from ldm2.checkpoints.adapter import Adapter, LowRank
 from ldm2.compat import AudioLDM2Pipeline
 from ldm2.runtime.compilation import is_compiled
 from tests.helpers import PROMPT, relative
@@ -691,6 +692,24 @@ def _(case):
 
 
 # The table
+
+
+@usage("pipe.load_lora_weights(file), .set_adapters(names, weights), .unload_lora_weights()")
+def _(case):
+    name = "mid_block.attentions.1.transformer_blocks.0.attn1.to_q"
+    before = case.oracle.unet.get_parameter(f"{name}.weight").detach().clone()
+    layer = LowRank(torch.randn(2, before.shape[1]), torch.randn(before.shape[0], 2))
+    file = Adapter({f"unet.{name}": layer}).save(case.tmp / "x.safetensors")
+    case.pipe.load_lora_weights(case.tmp, weight_name=file.name, adapter_name="x")
+    case.pipe.set_adapters(["x"], [0.5])
+    with torch.no_grad():
+        case.oracle.unet.get_parameter(f"{name}.weight").add_(0.5 * layer.up @ layer.down)
+    try:
+        case.same()
+    finally:
+        case.oracle.unet.get_parameter(f"{name}.weight").data = before
+    case.pipe.unload_lora_weights()
+    case.same()
 
 
 @pytest.mark.parametrize("text", USAGES)
