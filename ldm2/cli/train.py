@@ -7,16 +7,23 @@ import argparse
 from ldm2.cli import options
 from ldm2.cli.output import say
 from ldm2.options import options_of
-from ldm2.training.options import FINETUNE, LORA, Training
+from ldm2.training.options import DISTILL, FINETUNE, LORA, Training
 
+SOUNDS = ("a folder with x.wav and its captions in x.txt; a folder with metadata.csv or .jsonl, or of ldm2 batch; or a "
+          "table of paths and captions .json, .jsonl, .csv, .parquet")
+CAPTIONS = "; or captions alone: the lines of a file .txt (default: common captions)"
 HEADINGS = {
-    "sampling": "how it is optimised", "lora": "the LoRA", "data": "the data", "watching": "watching and saving",
+    "teacher": "teacher and student", "sampling": "how it is optimised", "lora": "the LoRA", "data": "the data",
+    "watching": "watching and saving",
     "machine": "memory and speed",
 }
 COMMANDS = {
     LORA: ("a small addition to a model, which learns a kind of sound from a few clips",
            "Train a LoRA, arXiv:2106.09685. OUT/pytorch_lora_weights.safetensors is what ldm2 (--lora OUT), diffusers "
            "and peft read."),
+    DISTILL: ("a student that needs 4 model evaluations and no guidance",
+              "Distill the model by its own guided runs. OUT/pytorch_lora_weights.safetensors is used as --preset "
+              "instant --lora OUT; with --full, OUT is a checkpoint."),
     FINETUNE: ("all weights of a model's UNet, on data of your own",
                "Train the UNet. OUT is a checkpoint in the hub's layout, which ldm2 (--model OUT) and diffusers read."),
 }
@@ -31,9 +38,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         command = kinds.add_parser(task, help=help, description=description, epilog=f"For example: ldm2 train {task} "
                                    "sounds -o mine --model audioldm2 --dry-run. Run the same command again to go on "
                                    "where it was stopped.")
-        command.add_argument("data", metavar="DATA", help="a folder with x.wav and its captions in x.txt; a folder "
-                             "with metadata.csv or .jsonl, or of ldm2 batch; or a table of paths and captions .json, "
-                             ".jsonl, .csv, .parquet")
+        alone = task == DISTILL
+        command.add_argument("data", metavar="DATA", nargs="?" if alone else None,
+                             help=SOUNDS + (CAPTIONS if alone else ""))
         command.add_argument("-o", "--output", metavar="OUT", required=True, help="folder for the result, and in "
                              "training/ for all that is needed to go on")
         command.add_argument("--overwrite", action="store_true", help="begin anew where OUT holds a training already")
@@ -57,7 +64,7 @@ def add_training(command: argparse.ArgumentParser, task: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, or measure. Returns the exit code."""
-    from ldm2.training import tuning
+    from ldm2.training import distill, tuning
     from ldm2.training.loop import Stopped
 
     asked = Training.create(args.kind, **options.given(args, Training, args.kind))
@@ -65,11 +72,12 @@ def run(args: argparse.Namespace) -> int:
             ("device", "reference", "revision", "variant", "local_files_only", "tokenizers")}
     job = tuning.Job(args.data, args.output, asked, args.model, load, overwrite=args.overwrite,
                      progress=not args.quiet)
+    course = distill if args.kind == DISTILL else tuning
     if args.dry_run:
-        print(tuning.estimate(job))
+        print(course.estimate(job))
         return 0
     try:
-        print(tuning.train(job))
+        print(course.train(job))
     except Stopped as stop:
         say(f"{stop}; all is saved, run the same command again to go on")
         return 128 + stop.number

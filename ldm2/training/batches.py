@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,14 @@ class Batch:
     eps: Tensor
     t: Tensor
     conditioning: Conditioning
+
+
+class Rows(Protocol):
+    """The rows that there are for each step, over all processes: rows first .. first + count - 1 of it as a batch."""
+
+    rows: int
+
+    def take(self, step: int, first: int, count: int) -> Any: ...
 
 
 class Batches:

@@ -98,13 +98,13 @@ def encode(
         for done, clip in enumerate(data.clips):
             report("encoding sounds", done, len(data.clips))
             try:
-                latents = _latents(pipe, clip.path, frames, basis, store)
+                latents = encode_sound(pipe, clip.path, frames, basis, store)
             except (ValueError, OSError) as error:
-                if strict or _is_of_the_store(error, store):
+                if strict or is_of_the_store(error, store):
                     raise
                 skipped.append(str(error) if str(clip.path) in str(error) else f"{clip.path}: {error}")
                 continue
-            keys = [_key("text", *basis, caption, clip.transcription) for caption in clip.captions]
+            keys = [key_of("text", *basis, caption, clip.transcription) for caption in clip.captions]
             examples.append(Example(latents, tuple(keys)))
     return Examples(tuple(examples), _encode_texts(pipe, data, basis, store, report), (*data.skipped, *skipped))
 
@@ -124,11 +124,11 @@ def conditioning(store: Store, key: str) -> Conditioning:
     return Conditioning(contexts, tuple(tensors.get(f"mask{i}") for i in range(count)), tensors.get("film"))
 
 
-def _latents(pipe: Stages, path: Path, frames: int, basis: list, store: Store) -> str:
+def encode_sound(pipe: Stages, path: Path, frames: int, basis: list, store: Store) -> str:
     """The key of a sound's latents: mean and log variance (C, T/f, F/f), at least `frames` long, not scaled."""
     with open(path, "rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    key = _key("latents", *basis, content, frames)
+    key = key_of("latents", *basis, content, frames)
     if not store.has(key):
         channels, rate = audio.read_channels(path, MAX_SECONDS)
         waveform = audio.resample(audio.mix(channels).astype(np.float32), rate, pipe.sample_rate)
@@ -143,20 +143,20 @@ def _latents(pipe: Stages, path: Path, frames: int, basis: list, store: Store) -
 def _encode_texts(pipe: Stages, data: Data, basis: list, store: Store, report: Report) -> str:
     """Put all captions into the store, and the unconditional side, whose key this returns."""
     texts = {(caption, clip.transcription): clip for clip in data.clips for caption in clip.captions}
-    missing = {_key("text", *basis, *text): (text, clip) for text, clip in texts.items()}
-    nothing = _key("text", *basis, "", None)
+    missing = {key_of("text", *basis, *text): (text, clip) for text, clip in texts.items()}
+    nothing = key_of("text", *basis, "", None)
     missing = {key: text for key, text in missing.items() if not store.has(key)}
     if missing or not store.has(nothing):
         with pipe.stages["text"]:
             for done, (key, ((caption, spoken), clip)) in enumerate(missing.items()):
                 report("encoding captions", done, len(missing))
-                _keep(store, key, _encode_text(pipe, caption, spoken, clip))
+                keep(store, key, encode_text(pipe, caption, spoken, clip))
             if not store.has(nothing):
-                _keep(store, nothing, pipe.text.unconditional(1))
+                keep(store, nothing, pipe.text.unconditional(1))
     return nothing
 
 
-def _encode_text(pipe: Stages, caption: str, spoken: str | None, clip: Clip) -> Conditioning:
+def encode_text(pipe: Stages, caption: str, spoken: str | None, clip: Clip) -> Conditioning:
     """One row for a caption. Raises ValueError where a speech model is not told what is said."""
     try:
         return pipe.encode(caption, transcription=spoken if pipe.text.speaks else None)
@@ -164,17 +164,17 @@ def _encode_text(pipe: Stages, caption: str, spoken: str | None, clip: Clip) -> 
         raise ValueError(f"{clip.path}: {error}") from error
 
 
-def _keep(store: Store, key: str, row: Conditioning) -> None:
+def keep(store: Store, key: str, row: Conditioning) -> None:
     tensors = {f"context{i}": context for i, context in enumerate(row.contexts)}
     tensors |= {f"mask{i}": mask for i, mask in enumerate(row.masks) if mask is not None}
     tensors |= {} if row.film is None else {"film": row.film}
     store.put(key, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
 
 
-def _key(*values: object) -> str:
+def key_of(*values: object) -> str:
     return digest(canonical(list(values)))
 
 
-def _is_of_the_store(error: Exception, store: Store) -> bool:
+def is_of_the_store(error: Exception, store: Store) -> bool:
     """Whether it was not the sound that could not be read, but the result that could not be kept."""
     return str(store.folder) in str(error)

@@ -23,7 +23,8 @@ from ldm2.options import (
 )
 from ldm2.settings import MAX_SECONDS
 
-LORA, FINETUNE = TASKS = ("lora", "finetune")
+LORA, FINETUNE, DISTILL = TASKS = ("lora", "finetune", "distill")
+FROM_SOUNDS = (LORA, FINETUNE)
 LAYERS = ("attention", "feed_forward", "convolution")
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -67,15 +68,17 @@ class Training:
 
     task: str = option(choice(TASKS), "what to train", group="task")
     _: KW_ONLY
-    steps: int | None = option(integer(1), "optimiser steps", default=1000, per_task={FINETUNE: 10_000})
+    steps: int | None = option(integer(1), "optimiser steps", default=1000,
+                              per_task={FINETUNE: 10_000, DISTILL: 2000})
     batch_size: int | None = option(
-        integer(1), "clips that go through the model at once, on each device", default=4, metavar="N")
+        integer(1), "clips that go through the model at once, on each device", default=4,
+        per_task={DISTILL: 16}, metavar="N")
     accumulate: int | None = option(
         integer(1), "batches whose gradients make one step: as a batch N times as large, in the memory of one",
         default=1, metavar="N")
     rate: float | None = option(
         number(above=0, maximum=1), "peak learning rate of AdamW (arXiv:1711.05101)", default=1e-4,
-        per_task={FINETUNE: 2e-5})
+        per_task={FINETUNE: 2e-5, DISTILL: 2e-4})
     warmup: int | None = option(integer(1), "steps until the rate has its peak", default=100, metavar="STEPS")
     decay_from: float | None = option(
         number(0, 1), "share of the steps after which the rate falls to zero, linearly; 1: never", default=0.5,
@@ -84,22 +87,38 @@ class Training:
     clip: float | None = option(number(above=0), "largest norm of the gradient", default=1.0, metavar="NORM")
     average: float | None = option(
         number(0, 0.999999), "decay of the moving average of the weights, which is what is kept", default=0.9999,
-        tasks=(FINETUNE,), metavar="DECAY")
+        per_task={DISTILL: 0.99}, tasks=(FINETUNE, DISTILL), metavar="DECAY")
     snr_gamma: float | None = option(
         number(above=0), "signal-to-noise ratio from which on time steps count less (arXiv:2303.09556)", default=5.0,
-        metavar="GAMMA")
+        tasks=FROM_SOUNDS, metavar="GAMMA")
     drop: float | None = option(
         number(0, 1), "share of the clips that are trained without their caption, for guidance (arXiv:2207.12598)",
-        default=0.1, metavar="SHARE")
+        default=0.1, tasks=FROM_SOUNDS, metavar="SHARE")
     seed: int | None = option(integer(0), "number that fixes all that is random", default=0)
 
     rank: int | None = option(integer(1, 4096), "rank of the LoRA (arXiv:2106.09685)", group="lora", default=16,
-                              tasks=(LORA,))
+                              tasks=(LORA, DISTILL))
     alpha: float | None = option(
-        number(above=0), "the LoRA's product counts alpha / rank (default: the rank)", group="lora", tasks=(LORA,))
+        number(above=0), "the LoRA's product counts alpha / rank (default: the rank)", group="lora",
+        tasks=(LORA, DISTILL))
     layers: Sequence[str] | None = option(
         layer_names(), f"which layers get one: {', '.join(LAYERS)}; with commas between them", group="lora",
-        default=("attention",), tasks=(LORA,), metavar="NAMES")
+        default=("attention",), per_task={DISTILL: LAYERS}, tasks=(LORA, DISTILL), metavar="NAMES")
+    full: bool = option(flag(), "train the whole UNet instead; the result is a checkpoint", group="lora", value=False,
+                        tasks=(DISTILL,))
+
+    evaluations: int | None = option(
+        integer(1, 50), "model evaluations that the student takes for a sound", group="teacher", default=4,
+        tasks=(DISTILL,), metavar="N")
+    teacher_steps: int | None = option(
+        integer(1, 1000), "steps of the teacher for a sound (dpmpp-2m, trailing), a multiple of evaluations",
+        group="teacher", default=24, tasks=(DISTILL,), metavar="N")
+    guidance_scale: float | None = option(
+        number(), "of the teacher, which the student has without guidance (default: the model's own)", group="teacher",
+        tasks=(DISTILL,), metavar="SCALE")
+    runs: int | None = option(
+        integer(1), "sounds that the teacher makes for the student to learn from", group="teacher", default=2000,
+        tasks=(DISTILL,), metavar="N")
 
     seconds: float | None = option(
         number(above=0, maximum=MAX_SECONDS, unit="seconds"), "length of the crops (default: what the model was "
@@ -155,11 +174,19 @@ class Training:
         known = options_of(type(self), self.task)
         filled = {name: each.default_for(self.task) for name, each in known.items() if getattr(self, name) is None}
         done = replace(self, **{name: value for name, value in filled.items() if value is not None})
-        if done.task == LORA and done.alpha is None:
+        if done.low_rank and done.alpha is None:
             done = replace(done, alpha=float(done.rank or 1))
+        if done.evaluations is not None and done.teacher_steps is not None and done.teacher_steps % done.evaluations:
+            raise ValueError(f"teacher_steps must be a multiple of evaluations ({done.evaluations}), got "
+                             f"{done.teacher_steps}")
         if done.patience is not None and not done.held_out:
             raise ValueError(f"patience {done.patience} needs held_out, the share of clips to measure the loss on")
         return done
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether a LoRA is trained, and not all weights."""
+        return self.task == LORA or (self.task == DISTILL and not self.full)
 
     def plain(self) -> dict[str, Any]:
         """The options of the task as JSON has them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ from ldm2.attention import Transformer2D
 from ldm2.checkpoints.adapter import FILE
 from ldm2.checkpoints.convert import convert, licence_notice, licence_of
 from ldm2.checkpoints.writer import write_safetensors
+from ldm2.fields import read_json
 from ldm2.layers import ResnetBlock
 from ldm2.training.folder import Folder
 from ldm2.training.loop import Recipe, generator_for
 from ldm2.training.lora import Lora, add_lora
-from ldm2.training.options import LORA, Training
+from ldm2.training.options import Training
 from ldm2.unet import UNet
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -43,7 +45,7 @@ def prepare(unet: UNet, options: Training) -> Trained:
     """Make the UNet ready: the parameters that need a gradient are float32 and in memory of their own."""
     if options.checkpointing:
         recompute(unet)
-    if options.task == LORA:
+    if options.low_rank:
         lora = add_lora(unet, options.rank or 1, options.alpha, options.layers or (),
                         generator=generator_for(options.seed or 0, 0))
         return Trained(nn.ModuleList(lora.parts.values()), lora)
@@ -75,22 +77,37 @@ def bytes_needed(trained: Trained, options: Training) -> int:
     return (2 * copies + 1) * 4 * trained.numbers + result
 
 
-def write(trained: Trained, model: str, load: Mapping[str, Any], path: Path, folder: Folder, steps: int) -> str:
-    """Write the result to OUT. model, load: arguments of `ldm2.load`; path: the checkpoint. Returns what was made."""
+def write(trained: Trained, model: str, load: Mapping[str, Any], path: Path, folder: Folder, steps: int,
+          settings: Mapping[str, Any]) -> str:
+    """Write the result to OUT. Returns what was made.
+
+    model, load: arguments of `ldm2.load`; path: the checkpoint. settings: those that the result is to be sampled with.
+    """
     if trained.lora is None:
-        return _write_checkpoint(trained.module, model, load, path, folder)
+        return _write_checkpoint(trained.module, model, load, path, folder, settings)
     file = folder.out / FILE
     trained.lora.adapter("unet", base_model=model, steps=steps).save(file, overwrite=True)
     said = " ".join(licence_notice(licence_of(model, path)))
-    return f"{said}\nThe LoRA is {file}; try: ldm2 generate \"...\" --model {model} --lora {folder.out}"
+    words = f"--model {model} --lora {folder.out}{_words(settings)}"
+    return f"{said}\nThe LoRA is {file}; try: ldm2 generate \"...\" {words}"
 
 
-def _write_checkpoint(unet: nn.Module, model: str, load: Mapping[str, Any], path: Path, folder: Folder) -> str:
+def _write_checkpoint(unet: nn.Module, model: str, load: Mapping[str, Any], path: Path, folder: Folder,
+                      settings: Mapping[str, Any]) -> str:
     """A folder in the hub's layout: the model with another UNet, in the precision that it had."""
     names = ("reference", "revision", "local_files_only", "variant", *(("tokenizers",) if path.is_file() else ()))
     done = convert(model, folder.inside / "result", overwrite=True, **{key: load[key] for key in names if key in load})
     file = done.folder / WEIGHTS
     dtype = next(tensor.dtype for tensor in weights.read_safetensors(file).values() if tensor.is_floating_point())
     write_safetensors(file, unet.state_dict(), dtype)
+    if settings:
+        defaults = done.folder / "ldm2.json"
+        before = read_json(defaults) if defaults.exists() else {}
+        defaults.write_text(json.dumps({**before, **settings}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     folder.move_in(done.folder, last="model_index.json")
     return f"{done.notice}\nThe model is in {folder.out}; try: ldm2 generate \"...\" --model {folder.out}"
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    """Options of a request as a command line has them, with a space before each."""
+    return "".join(f" --{name.replace('_', '-')} {value}" for name, value in settings.items())

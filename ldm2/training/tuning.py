@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,18 +29,20 @@ from ldm2.runtime.device import choose_device
 from ldm2.runtime.memory import gigabytes, peak_bytes
 from ldm2.runtime.progress import shown
 from ldm2.training import data, outcome
-from ldm2.training.batches import Batch, Batches, split
-from ldm2.training.encoding import Examples, Store, encode, model_digest
+from ldm2.training.batches import Batch, Batches, Rows, split
+from ldm2.training.encoding import Store, encode, model_digest
 from ldm2.training.folder import Folder
 from ldm2.training.loop import HELD_OUT, Clock, Told, processes, rank
 from ldm2.training.loop import train as run_loop
 from ldm2.training.objective import add_noise, step_weights, target
-from ldm2.training.options import LORA, Training
+from ldm2.training.options import Training
 
 log = logging.getLogger(__name__)
 
 HELD_OUT_STEPS = 8                         # time steps at which each held-out clip is measured
 TOKENS = 24                                # of a caption, where a step is measured without one
+Made = TypeVar("Made")
+
 MOST_NAMED = 20                            # of the clips that are left out
 PATIENCE = timedelta(days=2)               # of processes with the first one, which encodes the clips
 
@@ -49,10 +51,11 @@ PATIENCE = timedelta(days=2)               # of processes with the first one, wh
 class Job:
     """What is asked for.
 
-    data, out: folder or table of clips; folder of the result. model: of `ldm2.load`; load: its other arguments.
+    data, out: folder or table of clips (distill: or None); folder of the result. model: of `ldm2.load`; load: its
+    other arguments.
     """
 
-    data: str | Path
+    data: str | Path | None
     out: str | Path
     options: Training
     model: str = DEFAULT_MODEL
@@ -63,17 +66,18 @@ class Job:
 
 @dataclass
 class Learner:
-    """A pipeline whose UNet is trained, and how its error is measured."""
+    """A pipeline whose UNet is trained, and how its error is measured. settings: of the sounds that it makes."""
 
     pipe: AudioLDM2
     options: Training
     dtype: torch.dtype
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.unet, self.schedule = self.pipe.unet, self.pipe.schedule
         self._alphas = torch.as_tensor(self.schedule.alphas_cumprod, dtype=torch.float32)
 
-    def error(self, batch: Batch) -> Tensor:
+    def error(self, batch: Any) -> Tensor:
         """The weighted squared error of the rows (B,), arXiv:2303.09556 section 3.4."""
         device, kind = self.pipe.device, self.schedule.prediction_type
         a = self._alphas[batch.t]
@@ -83,14 +87,18 @@ class Learner:
         squared = ((predicted.float() - wanted.to(device)) ** 2).mean(dim=(1, 2, 3))
         return step_weights(kind, a, self.options.snr_gamma or 0).to(device) * squared
 
-    def losses(self, batches: Batches, step: int) -> Iterator[Tensor]:
+    def example(self, latents: Tensor, conditioning: Conditioning) -> Any:
+        """A batch to measure with."""
+        return Batch(latents, latents, torch.arange(len(latents)), conditioning)
+
+    def losses(self, batches: Rows, step: int) -> Iterator[Tensor]:
         """The parts of a step's loss that belong to this process, one after the other."""
         size, parts = self.options.batch_size or 1, self.options.accumulate or 1
         for part in range(parts):
             batch = batches.take(step, (part * processes() + rank()) * size, size)
             yield self.error(batch).mean() / parts
 
-    def measure(self, batches: Batches) -> float:
+    def measure(self, batches: Rows) -> float:
         """The mean error of all rows of a step."""
         size = self.options.batch_size or 1
         firsts = range(0, batches.rows, size)
@@ -103,22 +111,23 @@ def train(job: Job) -> str:
 
     Raises ValueError or OSError, one line, for input that makes no sense; Stopped after Ctrl-C, when all is saved.
     """
+    assert job.data is not None
     options = job.options.resolved()
-    asked: dict[str, Any] = {"options": options.plain(), "model": model_digest(_model_path(job))}
+    asked: dict[str, Any] = {"options": options.plain(), "model": model_digest(model_path(job))}
     folder = Folder(job.out)
     store = Store(folder.inside / "cache" if options.cache is None else Path(options.cache).expanduser())
-    with _together(job) as device:
+    with together(job) as device:
         if rank() == 0:
             folder.check(asked, job.overwrite)
         found = data.read(job.data, options.sounds, options.strict)
-        pipe = _load(job, device, torch.float32)
-        frames = _frames(pipe, options)
+        pipe = load_model(job, device, torch.float32)
+        frames = frames_of(pipe, options)
         if rank() == 0:
             folder.begin(asked, job.overwrite)
         with shown(job.progress and rank() == 0) as report:
-            examples = _encoded(lambda: encode(pipe, asked["model"], found, frames, store, options.strict, report))
+            examples = by_the_first(lambda: encode(pipe, asked["model"], found, frames, store, options.strict, report))
         kept, aside = split(examples, options.held_out or 0, options.seed or 0)
-        _tell(examples.skipped)
+        tell_skipped(examples.skipped)
         _check_count(kept, options)
         if rank() == 0:
             folder.settle(asked | {"data": [example.latents for example in examples.all]})
@@ -129,10 +138,10 @@ def train(job: Job) -> str:
         batches = Batches(kept, examples.nothing, store, rows=rows, drop=options.drop or 0, seed=options.seed or 0,
                           **common)
         held_out = Batches(aside, examples.nothing, store, rows=HELD_OUT_STEPS * len(aside), drop=0, seed=0, **common)
-        return _run(job, folder, learner, batches, held_out)
+        return run_training(job, folder, learner, batches, held_out)
 
 
-def _run(job: Job, folder: Folder, learner: Learner, batches: Batches, held_out: Batches) -> str:
+def run_training(job: Job, folder: Folder, learner: Learner, batches: Rows, held_out: Rows) -> str:
     """The training itself, with the UNet alone in memory."""
     options = learner.options
     with learner.pipe.stages["unet"], ExitStack() as stack:
@@ -144,28 +153,29 @@ def _run(job: Job, folder: Folder, learner: Learner, batches: Batches, held_out:
         def told(step: int, values: dict[str, float]) -> None:
             board(step, values)
             if step % (options.every or 1) == 0:
-                _previews(learner.pipe, folder.inside / "previews", step, options)
+                _previews(learner, folder.inside / "previews", step)
 
         steps = run_loop(
             options.task, trained.module, lambda step, _: learner.losses(batches, step), outcome.recipe(options), clock,
             (lambda: {HELD_OUT: learner.measure(held_out)}) if held_out.rows else None, options.every or 1, told)
         if rank():
             return ""
-        return outcome.write(trained, job.model, job.load, _model_path(job), folder, steps)
+        return outcome.write(trained, job.model, job.load, model_path(job), folder, steps, learner.settings)
 
 
 def estimate(job: Job) -> str:
     """Memory and time of a training, from a measured step. Nothing is written."""
+    assert job.data is not None
     options = job.options.resolved()
     Folder(job.out).check({"options": options.plain()}, job.overwrite)
     found = data.read(job.data, options.sounds, options.strict)
     _check_count(found.clips, options)
-    pipe = _load(job, choose_device(job.load.get("device", "auto")), torch.float32)
+    pipe = load_model(job, choose_device(job.load.get("device", "auto")), torch.float32)
     learner = _learner(job, options, pipe)
     with learner.pipe.stages["unet"]:
         trained = outcome.prepare(learner.unet, options)
         optimizer = torch.optim.AdamW([p for p in trained.module.parameters() if p.requires_grad])
-        seconds = min(_step(learner, optimizer, _frames(pipe, options)) for _ in range(2))
+        seconds = min(step_seconds(learner, optimizer, frames_of(pipe, options)) for _ in range(2))
         needed = outcome.bytes_needed(trained, options)
     peak = gigabytes(peak_bytes(pipe.device))
     each = seconds * (options.accumulate or 1)
@@ -176,15 +186,9 @@ def estimate(job: Job) -> str:
             f"time: {each:.2f} s a step, {total} for {options.steps} steps, and a little to encode the clips first")
 
 
-def _step(learner: Learner, optimizer: torch.optim.Optimizer, frames: int) -> float:
+def step_seconds(learner: Learner, optimizer: torch.optim.Optimizer, frames: int) -> float:
     """The seconds that one batch takes, with latents and captions that are noise."""
-    config, rows = learner.unet.config, learner.options.batch_size or 1
-    generator = torch.Generator().manual_seed(0)
-    shape = rows, *learner.pipe.latent_shape_of(frames * learner.pipe.vae.config.downsampling)
-    latents, eps = (torch.randn(shape, generator=generator) for _ in range(2))
-    contexts = tuple(torch.randn(rows, TOKENS, width, generator=generator) for width in config.context_widths)
-    film = None if config.film_dim is None else torch.randn(rows, config.film_dim, generator=generator)
-    batch = Batch(latents, eps, torch.arange(rows), Conditioning(contexts, (None,) * len(contexts), film))
+    batch = learner.example(*noise_for(learner.pipe, frames, learner.options.batch_size or 1))
     began = time.perf_counter()
     optimizer.zero_grad(set_to_none=True)
     learner.error(batch).mean().backward()
@@ -194,20 +198,29 @@ def _step(learner: Learner, optimizer: torch.optim.Optimizer, frames: int) -> fl
     return time.perf_counter() - began
 
 
-def _previews(pipe: AudioLDM2, folder: Path, step: int, options: Training) -> None:
+def noise_for(pipe: AudioLDM2, frames: int, rows: int) -> tuple[Tensor, Conditioning]:
+    """Latents (rows, C, T, F) and captions that are noise, to measure with."""
+    generator, config = torch.Generator().manual_seed(0), pipe.unet.config
+    shape = rows, *pipe.latent_shape_of(frames * pipe.vae.config.downsampling)
+    contexts = tuple(torch.randn(rows, TOKENS, width, generator=generator) for width in config.context_widths)
+    film = None if config.film_dim is None else torch.randn(rows, config.film_dim, generator=generator)
+    return torch.randn(shape, generator=generator), Conditioning(contexts, (None,) * len(contexts), film)
+
+
+def _previews(learner: Learner, folder: Path, step: int) -> None:
     """A sound of each prompt, as the model makes it now."""
-    for number, prompt in enumerate(options.preview, start=1):
+    for number, prompt in enumerate(learner.options.preview, start=1):
         folder.mkdir(exist_ok=True)
-        sound = pipe.generate(prompt, seed=options.seed)
+        sound = learner.pipe.generate(prompt, seed=learner.options.seed, **learner.settings)
         sound.save(folder / f"step-{step:06d}-{number}.wav", overwrite=True)
 
 
-def _model_path(job: Job) -> Path:
+def model_path(job: Job) -> Path:
     load = job.load
     return hub.resolve(job.model, load.get("revision"), bool(load.get("local_files_only")), variant=load.get("variant"))
 
 
-def _load(job: Job, device: torch.device, dtype: torch.dtype) -> AudioLDM2:
+def load_model(job: Job, device: torch.device, dtype: torch.dtype) -> AudioLDM2:
     """The model, whose parts are in memory only while they are at work."""
     named = {**job.load, "device": str(device), "dtype": str(dtype)[6:], "low_memory": True}
     return ldm2.load(job.model, **named)
@@ -215,19 +228,19 @@ def _load(job: Job, device: torch.device, dtype: torch.dtype) -> AudioLDM2:
 
 def _learner(job: Job, options: Training, pipe: AudioLDM2) -> Learner:
     """The pipeline to train, in its dtype: frozen weights are in that of the computation, trained ones in float32."""
-    dtype = _dtype(options, pipe.device)
-    frozen = options.task == LORA and dtype != pipe.dtype
-    return Learner(_load(job, pipe.device, dtype) if frozen else pipe, options, dtype)
+    dtype = dtype_of(options, pipe.device)
+    frozen = options.low_rank and dtype != pipe.dtype
+    return Learner(load_model(job, pipe.device, dtype) if frozen else pipe, options, dtype)
 
 
-def _dtype(options: Training, device: torch.device) -> torch.dtype:
+def dtype_of(options: Training, device: torch.device) -> torch.dtype:
     if options.dtype == "auto":
         able = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if able else torch.float32
     return torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
 
 
-def _frames(pipe: AudioLDM2, options: Training) -> int:
+def frames_of(pipe: AudioLDM2, options: Training) -> int:
     """Latent frames of a crop."""
     return pipe.own_frames if options.seconds is None else pipe.latent_shape(options.seconds)[1]
 
@@ -240,7 +253,7 @@ def _check_count(clips: Sized, options: Training) -> None:
                          f"got {needed}")
 
 
-def _tell(skipped: Sequence[str]) -> None:
+def tell_skipped(skipped: Sequence[str]) -> None:
     """Name the clips that are left out."""
     if skipped and rank() == 0:
         for line in skipped[:MOST_NAMED]:
@@ -248,9 +261,9 @@ def _tell(skipped: Sequence[str]) -> None:
         log.warning("%d sounds are left out", len(skipped))
 
 
-def _encoded(encode: Callable[[], Examples]) -> Examples:
-    """What the first process encodes, in all of them."""
-    found = [encode() if rank() == 0 else None]
+def by_the_first(make: Callable[[], Made]) -> Made:
+    """What the first process makes, in all of them."""
+    found = [make() if rank() == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(found)
     assert found[0] is not None
@@ -258,7 +271,7 @@ def _encoded(encode: Callable[[], Examples]) -> Examples:
 
 
 @contextmanager
-def _together(job: Job) -> Iterator[torch.device]:
+def together(job: Job) -> Iterator[torch.device]:
     """The device of this process, which trains with the others that torchrun has started, if it has."""
     count, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
     device = choose_device(job.load.get("device", "auto"))
