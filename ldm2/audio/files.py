@@ -448,7 +448,7 @@ def _encode(path: Path, waveform: np.ndarray, sample_rate: int, container: str, 
     except soundfile.LibsndfileError as error:
         raise OSError(f"{name}: writing failed ({error.error_string}): is the disk full?") from error
     if written != num_samples:
-        raise OSError(f"{name}: only {written} of {num_samples} samples could be written: is the disk full?")
+        raise OSError(f"{name}: not all of {num_samples} samples could be written: is the disk full?")
     if container == "WAV" and metadata:
         with open(path, "r+b") as file:
             tags.append_wav(file, metadata)
