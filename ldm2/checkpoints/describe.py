@@ -118,7 +118,7 @@ def _kind(module: str) -> str:
 
 def _base(adapter: Adapter) -> str:
     """The model that a LoRA was trained on, as far as its file says so."""
-    named = (adapter.about.get(name) for name in ("model", "base_model_name_or_path", "ss_sd_model_name"))
+    named = (adapter.about.get(name) for name in ("base_model", "model", "base_model_name_or_path", "ss_sd_model_name"))
     return next((name for name in named if name), "not told")
 
 

@@ -84,14 +84,15 @@ class Adapters:
         paths = [path for path in (file.tensors, file.config) if path is not None]
         facts = [(str(path.absolute()), os.stat(path)) for path in paths]
         stamp = tuple((path, fact.st_size, fact.st_mtime_ns, fact.st_ino) for path, fact in facts)
-        if stamp not in self._read:
-            digest, adapter = file.digest(), file.read()
-            for part in adapter.parts:
-                adapter.fitted(part, self._weights(part, adapter))
-            while len(self._read) >= KEPT:
-                self._read.pop(next(iter(self._read)))
-            self._read[stamp] = digest, adapter
-        return self._read[stamp]
+        with self._free:
+            if stamp not in self._read:
+                digest, adapter = file.digest(), file.read()
+                for part in adapter.parts:
+                    adapter.fitted(part, self._weights(part, adapter))
+                while len(self._read) >= KEPT:
+                    self._read.pop(next(iter(self._read)))
+                self._read[stamp] = digest, adapter
+            return self._read[stamp]
 
     def entries(self, asked: Asked | None) -> tuple[Entry, ...]:
         """What a request means; None: what stands."""
@@ -170,9 +171,9 @@ class Adapters:
                 raise ValueError("LoRAs cannot be changed inside a request that is running")
             yield
             return
-        wanted = self.entries(asked)
         with self._free:
-            self._free.wait_for(lambda: not self._users or _key(wanted) == _key(self._merged))
+            self._free.wait_for(lambda: not self._users or _key(self.entries(asked)) == _key(self._merged))
+            wanted = self.entries(asked)
             if _key(wanted) != _key(self._merged):
                 self._merge(wanted)
             self._users += 1

@@ -25,7 +25,7 @@ from ldm2.checkpoints.lora_files import File
 from ldm2.cli.commands import main
 from ldm2.compat import AudioLDM2Pipeline
 from ldm2.options import parse_lora
-from ldm2.settings import Settings
+from ldm2.settings import PRESETS, Settings
 from ldm2.training.lora import add_lora
 from tests.helpers import condition, draw, relative
 
@@ -245,6 +245,16 @@ def test_settings_take_each_form(given, expected):
 def test_settings_refuse_what_is_none(given, words):
     with pytest.raises(ValueError, match=words):
         Settings("rain", lora=given)
+
+
+def test_a_preset_may_bring_one(tiny_checkpoint, pipe, lora, monkeypatch):
+    monkeypatch.setitem(PRESETS, "fast", {"steps": 1, "lora": ("soft:0.5",)})
+    pipe.loras["soft"] = lora
+    result = pipe.generate("rain", preset="fast", seconds=0.2, seed=1)
+    assert result.settings["lora"] == [["soft", 0.5, File.at(lora).digest()]]
+    other = pipe.generate("rain", steps=1, seconds=0.2, seed=1, lora=f"{lora}:0.5")
+    assert np.array_equal(result.waveforms, other.waveforms)
+    assert pipe.generate("rain", preset="fast", seconds=0.2, seed=1, lora=[]).settings["lora"] == []
 
 
 def test_words_are_parsed_from_their_end():
