@@ -105,12 +105,14 @@ def served(*arguments: str) -> Iterator[Server]:
 
 
 def ended(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
-    """The job when it has ended."""
+    """The job when it has ended, looked for more and more seldom."""
+    pause = 0.01
     while True:
         found = client.get(job["url"]).json()
         if found["status"] not in ("queued", "in_progress"):
             return found
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(0.5, 1.5 * pause)
 
 
 # --- what it costs ---------------------------------------------------------------------------------------------------
@@ -244,7 +246,7 @@ class Crowd:
                 answer.raise_for_status()
                 return answer.json()
             self._note("asked to come again")
-            time.sleep(0.1)
+            time.sleep(float(answer.headers["retry-after"]))
 
     def _job(self, client: httpx.Client, draw: random.Random) -> str:
         """Ask, wait, listen, remove."""
@@ -261,7 +263,7 @@ class Crowd:
                 "kind": draw.choice(("transfer", "extend")), "prompt": "hum", "steps": "3"})
             if answer.status_code != 429:
                 break
-            time.sleep(0.1)
+            time.sleep(float(answer.headers["retry-after"]))
         answer.raise_for_status()
         job = ended(client, answer.json())
         client.delete(job["url"])
@@ -273,7 +275,7 @@ class Crowd:
             answer = client.post("/v1/audio/generate", json={"input": draw.choice(PROMPTS), **SHORT})
             if answer.status_code != 429:
                 return "completed" if answer.status_code == 200 else f"answered {answer.status_code}"
-            time.sleep(0.1)
+            time.sleep(float(answer.headers["retry-after"]))
 
     def _cancel(self, client: httpx.Client, draw: random.Random) -> str:
         """Cancel a job at some time."""

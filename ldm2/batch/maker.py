@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -36,19 +36,11 @@ class Maker:
         self._fits: dict[str, int] = {}                    # by group: what has been found by running out of memory
         self._conditionings: dict[tuple, tuple[Conditioning, Conditioning | None]] = {}
 
-    def group(self, row: Row) -> str:
-        """A name for the rows that can run together with this one."""
-        options = row.options
-        if options["task"] != GENERATE or options.get("prompt_at") or options.get("num_waveforms", 1) > 1:
-            return row.id
-        shape = {name: value for name, value in options.items() if name not in (*PER_PROMPT, "seed")}
-        return canonical([shape, [name for name in PER_PROMPT if name in options]])
-
     def groups(self, rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
         """Rows that can run together, each group with its name."""
         found: dict[str, list[Row]] = {}
         for row in rows:
-            found.setdefault(self.group(row), []).append(row)
+            found.setdefault(group_of(row), []).append(row)
         yield from found.items()
 
     def made(self, group: str, rows: Sequence[Row]) -> Iterator[tuple[Row, Result | Exception, float]]:
@@ -82,11 +74,7 @@ class Maker:
 
     def size(self, row: Row) -> int:
         """How many rows like this one run together."""
-        if self.batch:
-            return self.batch
-        kind = "cuda" if self.pipe.device.type == "cuda" else "cpu"
-        seconds = Settings(**row.options).resolved(self.pipe.defaults, duration=float("inf")).seconds or 10.0
-        return max(1, min(ROWS_AT_ONCE[kind], int(SECONDS_AT_ONCE[kind] / seconds)))
+        return self.batch or rows_at_once(row, self.pipe.device.type, self.pipe.defaults)
 
     def results(self, rows: Sequence[Row]) -> list[Result]:
         """The sounds of rows of one group: all candidates of a row, best first. Raises what making them raises."""
@@ -131,3 +119,19 @@ class Maker:
             other = self.pipe.encode_unconditional(one, negative_prompt, **speech) if how[0] else None
             self._conditionings[key] = one, other
         return self._conditionings[key]
+
+
+def group_of(row: Row) -> str:
+    """A name for the rows that can run together with this one."""
+    options = row.options
+    if options["task"] != GENERATE or options.get("prompt_at") or options.get("num_waveforms", 1) > 1:
+        return row.id
+    shape = {name: value for name, value in options.items() if name not in (*PER_PROMPT, "seed")}
+    return canonical([shape, [name for name in PER_PROMPT if name in options]])
+
+
+def rows_at_once(row: Row, device: str, defaults: Mapping[str, object]) -> int:
+    """How many rows like this one run together on a kind of device, with a checkpoint's own defaults."""
+    kind = "cuda" if device == "cuda" else "cpu"
+    seconds = Settings(**row.options).resolved(defaults, duration=float("inf")).seconds or 10.0
+    return max(1, min(ROWS_AT_ONCE[kind], int(SECONDS_AT_ONCE[kind] / seconds)))

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ldm2 import audio, samplers
-from ldm2.batch.maker import Maker
+from ldm2.batch.maker import Maker, group_of
+from ldm2.batch.rows import Row
 from ldm2.result import Result
 from ldm2.serve.asked import About, Asked
-from ldm2.serve.errors import failed
+from ldm2.serve.errors import Refused, failed
 from ldm2.serve.jobs import Job, Jobs, Sound
 from ldm2.settings import GENERATE, Settings
 from ldm2.stages import Stages
@@ -20,27 +24,40 @@ from ldm2.stages import Stages
 logger = logging.getLogger(__name__)
 
 
-class Engine:
-    """Makes the jobs of a queue with one model. `run` is the life of a thread."""
+Make = Callable[[list[Job]], None]
 
-    def __init__(self, maker: Maker, jobs: Jobs):
-        self._maker, self._jobs = maker, jobs
-        self._thread = threading.Thread(target=self.run, name="ldm2-engine", daemon=True)
+
+class Engine:
+    """Threads that take jobs from a queue and have them made.
+
+    make:    has the jobs of one run made, and completes or fails each; may raise Cancelled
+    most:    how many jobs like one run together
+    threads: as many as there are models
+    """
+
+    def __init__(self, jobs: Jobs, make: Make, most: Callable[[Row], int], threads: int = 1):
+        self._jobs, self._make, self._most = jobs, make, most
+        self._threads = [threading.Thread(target=self.run, name=f"ldm2-engine-{number}", daemon=True)
+                         for number in range(threads)]
 
     def start(self) -> None:
         """Begin to work."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """End: waiting jobs are cancelled, running ones have the time that the limits give them."""
         self._jobs.close()
-        self._thread.join(self._jobs.limits.grace)
+        until = time.monotonic() + self._jobs.limits.grace
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
         self._jobs.cancel_running()
-        self._thread.join(60)
+        for thread in self._threads:
+            thread.join(60)
 
     def run(self) -> None:
-        """Make jobs until the queue is closed."""
-        while jobs := self._jobs.take(self._maker.group, self._maker.size):
+        """Have jobs made until the queue is closed."""
+        while jobs := self._jobs.take(group_of, self._most):
             self._jobs.metrics.run(len(jobs))
             try:
                 self._make(jobs)
@@ -50,26 +67,43 @@ class Engine:
                 logger.exception("a run failed")
                 for job in jobs:
                     self._jobs.fail(job, failed(error))
-            self._jobs.metrics.device.set(_device_memory(self._maker))
 
-    def _make(self, jobs: list[Job]) -> None:
-        """One run."""
+
+class Local:
+    """Makes jobs with a model of this process."""
+
+    def __init__(self, maker: Maker, jobs: Jobs):
+        self._maker, self._jobs = maker, jobs
+
+    def __call__(self, jobs: list[Job]) -> None:
+        """One run. Raises Cancelled."""
         named = {job.id: job for job in jobs}
         self._maker.stopped = lambda: self._jobs.unwanted(jobs)
-        self._maker.progress = _Watch(self._jobs, jobs)
-        for row, made, _ in self._maker.made(self._maker.group(jobs[0].row), [job.row for job in jobs]):
+        self._maker.progress = Watch(self._jobs, jobs)
+        for row, made, _ in self._maker.made(group_of(jobs[0].row), [job.row for job in jobs]):
             job = named[row.id]
-            try:
-                if isinstance(made, Exception):
-                    raise made
-                self._jobs.complete(job, written(made, job.asked, self._jobs.folder.of(job.id)))
-            except (ValueError, ArithmeticError, RuntimeError, OSError, MemoryError, TypeError) as error:
-                if not isinstance(error, ValueError):
-                    logger.warning("job %s failed: %s", job.id, error)
-                self._jobs.fail(job, failed(error))
+            found = outcome(made, job.asked, self._jobs.folder.of(job.id))
+            if isinstance(found, Refused):
+                self._jobs.fail(job, found)
+            else:
+                self._jobs.complete(job, found)
+        if self._maker.pipe.device.type == "cuda":
+            self._jobs.metrics.device.set(torch.cuda.memory_allocated(self._maker.pipe.device))
 
 
-class _Watch:
+def outcome(made: Result | Exception, asked: Asked, folder: Path) -> list[Sound] | Refused:
+    """What a run has brought a job: files in its folder, or why there are none."""
+    try:
+        if isinstance(made, Exception):
+            raise made
+        return written(made, asked, folder)
+    except (ValueError, ArithmeticError, RuntimeError, OSError, MemoryError, TypeError) as error:
+        if not isinstance(error, ValueError):
+            logger.warning("a job failed: %s", error)
+        return failed(error)
+
+
+class Watch:
     """Tells the clients of some jobs what their run is at, and measures steps and stages."""
 
     def __init__(self, jobs: Jobs, running: list[Job]):
@@ -115,10 +149,3 @@ def about(pipe: Stages) -> About:
 
     return About(pipe.origin, pipe.defaults, pipe.sample_rate, pipe.text.speaks, pipe.can_rank,
                  pipe.schedule.num_train_timesteps, check, tuple(sorted(pipe.loras)))
-
-
-def _device_memory(maker: Maker) -> int:
-    """Bytes of the GPU that are in use."""
-    import torch
-
-    return torch.cuda.memory_allocated(maker.pipe.device) if maker.pipe.device.type == "cuda" else 0

@@ -17,7 +17,7 @@ from ldm2.batch.maker import Maker
 from ldm2.pipeline import AudioLDM2
 from ldm2.serve.api import Api
 from ldm2.serve.app import application
-from ldm2.serve.engine import Engine, about
+from ldm2.serve.engine import Engine, Local, about
 from ldm2.serve.folder import Folder
 from ldm2.serve.jobs import Jobs
 from ldm2.serve.limits import Limits
@@ -35,7 +35,8 @@ def opened(pipe: AudioLDM2, limits: Limits | None = None, batch: int = 0, **gate
     limits, metrics, folder = limits or Limits(), Metrics(), Folder()
     try:
         jobs = Jobs(folder, limits, metrics)
-        engine = Engine(Maker(pipe, batch), jobs)
+        maker = Maker(pipe, batch)
+        engine = Engine(jobs, Local(maker, jobs), maker.size)
         engine.start()
         try:
             yield application(Api(about(pipe), jobs, limits, metrics), **gate)  # type: ignore[arg-type]
