@@ -58,7 +58,7 @@ def serve(args: argparse.Namespace) -> int:
         pipe.loras.update(args.lora)
         for name, _ in args.lora:                          # one that does not fit is told now
             pipe.adapters.entry(name, 1.0)
-        hosts = tuple(dict.fromkeys(("localhost", "127.0.0.1", "::1", args.host))) if local else None
+        hosts = tuple(dict.fromkeys((*server.LOCAL, args.host))) if local else None
         with server.opened(pipe, limits, args.batch, key=key, hosts=hosts, origins=tuple(args.cors)) as app:
             port = place.getsockname()[1]
             name = f"[{args.host}]" if ":" in args.host else args.host

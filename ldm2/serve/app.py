@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
@@ -27,11 +28,11 @@ _SWEEP = 15.0                              # seconds
 
 
 def application(api: Api, *, key: str | None = None, hosts: tuple[str, ...] | None = None,
-                origins: tuple[str, ...] = ()) -> FastAPI:
-    """The server as an ASGI application. key, hosts, origins: see `Gate`."""
+                origins: tuple[str, ...] = (), at_end: Callable[[], object] = lambda: None) -> FastAPI:
+    """The server as an ASGI application. key, hosts, origins: see `Gate`; at_end: called when it has ended."""
     app = FastAPI(title="ldm2", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan,
                   description="Text to sound effects, music and speech, and edits of sound.")
-    app.state.api = api
+    app.state.api, app.state.at_end = api, at_end
     app.include_router(router)
     app.include_router(compatible.router)
     app.add_api_route("/health", health, methods=["GET"], tags=["server"])
@@ -60,6 +61,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     task = asyncio.create_task(sweep())
     yield
     task.cancel()
+    await run_in_threadpool(app.state.at_end)
 
 
 async def health(request: Request) -> Response:

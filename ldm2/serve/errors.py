@@ -23,6 +23,10 @@ class Refused(Exception):
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = dict(headers or {})
 
+    def __reduce__(self) -> tuple:
+        """As an exception is pickled, it would lose all but its message."""
+        return Refused, (self.status, self.message, self.code, self.param, self.headers)
+
     def told(self) -> dict[str, Any]:
         """The error as an object of JSON."""
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")

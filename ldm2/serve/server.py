@@ -23,6 +23,7 @@ from ldm2.serve.jobs import Jobs
 from ldm2.serve.limits import Limits
 from ldm2.serve.metrics import Metrics
 
+LOCAL = ("localhost", "127.0.0.1", "::1")  # names of this machine
 FIRST_PORT, PORTS = 8000, 20               # where a free one is looked for
 
 
