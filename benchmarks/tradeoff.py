@@ -91,6 +91,8 @@ def ways() -> list[tuple[str, dict]]:
     rows += [("guidance interval", plain | {"guidance_interval": interval}) for interval in INTERVALS]
     for way in (REFERENCE | {"steps": 50}, trailing | {"steps": 50}, plain, fast):
         rows += [("DeepCache", way | {"cache_interval": n}) for n in (2, 3, 4)]
+    instant = REFERENCE | PRESETS["instant"]
+    rows += [("instant", instant | {"steps": steps}) for steps in (1, 2)]
     presets = [(f"preset {name}", REFERENCE | settings) for name, settings in PRESETS.items()]
     return [row for row in rows if row[1] not in [settings for _, settings in presets]] + presets
 
@@ -99,6 +101,7 @@ def name_of(settings: dict) -> str:
     """For example "dpmpp-2m 25, trailing, guidance 0.1:0.8, DeepCache 2"."""
     start, end = settings["guidance_interval"]
     guided = "" if (start, end) == WHOLE_RUN else f", guidance {start:g}:{end:g}"
+    guided += "".join(f", LoRA {word}" for word, _ in settings.get("lora", ()))
     reused = "" if settings["cache_interval"] == 1 else f", DeepCache {settings['cache_interval']}"
     spaced = "" if settings["spacing"] is None else f", {settings['spacing']}"
     return f"{settings['sampler']} {settings['steps']}{spaced}{guided}{reused}"
@@ -156,8 +159,13 @@ def calls_of(pipe: ldm2.AudioLDM2, settings: dict) -> Counter[Call]:
     counting = copy.copy(pipe)
     counting.unet = Tally()
     side, latents = Conditioning((torch.zeros(1, 1, 1),), (None,)), torch.zeros(1, 1, 1, 1)
-    counting.denoise(side, side, latents, Sampling(guidance_scale=2.0, **settings), noise=torch.zeros_like)
+    counting.denoise(side, side, latents, sampling(settings, guidance_scale=2.0), noise=torch.zeros_like)
     return counting.unet.calls
+
+
+def sampling(settings: dict, **defaults: float) -> Sampling:
+    """How the sampler runs; LoRAs are no part of it."""
+    return Sampling(**defaults | {name: value for name, value in settings.items() if name != "lora"})
 
 
 class Comparison:
@@ -185,9 +193,10 @@ class Comparison:
         noise = SeededNoise(self.seeds)
         x_T = noise.draw(*self.pipe.latent_shape(Settings("any").resolved(self.pipe.defaults).seconds))
         clock = clock_of(self.pipe.device)
-        started = clock()
-        latents = self.pipe.denoise(*self.sides, x_T, Sampling(**settings), noise=noise)
-        return latents, (clock() - started) / len(self.seeds)
+        with self.pipe.adapters.hold(settings.get("lora")):
+            started = clock()
+            latents = self.pipe.denoise(*self.sides, x_T, sampling(settings), noise=noise)
+            return latents, (clock() - started) / len(self.seeds)
 
     def row(self, kind: str, settings: dict) -> Row:
         """Run, and compare."""
@@ -330,9 +339,10 @@ def main(arguments: list[str] | None = None) -> None:
     clap = None if args.no_scores else load_embedding(args.model, device=pipe.device)
     comparison = Comparison(pipe, prompts, seeds, judged=not args.no_judge, embedding=clap)
     rows = [comparison.row("reference", REFERENCE)]
-    for kind, settings in ways():
+    compared = [way for way in ways() if all(word in pipe.loras for word, _ in way[1].get("lora", ()))]
+    for kind, settings in compared:
         rows.append(comparison.row(kind, settings))
-        print(f"{len(rows)} of {len(ways()) + 1}: {rows[-1].name}", file=sys.stderr)
+        print(f"{len(rows)} of {len(compared) + 1}: {rows[-1].name}", file=sys.stderr)
     text = table(rows)
     print(text)
     write(args.out / "tradeoff", facts(comparison, args.model), rows, text)

@@ -51,9 +51,11 @@ MAX_SECONDS = 600.0
 MAX_WAVEFORMS = 10_000
 CROSSFADE_SECONDS = 0.02
 
+INSTANT = "instant"                        # the preset, and the LoRA that a model has for it
 # Values for what is not given, by one name; `python -m benchmarks.tradeoff` measures their price.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"steps": 25, "sampler": "dpmpp-2m", "guidance_interval": (0.0, 0.7), "spacing": "trailing"},
+    INSTANT: {"steps": 4, "sampler": "ddim", "guidance_scale": 1.0, "spacing": "trailing", "lora": ((INSTANT, 1.0),)},
 }
 # Encodings of samples in files, by the names that libsndfile has for them.
 SUBTYPES = {"PCM_16": "pcm16", "PCM_24": "pcm24", "PCM_32": "pcm32", "FLOAT": "float32", "DOUBLE": "float64"}
@@ -73,7 +75,8 @@ class Sampling:
 
     preset: str | None = option(
         choice(tuple(PRESETS)), "defaults for options that are not given: fast is dpmpp-2m in 25 steps, trailing, "
-        "with guidance in 0:0.7", metavar="NAME")
+        "with guidance in 0:0.7; instant is ddim in 4 steps, trailing, without guidance, by the model's LoRA instant "
+        "(`ldm2 train distill` makes one)", metavar="NAME")
     steps: int | None = option(
         integer(1), "sampler steps", default=200, of_checkpoint=True, foreign=("num_inference_steps", "ddim_steps"))
     guidance_scale: float | None = option(

@@ -171,6 +171,11 @@ def test_settings_make_the_sound_again(pipe):
     assert np.array_equal(first.waveforms, again.waveforms)
 
 
+def test_a_model_without_a_student_tells_how_to_make_one(pipe):
+    with pytest.raises(ValueError, match=r"no LoRA named 'instant': it has none; .*`ldm2 train distill.*--lora OUT"):
+        pipe.generate(PROMPT, preset="instant")
+
+
 def test_settings_of_a_preset_make_the_sound_again(pipe):
     first = pipe.generate(PROMPT, seconds=0.2, preset="fast", steps=4, reuse=2, seed=3)
     settings = json.loads(json.dumps(first.settings))

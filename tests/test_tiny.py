@@ -12,7 +12,9 @@ import ldm2
 from benchmarks import checkpoints
 from benchmarks.judge import is_right, measure
 from ldm2.mel import log_mel
+from ldm2.settings import PRESETS
 from ldm2.training.tiny.sounds import sounds
+from ldm2.unet import UNet
 
 FOLDER = Path(ldm2.__file__).parent / "tiny"
 
@@ -31,8 +33,10 @@ def say(pipe):
     return generate
 
 
-def test_the_folder_is_at_most_twelve_megabytes():
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 12e6
+def test_the_folder_is_at_most_twelve_megabytes_and_its_student_three():
+    sizes = {path: path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()}
+    student = sizes.pop(FOLDER / "lora/instant.safetensors")
+    assert sum(sizes.values()) <= 12e6 and student < 3e6
 
 
 def test_every_weight_is_stored_in_half_precision():
@@ -51,6 +55,31 @@ def test_the_heads_are_listed_so_that_both_references_agree():
 
 def test_a_clip_has_the_length_of_the_folders_defaults(say):
     assert len(say("a low tone")) == 40_960
+
+
+@pytest.mark.parametrize(("prompt", "kind"), [
+    ("a siren", "siren"), ("white noise", "white noise"), ("a rising sweep", "rising sweep"),
+    ("a slow drum beat", "slow drum"),
+])
+def test_four_evaluations_of_the_student_make_what_was_asked_for(pipe, monkeypatch, prompt, kind):
+    rows = []
+    with_features = UNet.with_features
+    monkeypatch.setattr(UNet, "with_features", lambda self, x_t, t, conditioning, *rest:
+                        rows.append(conditioning.rows) or with_features(self, x_t, t, conditioning, *rest))
+    made = pipe.generate(prompt, seed=0, preset="instant")
+    assert rows == [1] * 4
+    assert is_right(made.waveforms[0], kind)
+    assert made.settings["lora"][0][0] == "instant"
+    assert np.array_equal(pipe.generate(**made.settings).waveforms, made.waveforms)
+
+
+def test_the_students_sound_is_the_teachers_of_the_same_seed(pipe):
+    def mel(**settings):
+        return log_mel(torch.from_numpy(pipe.generate("a high bell", seed=3, **settings).waveforms))
+
+    teacher = mel(sampler="dpmpp-2m", spacing="trailing", steps=25)
+    plain = mel(**PRESETS["instant"] | {"lora": None})
+    assert (mel(preset="instant") - teacher).abs().mean() < 0.5 * (plain - teacher).abs().mean()
 
 
 def test_any_prompt_works(say):

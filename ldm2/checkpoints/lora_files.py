@@ -21,6 +21,7 @@ from ldm2 import weights
 from ldm2.checkpoints.adapter import CONFIG, FILE, PARTS, Adapter, LowRank
 from ldm2.fields import read_json, short
 from ldm2.options import names_a_lora
+from ldm2.settings import INSTANT
 
 PEFT_CONFIG = "adapter_config.json"
 # What a folder may hold: the first that is there counts. Those of peft have their rank and alpha in PEFT_CONFIG.
@@ -51,6 +52,7 @@ VARIANTS = {
 }
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")   # which change the weights that they are added to
 WORDS = r"[\w.^\\]+"                                       # of a pattern that is a name
+MAKING = f"make it by `ldm2 train distill -o OUT --model ...`, then give --preset {INSTANT} --lora OUT"
 LONGEST_PATTERN = 300                                      # characters
 
 
@@ -123,7 +125,8 @@ def find(word: str, names: Mapping[str, Path]) -> File:
         return File.at(names[word])
     if names_a_lora(word) and not Path(word).exists():
         known = f"it has {', '.join(sorted(names))}" if names else "it has none"
-        raise ValueError(f"this model has no LoRA named {word!r}: {known}; a file is given by its path")
+        way = MAKING if word == INSTANT else "a file is given by its path"
+        raise ValueError(f"this model has no LoRA named {word!r}: {known}; {way}")
     return File.at(word)
 
 

@@ -146,7 +146,7 @@ def test_the_script_prints_a_table_and_writes_json_markdown_and_a_picture(
     monkeypatch.setattr(tradeoff, "REFERENCE", REFERENCE)
     monkeypatch.setattr(tradeoff, "STEPS", (1,))
     monkeypatch.setattr(tradeoff, "INTERVALS", ((0.0, 0.5),))
-    monkeypatch.setattr(tradeoff, "PRESETS", {"fast": PRESETS["fast"] | {"steps": 2}})
+    monkeypatch.setattr(tradeoff, "PRESETS", PRESETS | {"fast": PRESETS["fast"] | {"steps": 2}})
     monkeypatch.setattr(ldm2, "load", lambda *arguments, **options: pipe)
     out, plot = tmp_path / "results" / "tradeoff", tmp_path / "results" / "tradeoff.png"
     tradeoff.main(["--prompts", "1", "--seeds", "2", "--no-judge", "--model", str(tiny_checkpoint),
