@@ -18,7 +18,7 @@ from ldm2 import __version__
 from ldm2.batch import manifest, tables
 from ldm2.batch.local import Folder, Lock
 from ldm2.batch.remote import Lease, Remote, opened
-from ldm2.batch.rows import Row, Rules, nameless, origin_of
+from ldm2.batch.rows import Kind, Row, Rules, nameless, origin_of
 
 LEFT, TWICE = 1, 2
 
@@ -113,15 +113,17 @@ class Survey:
     """What a table holds.
 
     order: the place of each id, by its key. rows: of this shard. failed, errors: those of them that cannot be made.
-    groups: kinds of sound. through: how those ended for which nothing is to be done. left: by the line, what is to be
-    done: nothing, LEFT, or TWICE for a row that cannot have the id that it asks for.
+    groups: kinds of sound; waiting: of those that are to be made. through: how those ended for which nothing is to be
+    done. left: by the line, what is to be done: nothing, LEFT, or TWICE for a row that cannot have the id that it asks
+    for.
     """
 
     order: dict[int, int] = field(default_factory=dict)
     rows: int = 0
     errors: list[str] = field(default_factory=list)
     failed: int = 0
-    groups: Counter = field(default_factory=Counter)
+    groups: Counter[Kind] = field(default_factory=Counter)
+    waiting: Counter[Kind] = field(default_factory=Counter)
     through: Counter = field(default_factory=Counter)
     left: bytearray = field(default_factory=bytearray)
 
@@ -144,6 +146,8 @@ def survey(job: Job, settled: Mapping[int, int], errors: int = 20) -> Survey:
         if status is not None:
             found.through[status] += 1
         else:
+            if row.error is None:
+                found.waiting[row.kind] += 1
             found.left.extend(bytes(row.line + 1 - len(found.left)))
             found.left[row.line] = TWICE if row.id == nameless(row.line) else LEFT
     if not found.order:

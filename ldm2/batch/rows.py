@@ -24,6 +24,7 @@ MANIFEST = ("id", "path", "status", "error", "seed", "seconds", "sample_rate", "
 OPTIONS = options_of(Settings)
 OF_THE_JOB = options_of(Output)
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+_COSTLY = ("task", "seconds", "steps", "sampler", "preset", "guidance_scale", "cache_interval", "num_waveforms")
 _KEY, _SEED = 64, 75                       # bits of an id's digest that are not in its key, not in its seed
 _SHAPES = 4096                             # different settings that are remembered as checked
 
@@ -41,12 +42,15 @@ def origin_of(model: str, load: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": model, "revision": load.get("revision"), "reference": load.get("reference", "authors")}
 
 
+Kind = tuple[tuple[str, Any], ...]
+
+
 @dataclass(slots=True)
 class Row:
     """One row: `options` and `input` make the sound, `extra` are columns to carry through.
 
     line: in the file, from 1. asked: a digest of options and input. error: why nothing can be made of it, or None.
-    kind: what decides over the time that it takes, in words. key: see `key_of`.
+    kind: the options that decide over the time that it takes. key: see `key_of`.
     """
 
     line: int
@@ -56,7 +60,7 @@ class Row:
     extra: dict[str, Any] = field(default_factory=dict)
     asked: str = ""
     error: str | None = None
-    kind: tuple[str, ...] = ()
+    kind: Kind = ()
     key: int = -1
 
     def __post_init__(self) -> None:
@@ -139,7 +143,7 @@ class Rules:
 
     def _options(
         self, given: dict[str, Any]
-    ) -> tuple[dict[str, Any], tuple[str, ...], str | None, int | None, str]:
+    ) -> tuple[dict[str, Any], Kind, str | None, int | None, str]:
         """The options of a row in their plain form, its kind, its input and the size of that, and all in one text.
 
         Raises ValueError.
@@ -186,7 +190,7 @@ class _Shape:
     """Options beside texts and seed; what stands for them and for the names of the texts in a digest."""
 
     options: dict[str, Any]
-    kind: tuple[str, ...]
+    kind: Kind
     text: str
 
 
@@ -226,10 +230,9 @@ def _checked_shape(given: Mapping[str, Any], texts: Mapping[str, str]) -> dict[s
                              if name not in texts and getattr(settings, name) != default_value(Settings, name)}
 
 
-def _kind(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """What decides over the time that a row takes, in words."""
-    names = ("seconds", "steps", "sampler", "preset", "guidance_scale", "num_waveforms")
-    return options["task"], *(f"{name} {options[name]}" for name in names if name in options)
+def _kind(options: Mapping[str, Any]) -> Kind:
+    """What decides over the time that a row takes."""
+    return tuple((name, options[name]) for name in _COSTLY if name in options)
 
 
 def _checked_text(name: str, text: Any) -> str:

@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from ldm2.batch import cluster, manifest, pool
+from ldm2.batch import cluster, manifest, measured, pool
 from ldm2.batch import job as jobs
 from ldm2.batch.job import Job, Survey
-from ldm2.batch.local import Folder
-from ldm2.batch.remote import Remote, of_one_process
+from ldm2.batch.measured import Tally
+from ldm2.batch.remote import of_one_process
+from ldm2.batch.tuner import Tuner
 from ldm2.cli import options
 from ldm2.cli.output import say
 from ldm2.options import from_word, options_of, refuse_unknown
@@ -46,7 +47,8 @@ def add(commands: argparse._SubParsersAction) -> None:
                          help="an option for the rows that do not give it; may be repeated")
     command.add_argument("--batch", type=_batch, default=0, metavar="N", help="rows that run together, or auto: as "
                          "many as fit (default: auto)")
-    command.add_argument("--workers", type=_count, metavar="N", help="processes (default: one a GPU, one on a CPU)")
+    command.add_argument("--workers", type=_count, metavar="N", help="processes (default: one a GPU; on "
+                         "a CPU as many as are fastest, which is measured, or one with --batch 1)")
     command.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help="run the workers on a Ray cluster "
                          "(default: that of RAY_ADDRESS, or one that is started here); FOLDER must be shared")
     command.add_argument("--shard", type=_shard, metavar="I/N", help="make the I-th of N parts of the rows (default: "
@@ -71,7 +73,7 @@ def batch(args: argparse.Namespace) -> int:
         if args.input == "-":
             job = stack.enter_context(jobs.from_stdin(job, sys.stdin.buffer))
         if args.dry_run:
-            return _dry_run(job)
+            return _dry_run(job, args.workers)
         share = None
         if args.ray is not None:
             job, share = _on_ray(job, args, stack)
@@ -130,23 +132,38 @@ def _on_ray(job: Job, args: argparse.Namespace, stack: ExitStack) -> tuple[Job, 
 
 def _run(job: Job, workers: int | None, share: cluster.Share | None, found: Survey, status: Status) -> None:
     """Make the rows that are left, in as many processes as asked for."""
-    left, rows = found.rows - found.through.total(), job.some(found)
+    left, tally = found.rows - found.through.total(), Tally(status)
     if not left:
         return
+    rows = tally.passing(job.some(found))
     if share is not None:
-        cluster.run(_arguments(job), rows, share, status)
+        cluster.run(_arguments(job), rows, share, tally)
         return
     devices = _devices(job, workers, left)
+    tuner = None
     if len(devices) > 1 and of_one_process(job.place):
         raise ValueError(f"{job.place} is of one process: leave out --workers")
+    if workers is None and _may_tune(job, devices, left):
+        tuner = Tuner(machine.cores(), say if status.shows else lambda line: None)
+        devices *= machine.cores()
     threads = 0 if workers is None else max(1, machine.cores() // len(devices))
     arguments = [_arguments(job) | {"name": f"{job.part}-{number}", "threads": threads,
                                     "load": dict(job.load) | {"device": device}}
                  for number, device in enumerate(devices)]
-    if len(devices) == 1:
-        pool.run_here(arguments[0], rows, status)
-    else:
-        pool.Pool(arguments, status).run(rows)
+    made_in = pool.Pool(arguments, tally, tuner) if len(devices) > 1 else pool.Here(arguments[0], tally)
+    try:
+        made_in.run(rows, left)
+    finally:
+        measured.keep(job.model, job.load, made_in.workers, tally.taken)
+
+
+def _may_tune(job: Job, devices: list[str], left: int) -> bool:
+    """Whether to find out how many processes are best: on a CPU, if rows may have company, which changes rounding as
+    the number of threads does."""
+    from ldm2.runtime.device import choose_device
+
+    return (len(devices) == 1 and choose_device(devices[0]).type == "cpu" and job.batch != 1 and left > pool.AT_ONCE
+            and machine.cores() > 1 and not of_one_process(job.place))
 
 
 def _arguments(job: Job) -> dict[str, Any]:
@@ -168,22 +185,18 @@ def _devices(job: Job, workers: int | None, left: int) -> list[str]:
     return [f"cuda:{number % cards}" if cards else device for number in range(count)]
 
 
-def _dry_run(job: Job) -> int:
+def _dry_run(job: Job, workers: int | None) -> int:
     """Tell what there is to do. Nothing is written, no model is loaded."""
     found = jobs.survey(job, manifest.settled(job.place), errors=50)
     left = found.rows - found.through.total()
     print(f"{found.rows} rows: {found.through[manifest.OK]} done, {found.through[manifest.ERROR]} failed before, "
           f"{left} to do, {found.failed} with errors in the table")
     for kind, count in found.groups.most_common(20):
-        print(f"{count:>9}  {', '.join(kind)}")
+        print(f"{count:>9}  {', '.join(f'{name} {value}' for name, value in kind).removeprefix('task ')}")
     if len(found.groups) > 20:
         print(f"           and {len(found.groups) - 20} other kinds")
-    times, sizes = _measured(job.place)
-    if times:
-        print(f"about {left * sum(times) / len(times) / 1e3:.0f} s and {left * sum(sizes) / len(sizes) / 1e6:.1f} MB "
-              f"to go, as the {len(times)} rows that are done took")
-    else:
-        print("time and size: told when some rows are done")
+    if found.waiting:
+        print(_estimated(job, found, workers))
     for error in found.errors:
         print(error)
     if found.failed > len(found.errors):
@@ -191,11 +204,21 @@ def _dry_run(job: Job) -> int:
     return 1 if found.failed else 0
 
 
-def _measured(place: Folder | Remote) -> tuple[list[float], list[int]]:
-    """What the rows that are done took: ms and bytes of each."""
-    with place.read(manifest.files(place)) as paths:
-        done = [record for path in paths for _, record in manifest.lines(path) if record.get("status") == manifest.OK]
-    return [record["ms"] for record in done], [record["bytes"] for record in done]
+def _estimated(job: Job, found: Survey, workers: int | None) -> str:
+    """How long it will take, and how large it will be."""
+    about = measured.estimate(job.model, job.load, found.waiting)
+    if about is None:
+        return f"time and size: nothing has been measured on this machine with {job.model}; the first job does"
+    at_once, rows = workers or about.workers, found.waiting.total()
+    told = f"{about.known} of them" if 0 < about.known < rows else "them" if about.known else "none of them, but others"
+    return (f"about {_duration(about.seconds / at_once)} and {about.bytes / 1e6:.1f} MB to go in {at_once} "
+            f"process{'es' * (at_once > 1)}, by what rows like {told} took on this machine")
+
+
+def _duration(seconds: float) -> str:
+    """Seconds for people."""
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 class Status:
@@ -207,6 +230,11 @@ class Status:
         self._counts: Counter = Counter({manifest.ERROR: found.through[manifest.ERROR]})
         self._now = 0
         self._start = self._said = time.monotonic()
+
+    @property
+    def shows(self) -> bool:
+        """Whether anybody wants to see it."""
+        return self._file is not None
 
     @property
     def made(self) -> int:

@@ -337,11 +337,6 @@ def test_rows_that_are_alike_come_together():
     assert lengths == sorted(lengths)
 
 
-def test_every_row_of_several_workers_is_counted(batch):
-    code, out, _ = batch("out", "--workers", "2", "--batch", "1", rows=some(40))
-    assert code == 0 and "40 rows: 0 were done before, 40 done now, 0 failed" in out
-
-
 def test_a_worker_that_is_killed_while_it_starts_is_started_again(monkeypatch):
     started = []
 
