@@ -1,6 +1,6 @@
 """ldm2 serve under fire, and what it costs: the model tiny behind HTTP.
 
-    python -m benchmarks.serve [--requests 2000] [--clients 32] [--hostile 200] [--only NAME,...] [--out FOLDER]
+    python -m benchmarks.serve [--requests 2000] [--clients 32] [--hostile 200] [--generator PROGRAM] [--out FOLDER]
 
 overhead: a request against a call of `generate` in the same process, in turns
 cancel:   steps that a running job of 200 takes after it was cancelled
@@ -8,6 +8,7 @@ eight:    eight equal requests at once against one after another
 mixed:    many requests from many clients, three in ten cancelled or cut off: states, files, memory, answers
 hostile:  requests that nobody should send: a 4xx with one line each
 kill:     kill -9 in the middle of work, and a new start
+client:   a client that openapi-python-client (--generator) makes from the OpenAPI document
 
 Prints a Markdown table and writes it under --out. On a machine that others use, only processor times mean something.
 """
@@ -44,6 +45,29 @@ from ldm2.runtime import machine
 PROMPTS = ("a rising sweep", "low hum", "a high tone", "white noise", "a dog barking", "wind", "rain", "clapping")
 SHORT = {"steps": 4, "seconds": 0.5}
 PATIENCE = 60.0                            # seconds until an answer must have begun
+CLIENT = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from made_client import Client
+from made_client.api.jobs import cancel_job, create_job, get_content, get_job, list_jobs
+from made_client.api.server import capabilities
+from made_client.api.while_you_wait import generate
+from made_client.models import CreateJobJsonBody, Error, GenerateBody
+
+client = Client(base_url=sys.argv[2], timeout=60)
+asked = {"prompt": "hum", "steps": 2, "seconds": 0.5}
+job = create_job.sync(client=client, body=CreateJobJsonBody.from_dict(asked))
+while job.status in ("queued", "in_progress"):
+    time.sleep(0.05)
+    job = get_job.sync(job.id, client=client)
+assert job.status == "completed" and [each.id for each in list_jobs.sync(client=client).data] == [job.id]
+assert get_content.sync_detailed(job.id, client=client).content[:4] == b"RIFF"
+assert cancel_job.sync(job.id, client=client).id == job.id and list_jobs.sync(client=client).data == []
+assert generate.sync_detailed(client=client, body=GenerateBody.from_dict(asked)).content[:4] == b"RIFF"
+wrong = create_job.sync(client=client, body=CreateJobJsonBody.from_dict(asked | {"steps": -1}))
+assert isinstance(wrong, Error) and wrong.error.param == "steps"
+assert capabilities.sync_detailed(client=client).status_code == 200
+"""
 
 
 class Server:
@@ -122,22 +146,22 @@ def overhead(args: argparse.Namespace) -> list[str]:
     import ldm2
     from ldm2.serve import server as serving
 
-    pipe, body = ldm2.load("tiny"), {"prompt": "a low hum", "steps": 20, "seconds": 2.0, "seed": 1}
+    pipe, body = ldm2.load("tiny"), {"steps": 5, "seconds": 1.0, "seed": 1}
     calls: dict[str, list[float]] = {"call": [], "request": [], "call, CPU": [], "request, CPU": []}
     with serving.listening("127.0.0.1", 0) as place, serving.opened(pipe) as app:
         running = serving.Server(app, 1)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [place]})
         thread.start()
         client = httpx.Client(base_url=f"http://127.0.0.1:{place.getsockname()[1]}", timeout=PATIENCE)
-        ways: dict[str, Callable[[], Any]] = {
-            "call": lambda: pipe.generate(**body),
-            "request": lambda: client.post("/v1/audio/generate", json=body).raise_for_status()}
+        ways: dict[str, Callable[[dict], Any]] = {
+            "call": lambda body: pipe.generate(**body),
+            "request": lambda body: client.post("/v1/audio/generate", json=body).raise_for_status()}
         while not running.started:
             time.sleep(0.01)
         for turn in range(args.turns + 3):
             for name, make in ways.items():
                 start, cpu = time.perf_counter(), time.process_time()
-                make()
+                make(body | {"prompt": f"hum {turn}"})     # prompts are remembered: a new one each time
                 if turn >= 3:
                     calls[name].append(time.perf_counter() - start)
                     calls[f"{name}, CPU"].append(time.process_time() - cpu)
@@ -213,7 +237,7 @@ class Crowd:
     taken: int = 0
     seen: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    early: int = 0
+    memory: list[int] = field(default_factory=list)        # at request 200, 400, ...
 
     def live(self, number: int) -> None:
         """The life of a client."""
@@ -229,8 +253,8 @@ class Crowd:
     def _take(self) -> bool:
         with self.lock:
             self.taken += 1
-            if self.taken == 200:
-                self.early = self.server.resident()
+            if self.taken % 200 == 0:
+                self.memory.append(self.server.resident())
             return self.taken <= self.total
 
     def _note(self, what: str) -> None:
@@ -337,8 +361,9 @@ def mixed(args: argparse.Namespace) -> list[str]:
         f"| {args.requests} mixed requests from {args.clients} clients: {told}; {accepted} by `POST /v1/jobs` | none "
         f"lost, none failed | {len(left)} without an end, {by['failed']} failed, {lost} answers lost |",
         f"| the same: files left | none | {len(alive)} while it runs, {len(files)} after exit code {code} |",
-        f"| the same: memory at the end against request 200 ({crowd.early / 1e6:.0f} MB) | within 5 % | "
-        f"{100 * (late / crowd.early - 1):+.1f} % |",
+        f"| the same: memory at the end against request 200 ({crowd.memory[0] / 1e6:.0f} MB) | within 5 % | "
+        f"{100 * (late / crowd.memory[0] - 1):+.1f} %; {' '.join(f'{each / 1e6:.0f}' for each in crowd.memory)} MB at "
+        "request 200, 400, ... |",
         f"| the same: answers 5xx | none | {broken} |"]
 
 
@@ -399,7 +424,22 @@ def kill(args: argparse.Namespace) -> list[str]:
             f"{end} folders at the end |"]
 
 
-PARTS = {"overhead": overhead, "cancel": cancel, "eight": eight, "mixed": mixed, "hostile": hostile, "kill": kill}
+def client(args: argparse.Namespace) -> list[str]:
+    """A client that is made from the document."""
+    if args.generator is None:
+        return []
+    with served() as server, tempfile.TemporaryDirectory() as name:
+        subprocess.run([args.generator, "generate", "--url", f"{server.address}/openapi.json", "--meta", "none",
+                        "--output-path", f"{name}/made_client"], check=True, capture_output=True)
+        python = Path(args.generator).with_name("python")
+        done = subprocess.run([python, "-c", CLIENT, name, server.address], capture_output=True, text=True)
+    print(done.stderr, file=sys.stderr)
+    told = "works" if done.returncode == 0 else "fails"
+    return [f"| a client that openapi-python-client makes from the OpenAPI document | works | {told} |"]
+
+
+PARTS = {"overhead": overhead, "cancel": cancel, "eight": eight, "mixed": mixed, "hostile": hostile, "kill": kill,
+         "client": client}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -409,6 +449,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--clients", type=count, default=32)
     parser.add_argument("--hostile", type=count, default=200)
     parser.add_argument("--turns", type=count, default=40, help="of calls that are compared (default: %(default)s)")
+    parser.add_argument("--generator", metavar="PROGRAM", help="openapi-python-client, in an environment of its own")
     parser.add_argument("--only", default=",".join(PARTS), help="which of: %(default)s")
     add_out(parser)
     args = parser.parse_args(arguments)

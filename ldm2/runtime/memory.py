@@ -91,7 +91,7 @@ class Stage:
     def _sleep(self) -> None:
         if self._load is not None:
             self.module.to("meta")
-            _give_back()
+            give_back()
             self._guards = [part.register_forward_pre_hook(self._refuse) for part in self.module.modules()]
 
     def _refuse(self, *_) -> None:
@@ -125,7 +125,7 @@ def _take_over(module: nn.Module, other: nn.Module) -> None:
         weights.assign(module, name, value)
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Hand freed memory back to the system: glibc keeps what is smaller than 32 MB, which is most of a checkpoint."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

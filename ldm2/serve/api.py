@@ -6,6 +6,7 @@ import asyncio
 import json
 import mimetypes
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +44,8 @@ async def served(request: Request) -> Api:
 
 
 Served = Annotated[Api, Depends(served)]
+Wait = Annotated[float, Query(ge=0, le=60, allow_inf_nan=False,
+                              description="answer when the job has ended, or after this many seconds")]
 
 
 class JSON(Response):
@@ -68,7 +71,7 @@ def client_of(request: Request) -> str:
     "/jobs", status_code=202, response_model=schemas.Job, responses=errors(404, 413, 429), tags=["jobs"],
     openapi_extra={"requestBody": {"required": True, "content": {
         "application/json": {"schema": schemas.body()}, "multipart/form-data": {"schema": schemas.form()}}}})
-async def create_job(request: Request, api: Served) -> Response:
+async def create_job(request: Request, api: Served, wait: Wait = 0) -> Response:
     """Ask for a sound: JSON with options by their names; for edits a form with the sound as `audio`."""
     api.jobs.check_room(client_of(request))
     name = api.jobs.new_id()
@@ -78,6 +81,7 @@ async def create_job(request: Request, api: Served) -> Response:
     except BaseException:
         api.jobs.folder.forget(name)
         raise
+    await _ended_within(wait, api.jobs, job)
     told = api.jobs.describe(job)
     return JSON(told, status_code=202, headers={"Location": told["url"]})
 
@@ -109,9 +113,11 @@ async def list_jobs(api: Served) -> Response:
 
 
 @router.get("/jobs/{id}", response_model=schemas.Job, responses=errors(404), tags=["jobs"])
-async def get_job(id: str, api: Served) -> Response:
+async def get_job(id: str, api: Served, wait: Wait = 0) -> Response:
     """A job: where it stands, and its results."""
-    return JSON(api.jobs.describe(api.jobs.get(id)))
+    job = api.jobs.get(id)
+    await _ended_within(wait, api.jobs, job)
+    return JSON(api.jobs.describe(job))
 
 
 @router.delete("/jobs/{id}", response_model=schemas.Job, responses=errors(404), tags=["jobs"])
@@ -196,6 +202,13 @@ async def _ended(jobs: Jobs, job: Job) -> None:
     """Wait for the end of a job."""
     async for _ in jobs.changes(job):
         pass
+
+
+async def _ended_within(seconds: float, jobs: Jobs, job: Job) -> None:
+    """Wait for the end of a job, for some time."""
+    if seconds:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(_ended(jobs, job), seconds)
 
 
 async def _gone(request: Request) -> None:

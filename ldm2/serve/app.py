@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
@@ -25,12 +26,14 @@ from ldm2.serve.gate import Gate
 logger = logging.getLogger(__name__)
 
 _SWEEP = 15.0                              # seconds
+_THREADS = 8                               # that read uploads and files: each keeps memory of its own
 
 
 def application(api: Api, *, key: str | None = None, hosts: tuple[str, ...] | None = None,
                 origins: tuple[str, ...] = (), at_end: Callable[[], object] = lambda: None) -> FastAPI:
     """The server as an ASGI application. key, hosts, origins: see `Gate`; at_end: called when it has ended."""
     app = FastAPI(title="ldm2", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan,
+                  generate_unique_id_function=lambda route: route.name,
                   description="Text to sound effects, music and speech, and edits of sound.")
     app.state.api, app.state.at_end = api, at_end
     app.include_router(router)
@@ -58,6 +61,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await asyncio.sleep(_SWEEP)
             app.state.api.jobs.sweep()
 
+    current_default_thread_limiter().total_tokens = _THREADS
     task = asyncio.create_task(sweep())
     yield
     task.cancel()

@@ -15,6 +15,7 @@ from ldm2 import audio, samplers
 from ldm2.batch.maker import Maker, group_of
 from ldm2.batch.rows import Row
 from ldm2.result import Result
+from ldm2.runtime.memory import give_back
 from ldm2.serve.asked import About, Asked
 from ldm2.serve.errors import Refused, failed
 from ldm2.serve.jobs import Job, Jobs, Sound
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 Make = Callable[[list[Job]], None]
+
+_REST = 5.0                                # seconds from one tidying of the memory to the next
 
 
 class Engine:
@@ -37,6 +40,7 @@ class Engine:
 
     def __init__(self, jobs: Jobs, make: Make, most: Callable[[Row], int], threads: int = 1):
         self._jobs, self._make, self._most = jobs, make, most
+        self._tidied = 0.0
         self._threads = [threading.Thread(target=self.run, name=f"ldm2-engine-{number}", daemon=True)
                          for number in range(threads)]
 
@@ -67,6 +71,9 @@ class Engine:
                 logger.exception("a run failed")
                 for job in jobs:
                     self._jobs.fail(job, failed(error))
+            if not self._jobs.waiting() and time.monotonic() > self._tidied + _REST:
+                give_back()                                # what many shapes have left in pieces
+                self._tidied = time.monotonic()
 
 
 class Local:

@@ -52,6 +52,17 @@ def test_the_settings_of_a_job_make_it_again(client):
     assert heard(client, again)[0].tobytes() == heard(client, first)[0].tobytes()
 
 
+def test_an_answer_may_wait_for_the_end(client):
+    answer = client.post("/v1/jobs?wait=60", json=SHORT)
+    assert (answer.status_code, answer.json()["status"]) == (202, "completed")
+    job = client.ask(**LONG)
+    assert client.get(f"{job['url']}?wait=0.1").json()["status"] == "in_progress"
+    client.delete(job["url"])
+    assert client.get(f"{job['url']}?wait=60").json()["status"] == "cancelled"
+    for wait in ("-1", "61", "nan", "inf", "x"):
+        assert client.get(f"{job['url']}?wait={wait}").json()["error"]["param"] == "wait"
+
+
 def test_the_settings_are_in_the_file(client, tmp_path):
     done = client.done(client.ask(**SHORT, format="flac", seed=5))
     (tmp_path / "sound.flac").write_bytes(heard(client, done)[1].content)
