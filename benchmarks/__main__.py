@@ -31,7 +31,7 @@ from benchmarks.timing import Timed
 from ldm2.checkpoints import random_models
 from ldm2.pipeline import AudioLDM2
 from ldm2.runtime import memory, profiling
-from ldm2.runtime.device import choose_device, choose_dtype
+from ldm2.runtime.device import choose_device, choose_dtype, computing_dtype
 
 SIZES = {"base": "audioldm2", "large": "audioldm2-large", "tiny": "tiny"}
 PROCESSES = ("ldm2", "ldm2, low_memory", "diffusers")
@@ -43,8 +43,8 @@ def options() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="auto", help="float32, float16, bfloat16 (default: float16 on cuda)")
-    parser.add_argument("--their-dtype", help="of diffusers (default: the same)")
+    parser.add_argument("--dtype", default="auto", help="float32, float16, bfloat16, int8 (default: float16 on cuda)")
+    parser.add_argument("--their-dtype", help="of diffusers (default: the same; float32 beside int8)")
     parser.add_argument("--threads", type=count, help="of torch on the CPU")
     parser.add_argument("--rows", default=",".join(name for name in ROWS if name not in COMPILED),
                         help=f"which of: %(default)s,{','.join(COMPILED)} (default: all but the last {len(COMPILED)})")
@@ -72,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         device = choose_device(args.device)
         dtype = choose_dtype(args.dtype, device)
-        their_dtype = dtype if args.their_dtype is None else choose_dtype(args.their_dtype, device)
+        their_dtype = computing_dtype(dtype) if args.their_dtype is None else choose_dtype(args.their_dtype, device)
+        if their_dtype == torch.int8:
+            raise ValueError("diffusers has no int8: choose another --their-dtype")
     except ValueError as error:
         parser.error(str(error))
     if args.threads is not None:
@@ -93,7 +95,7 @@ def run(args: argparse.Namespace, folder: Path | None, device: torch.device, dty
         their_dtype: torch.dtype) -> int:
     """All rows in this process, then the processes of their own."""
     asked = args.rows.split(",")
-    limits = profiling.limits(device, dtype)
+    limits = profiling.limits(device, computing_dtype(dtype))
     subjects = [name for name in asked if name in SUBJECTS]
     bench = Bench(*pipelines(args, folder, device, dtype, their_dtype), folder, args.seconds, args.steps,
                   args.sweep_steps, their_dtype) if subjects else None

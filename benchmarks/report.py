@@ -28,8 +28,20 @@ def about(command: str, device: torch.device, settings: dict) -> dict:
         "command": command, "device": str(device),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu["name"],
         "cores": os.cpu_count(), "vector_units": cpu["units"], "threads": torch.get_num_threads(),
-        "ldm2": __version__, "python": platform.python_version(), "torch": torch.__version__,
+        "kernels": _kernels(device), "ldm2": __version__, "python": platform.python_version(),
+        "torch": torch.__version__,
     } | {name: machine.version(name) for name in PACKAGES}
+
+
+def _kernels(device: torch.device) -> str:
+    """Which form of ldm2's kernels runs: on a CPU the instruction set that they were compiled for."""
+    try:
+        from ldm2_kernels import load
+    except ModuleNotFoundError:                            # ldm2 runs from a folder without being installed
+        return "none"
+    if not load(device.type):
+        return "none"
+    return torch.ops.ldm2_cpu.instruction_sets()[0] if device.type == "cpu" else "Triton"
 
 
 def rows(timed: Iterable[Timed], limits: Limits) -> list[dict]:
@@ -58,7 +70,7 @@ def markdown(about: dict, limits: Limits, rows: Sequence[dict], processes: Proce
     versions = ", ".join(f"{name} {about[name] or 'not installed'}" for name in ("torch", *PACKAGES))
     lines = [
         f"{about['machine']} ({about['cores']} cores, {about['vector_units']}), {about['device']}, "
-        f"{about['threads']} threads, {_dtypes(about)}, model {about['size']}", "",
+        f"{about['threads']} threads, {_dtypes(about)}, model {about['size']}, kernels {about['kernels']}", "",
         f"python {about['python']}, {versions}, ldm2 {about['ldm2']}", "",
         f"`{about['command']}`", "",
         f"Limits of the machine in the same run: matrix product {limits.flop_rate / 1e9:.0f} GFLOP/s, copy "

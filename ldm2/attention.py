@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm2 import ops
-from ldm2.layers import GroupNorm, LayerNorm, Linear, repeat_rows
+from ldm2.layers import GroupNorm, LayerNorm, Linear, repeat_rows, weight_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear_geglu(x, self.proj.weight, self.proj.bias)
+        return ops.linear_geglu(x, weight_of(self.proj), self.proj.bias)
 
 
 class FeedForward(nn.Module):
@@ -164,4 +164,5 @@ class Transformer2D(nn.Module):
 
 def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A 1x1 convolution applied to positions (B, L, C): as one matrix product it leaves them dense in memory."""
-    return ops.linear(x, conv.weight.flatten(1), conv.bias)
+    weight = weight_of(conv)
+    return ops.linear(x, weight.as_matrix() if isinstance(weight, ops.Int8) else weight.flatten(1), conv.bias)

@@ -7,6 +7,7 @@ References: "Denoising Diffusion Probabilistic Models", arXiv:2006.11239, append
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,13 @@ def repeat_rows(x: Tensor, rows: int) -> Tensor:
     if x.shape[0] == rows:
         return x
     return torch.cat([x] * (rows // x.shape[0]))           # which keeps channels last in memory
+
+
+def weight_of(layer: nn.Module) -> ops.Weight:
+    """The weight of a layer as operations take it: a pair where a `weight_scale` beside it says that it holds bytes."""
+    weight: Any = layer.weight
+    scale: Any = getattr(layer, "weight_scale", None)
+    return weight if scale is None else ops.Int8(weight, scale)
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -46,7 +54,7 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(4 * channels, 4 * channels)
 
     def forward(self, t: Tensor) -> Tensor:
-        emb = timestep_embedding(t, self.channels).to(self.linear_1.weight.dtype)
+        emb = timestep_embedding(t, self.channels).to(self.linear_1.bias.dtype)
         return self.linear_2(F.silu(self.linear_1(emb)))
 
 
@@ -79,7 +87,7 @@ class Linear(nn.Linear):
     """Linear map of the last axis: (..., D_in) -> (..., D_out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+        return ops.linear(x, weight_of(self), self.bias)
 
 
 class Conv3x3(nn.Conv2d):
@@ -89,7 +97,7 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return ops.conv3x3(x, self.weight, self.bias, residual)
+        return ops.conv3x3(x, weight_of(self), self.bias, residual)
 
 
 class Conv1x1(nn.Conv2d):
@@ -99,7 +107,7 @@ class Conv1x1(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.conv1x1(x, self.weight, self.bias)
+        return ops.conv1x1(x, weight_of(self), self.bias)
 
 
 class ResnetBlock(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from ldm2.call import Call
-from ldm2.checkpoints import build, hub, reading
+from ldm2.checkpoints import build, hub, int8, reading
 from ldm2.checkpoints.known import DEFAULT_MODEL
 from ldm2.config import REFERENCES
 from ldm2.pipeline import AudioLDM2
@@ -37,7 +37,8 @@ def load(
     model:            short name ("audioldm2", "tiny"), hub name ("cvssp/audioldm2"), local folder in the hub's layout,
                       or an authors' `.pth` or `.ckpt` file
     device:           "auto" (CUDA, else Apple's MPS, else CPU) or a torch device
-    dtype:            "auto" (float16 on CUDA, else float32), "float32", "float16" or "bfloat16"
+    dtype:            "auto" (float16 on CUDA; else int8 for a folder that was converted to it, and float32), "float32",
+                      "float16", "bfloat16" or, on a CPU, "int8": weights of a byte a number, a quarter of the memory
     reference:        whose arithmetic: "authors" as the model was trained, or "diffusers" (see weights.md)
     revision:         branch, tag or commit on the hub
     local_files_only: use the cache and never the network
@@ -66,6 +67,8 @@ def load(
     tokenizers = None if tokenizers is None else Path(tokenizers).expanduser().absolute()
     if path.is_dir() and tokenizers is not None:
         raise ValueError(f"{path} brings its own tokenizers: leave out tokenizers={str(tokenizers)!r}")
+    if dtype == "auto" and place.type == "cpu" and int8.recorded(path):
+        precision = torch.int8
     origin = {
         "model": str(model), "revision": hub.commit_of(path) or revision, "reference": reference,
         "dtype": str(precision)[6:], "device": place.type, "torch": str(torch.__version__),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -154,10 +154,43 @@ def _obstacle(tensors: list[Tensor]) -> str | None:
     return None
 
 
-def _check_weights(tensors: list[Tensor]) -> None:
+def _check_weights(tensors: list[Tensor], args: tuple) -> None:
     """Raises RuntimeError for numbers beside weights of the meta device, which PyTorch would read from anywhere."""
+    tensors = tensors + [arg.values for arg in args if isinstance(arg, Int8)]
     if len({tensor.is_meta for tensor in tensors}) > 1:
         raise RuntimeError("some of the tensors are on the meta device: the weights are not in memory (low_memory?)")
+
+
+class Int8(NamedTuple):
+    """A weight of a byte a number: values * scale.
+
+    values: int8; scale: float32 of as many axes, all of length 1 but that of the output channels.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight."""
+        return self.values.shape
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The numbers, rounded once to a dtype."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return (self.values.to(wide) * self.scale).to(dtype)
+
+    def as_matrix(self) -> Int8:
+        """(out, ...) -> (out, the rest)."""
+        return Int8(self.values.flatten(1), self.scale.flatten(1))
+
+
+Weight = Tensor | Int8                                     # what linear layers and convolutions take
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """A weight as plain PyTorch takes it; `dtype` is what one of bytes becomes."""
+    return weight.dense(dtype) if isinstance(weight, Int8) else weight
 
 
 class Operation(Protocol):
@@ -184,7 +217,7 @@ def _fusible(reference: Callable) -> Operation:
                 return result
         if strict:
             raise RuntimeError(_refusal(name, tensors[0], there, obstacle))
-        _check_weights(tensors)                            # a kernel takes none of several devices
+        _check_weights(tensors, args)                      # a kernel takes none of several devices
         return reference(*args, **named)
 
     operation: Any = run
@@ -232,9 +265,9 @@ def add_layer_norm(x: Tensor, added: Tensor, weight: Tensor, bias: Tensor, eps: 
 
 
 @_fusible
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: x (..., D_in), weight (D_out, D_in) -> (..., D_out)."""
-    return F.linear(x, weight, bias)
+    return F.linear(x, dense(weight, x.dtype), bias)
 
 
 @_fusible
@@ -244,9 +277,9 @@ def geglu(x: Tensor, gate: Tensor) -> Tensor:
 
 
 @_fusible
-def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_geglu(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """geglu of the two halves of linear(x, weight, bias): x (..., D_in), weight (2 D_out, D_in) -> (..., D_out)."""
-    return geglu(*F.linear(x, weight, bias).chunk(2, dim=-1))
+    return geglu(*F.linear(x, dense(weight, x.dtype), bias).chunk(2, dim=-1))
 
 
 @_fusible
@@ -259,16 +292,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 
 
 @_fusible
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+def conv3x3(x: Tensor, weight: Weight, bias: Tensor, residual: Tensor | None = None) -> Tensor:
     """Convolution of x (B, C_in, T, F) with 3x3 kernels, zeros beside the map, plus a residual (B, C_out, T, F)."""
-    y = F.conv2d(x, weight, bias, padding=1)
+    y = F.conv2d(x, dense(weight, x.dtype), bias, padding=1)
     return y if residual is None else residual + y
 
 
 @_fusible
-def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def conv1x1(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """A 1x1 convolution: x (B, C_in, T, F), weight (C_out, C_in, 1, 1) -> (B, C_out, T, F)."""
-    return F.conv2d(x, weight, bias)
+    return F.conv2d(x, dense(weight, x.dtype), bias)
 
 
 @_fusible
@@ -294,33 +327,35 @@ def add_up(x: Tensor, added: Tensor, total: Tensor | None = None, count: int = 1
 
 
 @_fusible
-def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def conv1d(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """Convolution of x (B, C_in, N) with an odd number of taps, zeros beside the sequence -> (B, C_out, N)."""
-    return F.conv1d(x, weight, bias, padding=weight.shape[2] // 2)
+    return F.conv1d(x, dense(weight, x.dtype), bias, padding=weight.shape[2] // 2)
 
 
 @_fusible
-def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+def conv_transpose1d(x: Tensor, weight: Weight, bias: Tensor, stride: int, padding: int) -> Tensor:
     """Transposed convolution of x (B, C_in, N), weight (C_in, C_out, taps).
 
     Result: (B, C_out, (N - 1) stride - 2 padding + taps).
     """
-    return F.conv_transpose1d(x, weight, bias, stride, padding)
+    return F.conv_transpose1d(x, dense(weight, x.dtype), bias, stride, padding)
 
 
 @_fusible
-def residual_blocks(x: Tensor, slope: float, dilations: tuple[tuple[int, ...], ...], *parameters: Tensor) -> Tensor:
+def residual_blocks(x: Tensor, slope: float, dilations: tuple[tuple[int, ...], ...], *parameters: Weight) -> Tensor:
     """Mean of residual blocks of one input x (B, C, N), the multi-receptive field fusion of arXiv:2010.05646.
 
     A block is pairs of a dilated and a plain convolution of leaky_relu, each pair beside a skip connection. dilations:
     those of each block; parameters: weight and bias of each pair's first and second convolution, block by block.
     """
-    shared, given, total = leaky_relu(x, slope), iter(parameters), None
+    shared, total = leaky_relu(x, slope), None
+    given: Iterator[Any] = iter(parameters)
     for done, block in enumerate(dilations, start=1):
         y, activated = x, shared
         for pair, dilation in enumerate(block, start=1):
-            weight, bias = next(given), next(given)
-            h = F.conv1d(activated, weight, bias, padding=dilation * (weight.shape[2] // 2), dilation=dilation)
+            weight = dense(next(given), x.dtype)
+            reach = dilation * (weight.shape[2] // 2)
+            h = F.conv1d(activated, weight, next(given), padding=reach, dilation=dilation)
             h = conv1d.reference(leaky_relu(h, slope), next(given), next(given))
             if pair < len(block):
                 y, activated = add_leaky_relu(y, h, slope)

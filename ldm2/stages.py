@@ -27,7 +27,7 @@ from ldm2.conditioning import Conditioning
 from ldm2.guidance import Guidance
 from ldm2.mel import MelConfig, config_for, log_mel
 from ldm2.noise import SeededNoise
-from ldm2.runtime import graphs, weight_layout
+from ldm2.runtime import graphs, int8_layers, weight_layout
 from ldm2.runtime.compilation import compile_step, is_compiled
 from ldm2.runtime.deepcache import reusing
 from ldm2.runtime.host import usual_numpy
@@ -111,7 +111,7 @@ class Stages:
         """Pickled as what it was loaded from, not its weights: whoever opens it loads it anew, on the same device."""
         if self._load is None:
             raise TypeError("a pipeline that ldm2.load did not make cannot be pickled: pickle its parts")
-        now = {"device": str(self.device), "dtype": str(self.dtype)[6:], "compile": is_compiled(self.unet)}
+        now = {"device": str(self.device), "dtype": self._stored_dtype, "compile": is_compiled(self.unet)}
         return _load_again, (functools.partial(self._load, **now), self.schedule, self.adapters.recipe())
 
     def __copy__(self) -> Stages:
@@ -128,13 +128,20 @@ class Stages:
         return other
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.origin.get('model')!r}, {str(self.dtype)[6:]} on {self.device})"
+        return f"{type(self).__name__}({self.origin.get('model')!r}, {self._stored_dtype} on {self.device})"
+
+    @property
+    def _stored_dtype(self) -> str:
+        """Of the weights: where they are int8, it is not what the models compute in."""
+        return "int8" if int8_layers.is_int8(self.unet) else str(self.dtype)[6:]
 
     def move(self, device: torch.device, dtype: torch.dtype, text: TextEncoder) -> None:
         """Move UNet, VAE and vocoder, with the weights they have now. text: the text side, which is there already.
 
-        Raises ValueError for a pipeline whose parts come and go (low_memory).
+        Raises ValueError for a pipeline whose parts come and go (low_memory), and for int8 weights, to or from.
         """
+        if "int8" in (self._stored_dtype, str(dtype)[6:]):
+            raise ValueError("int8 weights are made as they are read: load the model again, with the device and dtype")
         if self.low_memory:
             raise ValueError(f"low_memory reads the parts for {self.device}: load the model again for {device}")
         graphs.forget(self.unet)

@@ -19,10 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm2 import ops
 from ldm2.attention import Memory, Transformer2D, mask_bias
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig, context_index
-from ldm2.layers import Conv3x3, Downsample, GroupNormSiLU, ResnetBlock, TimestepEmbedding, Upsample, repeat_rows
+from ldm2.layers import (
+    Conv3x3,
+    Downsample,
+    GroupNormSiLU,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    repeat_rows,
+    weight_of,
+)
 
 _EPS = 1e-5                                                # of the group norms outside the transformers
 
@@ -194,7 +204,7 @@ class UNet(nn.Module):
         film = None
         if conditioning.film is not None:
             emb = F.silu(self.class_embedding(conditioning.film))            # (rows, time_dim)
-            parts = [F.linear(emb, proj.weight[:, self.config.time_dim :]) for proj in self._projections()]
+            parts = [F.linear(emb, weight[:, self.config.time_dim :]) for weight, _ in self._projected(emb.dtype)]
             film = torch.cat(parts, dim=1)
         return PreparedConditioning(conditioning.batch_size, tuple(memories), film)
 
@@ -207,11 +217,16 @@ class UNet(nn.Module):
         timesteps = torch.as_tensor(timesteps, dtype=torch.float32, device=self.conv_in.weight.device).reshape(-1)
         emb = F.silu(self.time_embedding(timesteps))                         # (S, time_dim)
         width = self.config.time_dim
-        return torch.cat([F.linear(emb, p.weight[:, :width], p.bias) for p in self._projections()], dim=1)
+        parts = [F.linear(emb, weight[:, :width], bias) for weight, bias in self._projected(emb.dtype)]
+        return torch.cat(parts, dim=1)
 
     def _blocks(self) -> list[DownBlock | MidBlock | UpBlock]:
         """The blocks of the UNet in order of execution: down, middle, up."""
         return [*self.down_blocks, self.mid_block, *self.up_blocks]
+
+    def _projected(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weight and bias of the projections, one after the other."""
+        return ((ops.dense(weight_of(proj), dtype), proj.bias) for proj in self._projections())
 
     def _projections(self) -> list[nn.Linear]:
         return [resnet.time_emb_proj for block in self._blocks() for resnet in block.resnets]

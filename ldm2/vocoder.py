@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm2 import ops
 from ldm2.config import VocoderConfig
+from ldm2.layers import weight_of
 
 _LAST_SLOPE = 0.01                                         # before conv_post; not the slope of all other places
 
@@ -24,10 +25,10 @@ class ResidualBlock(nn.Module):
         self.convs1 = nn.ModuleList([_same_conv(channels, kernel_size, dilation) for dilation in dilations])
         self.convs2 = nn.ModuleList([_same_conv(channels, kernel_size, 1) for _ in dilations])
 
-    def weights(self) -> list[Tensor]:
+    def weights(self) -> list[ops.Weight]:
         """Weight and bias of each pair's first and second convolution."""
         convs = [conv for pair in zip(self.convs1, self.convs2, strict=True) for conv in pair]
-        return [parameter for conv in convs for parameter in (conv.weight, conv.bias)]
+        return [parameter for conv in convs for parameter in (weight_of(conv), conv.bias)]
 
 
 class Vocoder(nn.Module):
@@ -69,13 +70,13 @@ class Vocoder(nn.Module):
         """One stage: (B, C, N) -> (B, C / 2, N times its rate and a few samples more)."""
         slope, count = self.config.leaky_relu_slope, len(self.config.resblock_kernel_sizes)
         up, blocks = self.upsampler[stage], self.resblocks[stage * count : (stage + 1) * count]
-        x = ops.conv_transpose1d(ops.leaky_relu(x, slope), up.weight, up.bias, up.stride[0], up.padding[0])
+        x = ops.conv_transpose1d(ops.leaky_relu(x, slope), weight_of(up), up.bias, up.stride[0], up.padding[0])
         weights = [weight for block in blocks for weight in block.weights()]
         return ops.residual_blocks(x, slope, tuple(block.dilations for block in blocks), *weights)
 
 
 def _same(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    return ops.conv1d(x, conv.weight, conv.bias)
+    return ops.conv1d(x, weight_of(conv), conv.bias)
 
 
 def _same_conv(channels: int, kernel_size: int, dilation: int) -> nn.Conv1d:

@@ -23,13 +23,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm2 import pickle_file
+from ldm2.checkpoints import int8
 from ldm2.checkpoints.hub import weight_files
-from ldm2.fields import check_file, few, first_line
+from ldm2.fields import check_file, few, first_line, named
+from ldm2.ops import Int8, Weight, dense
+from ldm2.runtime import int8_layers
+from ldm2.runtime.device import computing_dtype
 
 logger = logging.getLogger(__name__)
 
 Table = Mapping[str, "str | None"]
 Module = TypeVar("Module", bound=nn.Module)
+Value = TypeVar("Value")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -173,15 +178,15 @@ def _kind(path: str | Path) -> str:
 
 
 def rename(
-    tensors: Mapping[str, Tensor], table: Table, *, source: str | Path, keep_others: bool = False
-) -> dict[str, Tensor]:
+    tensors: Mapping[str, Value], table: Table, *, source: str | Path, keep_others: bool = False
+) -> dict[str, Value]:
     """Tensors under new names, after a table {regular expression: replacement}.
 
     The first row that matches the whole name wins; a replacement may use its groups; None drops the tensor on purpose.
     A name that no row matches is a ValueError, unless `keep_others`. So are two tensors that end under one name.
     """
     rows = [(re.compile(pattern), replacement) for pattern, replacement in table.items()]
-    renamed: dict[str, Tensor] = {}
+    renamed: dict[str, Value] = {}
     unmatched = []
     for name, tensor in tensors.items():
         row = next(((match, new) for pattern, new in rows if (match := pattern.fullmatch(name))), None)
@@ -242,29 +247,32 @@ def load(
     """Assign tensors to the parameters and persistent buffers of `module`: all of them, and no others.
 
     The tensors become the parameters themselves (no copy), on `device` and, where they are floating, in `dtype`; None
-    keeps what the file has. Parameters that the module ties are filled from whichever of their names the file has. What
+    keeps what the file has, int8 makes large weights int8 and the others what such a model computes in. Int8 weights of
+    a file become `dtype`. Parameters that the module ties are filled from whichever of their names the file has. What
     `table` drops is not expected either: such a buffer keeps the value that it has. Returns the module, in eval mode,
     without gradients. Raises ValueError if names, shapes or kinds of numbers differ, listing a few, before it assigns
     any, and for NaN and infinite numbers. Large mapped weights are not looked through for these here, but by
     `check_finite`.
     """
-    given = list(tensors)
-    tensors = rename(tensors, table, source=source, keep_others=True)
+    held = rename(int8.paired(tensors, source), table, source=source, keep_others=True)
     if logger.isEnabledFor(logging.DEBUG):
+        given = list(tensors)
         logger.debug("%s: %d tensors, dropped on purpose: %s", source, len(given), _dropped(given, table))
+    del tensors                                            # whose memory goes tensor by tensor
     groups = _groups(module, table)
-    _check(groups, tensors, source)
-    chosen = {next(name for name in names if name in tensors): (names, target) for names, target in groups}
-    for name in [name for name in tensors if name in chosen]:                # in the order of the file, see Stretches
+    _check(groups, held, source)
+    chosen = {next(name for name in names if name in held): (names, target) for names, target in groups}
+    computing = computing_dtype(dtype)
+    for name in [name for name in held if name in chosen]:                   # in the order of the file, see Stretches
         names, target = chosen[name]
-        tensor = tensors.pop(name)
-        mapped, tensor = tensor, tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-        if tensor is not mapped:
-            _check_finite(tensor, name, source)
+        weight = _placed(name, held.pop(name), device, dtype, source)
+        if isinstance(weight, Int8) and all(int8_layers.install(module, each, weight, computing) for each in names):
+            continue
+        tensor = dense(weight, computing)
         value = nn.Parameter(tensor, requires_grad=False) if isinstance(target, nn.Parameter) else tensor
         for name in names:
             assign(module, name, value)
-    filled = {name for names, _ in groups for name in names}
+    filled = {each for names, _ in groups for name in names for each in (name, name + int8.SCALE)}
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta and name not in filled:
             raise RuntimeError(f"no file fills the buffer {name}: whoever builds the module must")
@@ -274,6 +282,30 @@ def load(
     if sum(target.nbytes for _, target in groups) <= SMALL:
         check_finite(module)
     return module.eval()
+
+
+def _placed(
+    name: str, weight: Weight, device: torch.device | str | None, dtype: torch.dtype | None, source: str | Path
+) -> Weight:
+    """A weight on its device, in its dtype, see `load`. On the meta device nothing is read.
+
+    What int8 leaves floating is copied: a mapping would stay in memory as a whole.
+    """
+    placed: Weight
+    if isinstance(weight, Int8):
+        placed = Int8(weight.values.to(device=device), weight.scale.to(device=device, copy=True))
+        if dtype == torch.int8:
+            return placed
+        placed = placed.dense(torch.float32 if dtype is None else dtype)
+    elif dtype == torch.int8 and int8.selects(name, weight):
+        with named(source):
+            return int8.quantize(name, weight.to(device=device))
+    else:
+        kind = computing_dtype(dtype) if weight.is_floating_point() else None
+        placed = weight.to(device=device, dtype=kind, copy=dtype == torch.int8)
+    if placed is not weight:
+        _check_finite(placed, name, source)
+    return placed
 
 
 def check_finite(module: nn.Module) -> None:
@@ -321,7 +353,7 @@ def _groups(module: nn.Module, table: Table) -> list[tuple[list[str], Tensor]]:
     return list(groups.values())
 
 
-def _check(groups: list[tuple[list[str], Tensor]], tensors: Mapping[str, Tensor], source: str | Path) -> None:
+def _check(groups: list[tuple[list[str], Tensor]], tensors: Mapping[str, Weight], source: str | Path) -> None:
     """Raise ValueError unless `tensors` fill every group, with its shape, and nothing else."""
     missing = [names[0] for names, _ in groups if not any(name in tensors for name in names)]
     known = {name: target for names, target in groups for name in names}
@@ -344,17 +376,20 @@ def _check(groups: list[tuple[list[str], Tensor]], tensors: Mapping[str, Tensor]
         raise ValueError(f"{source} does not fit the model: {', '.join(problems)}")
 
 
-def _odd(tensor: Tensor, target: Tensor) -> bool:
+def _odd(tensor: Weight, target: Tensor) -> bool:
     """Whether a tensor holds numbers of a kind that `target` cannot have: a parameter or table needs floating ones."""
+    if isinstance(tensor, Int8):
+        return not target.is_floating_point()
     plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
     if target.is_floating_point():
         return not plain or tensor.dtype not in FLOATS
     return not plain or tensor.dtype not in ((torch.bool,) if target.dtype == torch.bool else INTEGERS)
 
 
-def _agree(tensors: Mapping[str, Tensor], names: list[str]) -> bool:
+def _agree(tensors: Mapping[str, Weight], names: list[str]) -> bool:
     """Whether those of the tied `names` that a file holds are one tensor, or equal ones."""
-    first, *others = [tensors[name] for name in names if name in tensors] or [None]
+    given = [tensors[name] for name in names if name in tensors]
+    first, *others = [weight.values if isinstance(weight, Int8) else weight for weight in given] or [None]
     return all(
         other.data_ptr() == first.data_ptr() or other.shape != first.shape or torch.equal(other, first)
         for other in others

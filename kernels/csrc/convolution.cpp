@@ -179,19 +179,20 @@ struct WinogradConvolution {
   }
 };
 
-// U and its scales, for output channels that are multiples of PANEL.
-void pack_weight(const WinogradKernels& dtype, const WinogradTransform& transform, const at::Tensor& weight, float* u,
-                 int64_t u_stride, float* scales) {
+// U and its scales, for output channels that are multiples of PANEL. panel_floats: scratch memory for a panel.
+void pack_weight(const WinogradKernels& dtype, const WinogradTransform& transform, const at::Tensor& weight,
+                 const float* factors, int64_t panel_floats, float* u, int64_t u_stride, float* scales) {
   int64_t out_channels = weight.size(0), in_channels = weight.size(1);
   int64_t taps = weight.numel() / (out_channels * in_channels);
   auto w = static_cast<const char*>(weight.const_data_ptr());
   int64_t panel_bytes = PANEL * in_channels * taps * weight.element_size();
   at::parallel_for(0, out_channels / PANEL, 1, [&](int64_t from, int64_t to) {
     static thread_local Scratch scratch;
-    float* memory = scratch.get(panel_bytes / 4);
+    float* memory = scratch.get(panel_floats);
     for (int64_t panel = from; panel < to; panel++) {
-      transform.weight(w + panel * panel_bytes, in_channels, taps, u + panel * PANEL * in_channels / dtype.per_word,
-                       u_stride, scales + panel * PANEL, out_channels, memory);
+      transform.weight(w + panel * panel_bytes, factors == nullptr ? nullptr : factors + panel * PANEL, in_channels,
+                       taps, u + panel * PANEL * in_channels / dtype.per_word, u_stride, scales + panel * PANEL,
+                       out_channels, memory);
     }
   });
 }
@@ -212,7 +213,6 @@ at::Tensor empty_output(const at::Tensor& x, c10::SymInt channels) {
 void check(const at::Tensor& x, const at::Tensor& weight, int64_t variant) {
   auto type = x.scalar_type();
   TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, "x must be float32 or bfloat16, got ", type);
-  TORCH_CHECK(weight.scalar_type() == type, "weights must be ", type, ", got ", weight.scalar_type());
   TORCH_CHECK(x.dim() == (variant >= TAPS3 ? 3 : 4), "variant ", variant, " does not take ", x.sizes());
   TORCH_CHECK(weight.dim() == x.dim() && weight.size(1) == x.size(1), "weights ", weight.sizes(), " do not fit ",
               x.sizes());
@@ -221,21 +221,24 @@ void check(const at::Tensor& x, const at::Tensor& weight, int64_t variant) {
   TORCH_CHECK(x.size(1) % PANEL == 0 && weight.size(0) % PANEL == 0, "channels must be multiples of ", PANEL);
 }
 
-// The weight is packed at each call, into memory that the thread keeps: that costs little, and it may change.
+// The weight is packed at each call, into memory that the thread keeps: that costs little, and it may change. scale: of
+// each output channel of int8 weights.
 at::Tensor convolution(const at::Tensor& given, const at::Tensor& given_weight, const std::optional<at::Tensor>& bias,
                        const std::optional<at::Tensor>& given_residual, int64_t variant, int64_t dilation,
-                       double slope) {
+                       double slope, const std::optional<at::Tensor>& scale) {
   bool wide = given.scalar_type() == at::kFloat;
   const WinogradKernels& dtype = wide ? kernels().winograd_float : kernels().winograd_bfloat16;
   const WinogradTransform& transform = transform_of(dtype, variant);
   check(given, given_weight, variant);
+  std::optional<at::Tensor> factors = factors_of(given_weight, scale, given.scalar_type());
   at::Tensor x = channels_last(given), weight = given_weight.contiguous();
   int64_t in_channels = given.size(1), out_channels = weight.size(0);
   int64_t u_stride = padded_stride(in_channels / dtype.per_word * out_channels);
   static thread_local Scratch scratch;
   float* u = scratch.get(transform.points * (u_stride + out_channels));
   float* u_scales = u + transform.points * u_stride;
-  pack_weight(dtype, transform, weight, u, u_stride, u_scales);
+  int64_t panel_floats = PANEL * weight[0].numel() * given.element_size() / 4;
+  pack_weight(dtype, transform, weight, float_data(factors), panel_floats, u, u_stride, u_scales);
   at::Tensor y = empty_output(x, out_channels);
   std::optional<at::Tensor> wide_bias = float_bias(bias), residual;
   if (given_residual.has_value()) {
@@ -254,14 +257,15 @@ at::Tensor convolution(const at::Tensor& given, const at::Tensor& given_weight, 
 }
 
 at::Tensor convolution_meta(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>&,
-                            const std::optional<at::Tensor>&, int64_t, int64_t, double) {
+                            const std::optional<at::Tensor>&, int64_t, int64_t, double,
+                            const std::optional<at::Tensor>&) {
   return empty_output(x, weight.sym_size(0));
 }
 
 TORCH_LIBRARY_FRAGMENT(ldm2_cpu, library) {
   library.def(
-      "convolution(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int variant, int dilation, float slope) "
-      "-> Tensor");
+      "convolution(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int variant, int dilation, float slope, "
+      "Tensor? scale=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ldm2_cpu, CPU, library) {

@@ -39,9 +39,10 @@ struct WinogradTransform {
   void (*output)(const TileSums& tile, int64_t channels, const float* bias, const void* const* residual,
                  void* const* rows);
   // The weights of PANEL output channels, w (PANEL, in_channels, taps): words of point p at u + p * stride, scales of
-  // its PANEL channels at scales + p * scale_stride.
-  void (*weight)(const void* w, int64_t in_channels, int64_t taps, float* u, int64_t stride, float* scales,
-                 int64_t scale_stride, float* scratch);
+  // its PANEL channels at scales + p * scale_stride. factors: null, or what the channels of w, which then are integers
+  // of 8 bits, are multiplied with.
+  void (*weight)(const void* w, const float* factors, int64_t in_channels, int64_t taps, float* u, int64_t stride,
+                 float* scales, int64_t scale_stride, float* scratch);
 };
 
 // The convolutions of one dtype.
@@ -55,11 +56,12 @@ struct WinogradKernels {
 
 // y (rows, width) = x (rows, depth; x_stride apart) w^T + bias, w (width, depth), width a multiple of PANEL.
 // gated: w and bias have a second half of as many rows, whose GELU multiplies what the first half gives. x, w and y are
-// float32 or bfloat16 (depth and x_stride even), the bias is float32.
+// float32 or bfloat16 (depth and x_stride even), the bias is float32. factors: null, or what the rows of w, which then
+// are integers of 8 bits, are multiplied with.
 struct Linear {
   int64_t rows, depth, width, x_stride;
   const void *x, *w;
-  const float* bias;
+  const float *factors, *bias;
   void* y;
   bool gated;
 };

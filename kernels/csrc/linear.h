@@ -12,7 +12,12 @@ namespace {
 constexpr int64_t PAIR = 2 * PANEL;
 static_assert(TILE_ROWS <= ldm2::LINEAR_TILE_ROWS);
 
-inline vec load_bias(const float* bias, int64_t column) { return bias == nullptr ? vec{} : load(bias + column); }
+// LANES sums of products as results: times the factors of their columns, plus the bias.
+inline vec complete(const ldm2::Linear& job, const float* sums, int64_t column) {
+  vec result = load(sums);
+  if (job.factors != nullptr) result *= load(job.factors + column);
+  return job.bias == nullptr ? result : result + load(job.bias + column);
+}
 
 // sums (rows, PAIR) and the bias to the rows of y from `row`, in `columns` (and those of its gates).
 template <class Type>
@@ -23,13 +28,12 @@ void finish(const ldm2::Linear& job, int64_t row, int64_t rows, const int64_t* c
     auto to = static_cast<typename Type::element*>(job.y) + (row + i) * job.width + columns[0];
     if (job.gated) {
       for (int64_t n = 0; n < PANEL; n += LANES) {
-        vec value = load(from + n) + load_bias(job.bias, columns[0] + n);
-        vec gate = load(from + PANEL + n) + load_bias(job.bias, columns[1] + n);
+        vec value = complete(job, from + n, columns[0] + n), gate = complete(job, from + PANEL + n, columns[1] + n);
         store(to + n, value * gelu<Type>(gate));
       }
     } else {
       for (int64_t n = 0; n < panels * PANEL; n += LANES) {
-        store(to + n, load(from + n) + load_bias(job.bias, columns[0] + n));
+        store(to + n, complete(job, from + n, columns[0] + n));
       }
     }
   }
@@ -58,13 +62,26 @@ inline void widen_row(const uint16_t* from, int64_t count, float* to) {
   for (; k < count; k++) to[k] = bf16_to_f32(from[k]);
 }
 
+// 16 rows of weights from `row` as the product takes them.
+template <class Type, class Product>
+void lay_out(const ldm2::Linear& job, int64_t row, float* panel) {
+  int64_t words = job.depth / Type::PER_WORD;
+  if (job.factors != nullptr) {
+    auto from = static_cast<const int8_t*>(job.w) + row * job.depth;
+    transpose_integers<Product>(from, job.depth / Product::PER_WORD, panel);
+  } else {
+    transpose(static_cast<const float*>(job.w) + row * words, words, PANEL, words, panel);
+    if constexpr (Product::PER_WORD < Type::PER_WORD) widen_panel(panel, words);
+  }
+}
+
 template <class Type>
 void linear(const ldm2::Linear& job, int64_t first, int64_t end, float* scratch) {
   constexpr bool WIDE = WIDENED && Type::PER_WORD == 2;
   using Product = std::conditional_t<WIDE, Float32, Type>;
   int64_t words = job.depth / Type::PER_WORD, stride = job.x_stride / Type::PER_WORD;
   int64_t depth = job.depth / Product::PER_WORD;           // words of the product
-  auto x = static_cast<const float*>(job.x), w = static_cast<const float*>(job.w);
+  auto x = static_cast<const float*>(job.x);
   float *weights = scratch, *sums = weights + PAIR * depth, *wide = sums + ldm2::LINEAR_TILE_ROWS * PAIR;
   int64_t most = std::max(ldm2::LINEAR_CACHE / (4 * words), ldm2::LINEAR_LEAST_ROWS);
   int64_t blocks = (job.rows + most - 1) / most;
@@ -74,10 +91,7 @@ void linear(const ldm2::Linear& job, int64_t first, int64_t end, float* scratch)
     for (int64_t column = first * PANEL; column < end * PANEL; column += job.gated ? PANEL : PAIR) {
       int64_t columns[] = {column, job.gated ? job.width + column : column + PANEL};
       int64_t panels = job.gated ? 2 : std::min<int64_t>(2, end - column / PANEL);
-      for (int64_t p = 0; p < panels; p++) {
-        transpose(w + columns[p] * words, words, PANEL, words, weights + p * PANEL * depth);
-        if (WIDE) widen_panel(weights + p * PANEL * depth, words);
-      }
+      for (int64_t p = 0; p < panels; p++) lay_out<Type, Product>(job, columns[p], weights + p * PANEL * depth);
       for (int64_t tile = 0; tile < tiles; tile++) {
         int64_t row = begin + rows * tile / tiles, count = begin + rows * (tile + 1) / tiles - row;
         const float* a = x + row * stride;

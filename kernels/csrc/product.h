@@ -119,23 +119,56 @@ void product(int64_t rows, int64_t depth, int64_t panels, const float* a, int64_
   }
 }
 
-// panel (depth, 16) = the columns of 16 rows of words, `stride` apart. Rows from `count` on are zeros.
-inline void transpose(const float* rows, int64_t stride, int64_t count, int64_t depth, float* panel) {
+// The columns [0, depth) of 16 rows to panel (depth, 16), as far as whole squares go. read(row, k) gives LANES words of
+// a row. Returns the number of columns.
+template <class Read>
+inline int64_t transpose_squares(int64_t depth, float* panel, Read read) {
   int64_t k = 0;
-  if (count == PANEL) {
-    for (; k + LANES <= depth; k += LANES) {
-      for (int lane = 0; lane < PANEL; lane += LANES) {
-        vec square[LANES];
+  for (; k + LANES <= depth; k += LANES) {
+    for (int lane = 0; lane < PANEL; lane += LANES) {
+      vec square[LANES];
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) square[i] = load(rows + (lane + i) * stride + k);
-        transpose_square(square);
+      for (int i = 0; i < LANES; i++) square[i] = read(lane + i, k);
+      transpose_square(square);
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) store(panel + (k + i) * PANEL + lane, square[i]);
-      }
+      for (int i = 0; i < LANES; i++) store(panel + (k + i) * PANEL + lane, square[i]);
     }
   }
+  return k;
+}
+
+// panel (depth, 16) = the columns of 16 rows of words, `stride` apart. Rows from `count` on are zeros.
+inline void transpose(const float* rows, int64_t stride, int64_t count, int64_t depth, float* panel) {
+  auto read = [&](int64_t row, int64_t k) { return load(rows + row * stride + k); };
+  int64_t k = count == PANEL ? transpose_squares(depth, panel, read) : 0;
   for (; k < depth; k++) {
     for (int64_t lane = 0; lane < PANEL; lane++) panel[k * PANEL + lane] = lane < count ? rows[lane * stride + k] : 0;
+  }
+}
+
+// The same of 16 rows of integers of 8 bits, next to each other: panel (words, 16) as Type has its words.
+template <class Type>
+void transpose_integers(const int8_t* rows, int64_t words, float* panel) {
+  constexpr int PER_WORD = Type::PER_WORD;
+  int64_t stride = words * PER_WORD;
+  int64_t k = transpose_squares(words, panel, [&](int64_t row, int64_t word) {
+    const int8_t* from = rows + row * stride + word * PER_WORD;
+    if constexpr (PER_WORD == 1) {
+      return load(from);
+    } else {
+      return load_pairs(from);
+    }
+  });
+  for (; k < words; k++) {
+    for (int64_t lane = 0; lane < PANEL; lane++) {
+      const int8_t* from = rows + lane * stride + k * PER_WORD;
+      if constexpr (PER_WORD == 1) {
+        panel[k * PANEL + lane] = from[0];
+      } else {
+        uint32_t word = f32_to_bf16(from[0]) | static_cast<uint32_t>(f32_to_bf16(from[1])) << 16;
+        std::memcpy(panel + k * PANEL + lane, &word, sizeof(word));
+      }
+    }
   }
 }
 

@@ -24,6 +24,7 @@ constexpr int LANES = 4;
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
+typedef int8_t bytes __attribute__((vector_size(LANES)));
 
 inline vec load(const float* from) {
   vec value;
@@ -94,6 +95,13 @@ inline float bf16_to_f32(uint16_t value) {
 }
 inline float bf16_to_f32(float value) { return value; }
 
+// Of a number that bfloat16 can hold.
+inline uint16_t f32_to_bf16(float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, sizeof(word));
+  return static_cast<uint16_t>(word >> 16);
+}
+
 inline vec load(const uint16_t* from) {
   halves value;
   std::memcpy(&value, from, sizeof(value));
@@ -108,6 +116,26 @@ inline void store(uint16_t* to, vec x) {
   halves result = low_halves((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 #endif
   std::memcpy(to, &result, sizeof(result));
+}
+
+// Integers of 8 bits as float32.
+inline vec load(const int8_t* from) {
+  bytes value;
+  std::memcpy(&value, from, sizeof(value));
+#if defined(__AVX512F__)
+  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)value));
+#else
+  return __builtin_convertvector(__builtin_convertvector(value, ivec), vec);
+#endif
+}
+
+// Pairs of them as pairs of bfloat16, in words: exact, as both have 8 bits.
+inline vec load_pairs(const int8_t* from) {
+  halves pairs;
+  std::memcpy(&pairs, from, sizeof(pairs));
+  ivec word = widen(pairs), low = word << 24 >> 24, high = word << 16 >> 24;
+  ivec low_float = (ivec)__builtin_convertvector(low, vec), high_float = (ivec)__builtin_convertvector(high, vec);
+  return (vec)((low_float >> 16 & 0xffff) | high_float);   // the low half of what 8 bits make is zero
 }
 
 // x, |x| < 2^15, rounded to integers of 16 bits: the low bits of x + 1.5 * 2^23.

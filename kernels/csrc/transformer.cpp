@@ -22,10 +22,12 @@ struct RowView {
 };
 
 // gated: the first half of the weight's rows gives values, the GELU of the second half multiplies them.
-at::Tensor linear(const at::Tensor& x, const at::Tensor& given, const std::optional<at::Tensor>& bias, bool gated) {
+// scale: of each output channel of int8 weights.
+at::Tensor linear(const at::Tensor& x, const at::Tensor& given, const std::optional<at::Tensor>& bias, bool gated,
+                  const std::optional<at::Tensor>& scale) {
   auto type = x.scalar_type();
-  TORCH_CHECK((type == at::kFloat || type == at::kBFloat16) && given.scalar_type() == type,
-              "x and weight must both be float32 or bfloat16, got ", type, " and ", given.scalar_type());
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, "x must be float32 or bfloat16, got ", type);
+  std::optional<at::Tensor> factors = factors_of(given, scale, type);
   TORCH_CHECK(type == at::kFloat || given.size(1) % 2 == 0, "bfloat16 takes an even number of inputs");
   TORCH_CHECK(given.dim() == 2 && given.size(0) % (gated ? 2 * PANEL : PANEL) == 0 && x.size(-1) == given.size(1) &&
               x.numel() > 0, "weight ", given.sizes(), " does not take ", x.sizes());
@@ -37,7 +39,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& given, const std::optio
   at::Tensor y = at::empty(sizes, x.options());
   RowView rows(x);
   Linear job{rows.count, rows.width, width, rows.stride, rows.tensor.const_data_ptr(), weight.const_data_ptr(),
-             float_data(wide_bias), y.data_ptr(), gated};
+             float_data(factors), float_data(wide_bias), y.data_ptr(), gated};
   int64_t size = x.element_size();
   auto compute = type == at::kFloat ? kernels().linear_float : kernels().linear_bfloat16;
   // Pairs of panels are shared out, and the rows too where there are more threads than pairs.
@@ -61,7 +63,8 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& given, const std::optio
   return y;
 }
 
-at::Tensor linear_meta(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>&, bool gated) {
+at::Tensor linear_meta(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>&, bool gated,
+                       const std::optional<at::Tensor>&) {
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
   sizes.back() = gated ? weight.sym_size(0) / 2 : weight.sym_size(0);
   return at::empty_symint(sizes, x.options());
@@ -117,7 +120,7 @@ at::Tensor attention_meta(const at::Tensor& q, const at::Tensor&, const at::Tens
 }
 
 TORCH_LIBRARY_FRAGMENT(ldm2_cpu, library) {
-  library.def("linear(Tensor x, Tensor weight, Tensor? bias, bool gated) -> Tensor");
+  library.def("linear(Tensor x, Tensor weight, Tensor? bias, bool gated, Tensor? scale=None) -> Tensor");
   library.def("attention(Tensor q, Tensor k, Tensor v, Tensor? bias) -> Tensor");
 }
 

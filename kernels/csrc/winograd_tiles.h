@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "product.h"
 #include "winograd.h"
@@ -260,22 +261,31 @@ void weight_scales(const float* panel, int64_t in_channels, int64_t taps, int la
 }
 
 template <class Type, class Outer, class Inner>
-void weight_panel(const void* w, int64_t in_channels, int64_t taps, float* u, int64_t stride, float* scales,
-                  int64_t scale_stride, float* panel) {
+void weight_panel(const void* w, const float* channel_factors, int64_t in_channels, int64_t taps, float* u,
+                  int64_t stride, float* scales, int64_t scale_stride, float* panel) {
   using element = typename Type::element;
   int64_t words = in_channels * taps * sizeof(element) / sizeof(float);
-  transpose(static_cast<const float*>(w), words, PANEL, words, panel);
+  if (channel_factors == nullptr) {
+    transpose(static_cast<const float*>(w), words, PANEL, words, panel);
+  } else {
+    transpose_integers<std::conditional_t<sizeof(element) == 4, Float32, BFloat16>>(static_cast<const int8_t*>(w),
+                                                                                    words, panel);
+  }
   for (int lane = 0; lane < PANEL; lane += LANES) {
+    vec channel = channel_factors == nullptr ? splat(1.0f) : load(channel_factors + lane);
     vec factors[Outer::POINTS * Inner::POINTS];
     if constexpr (Type::operand::PER_WORD == 2) {
       weight_scales<Outer, Inner>(panel, in_channels, taps, lane, scales, scale_stride, factors);
+      for (int p = 0; channel_factors != nullptr && p < Outer::POINTS * Inner::POINTS; p++) {
+        store(scales + p * scale_stride + lane, load(scales + p * scale_stride + lane) * channel);
+      }
     }
     for (int64_t c = 0; c < in_channels; c += 2) {
       float* to = u + c / Type::operand::PER_WORD * PANEL + lane;
       weight_pair<element, Outer, Inner>(panel, c, taps, lane, [&](int p, vec even, vec odd) {
         if constexpr (Type::operand::PER_WORD == 1) {
-          store(to + p * stride, even);
-          store(to + p * stride + PANEL, odd);
+          store(to + p * stride, even * channel);
+          store(to + p * stride + PANEL, odd * channel);
         } else {
           ivec low = (ivec)(even * factors[p] + ROUND_TO_INTEGER) & 0xffff;
           ivec high = (ivec)(odd * factors[p] + ROUND_TO_INTEGER) << 16;

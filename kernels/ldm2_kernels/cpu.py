@@ -21,6 +21,7 @@ import platform
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -202,47 +203,63 @@ def _wide(arg: object) -> object:
     return arg.float() if isinstance(arg, Tensor) else arg
 
 
+def _parts(weight: Any) -> tuple[Tensor, Tensor | None]:
+    """The numbers of a weight, and the scales of its output channels where it is an `Int8` of `ldm2.ops`."""
+    return (weight, None) if isinstance(weight, Tensor) else weight
+
+
+def _dense(weight: Any, dtype: torch.dtype) -> Tensor:
+    """A weight as PyTorch takes it."""
+    return weight if isinstance(weight, Tensor) else weight.dense(dtype)
+
+
 @_kernel
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+def conv3x3(x: Tensor, weight: Any, bias: Tensor, residual: Tensor | None = None) -> Tensor:
     """Result in channels-last memory, whatever the input's."""
-    if not _pays(weight):
+    values, scale = _parts(weight)
+    if not _pays(values):
         x = x.contiguous(memory_format=torch.channels_last)
-        y = _plain(F.conv2d, x, weight, bias, padding=1)
+        y = _plain(F.conv2d, x, _dense(weight, x.dtype), bias, padding=1)
         return y if residual is None else y + residual
-    return torch.ops.ldm2_cpu.convolution(x, weight, bias, residual, _NARROW if x.shape[3] == 2 else _WIDE, 1, 1.0)
+    variant = _NARROW if x.shape[3] == 2 else _WIDE
+    return torch.ops.ldm2_cpu.convolution(x, values, bias, residual, variant, 1, 1.0, scale)
 
 
 @_kernel
-def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def conv1x1(x: Tensor, weight: Any, bias: Tensor) -> Tensor:
     """One matrix product where the channels are last in memory, as `conv3x3` leaves them; PyTorch would copy them."""
-    return _linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+    matrix = weight.flatten(1) if isinstance(weight, Tensor) else weight.as_matrix()
+    return _linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
 
 
 @_kernel
-def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def conv1d(x: Tensor, weight: Any, bias: Tensor) -> Tensor:
     """As the convolutions of the residual blocks, with nothing before it."""
     return _leaky_conv(x, weight, bias, None, 1, 1.0)
 
 
 @_kernel
-def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+def conv_transpose1d(x: Tensor, weight: Any, bias: Tensor, stride: int, padding: int) -> Tensor:
     """One matrix product: a window of inputs gives the `stride` outputs that depend on no others. Channels are last."""
-    (batch, _, length), (ins, outs, taps) = x.shape, weight.shape
+    values, scale = _parts(weight)
+    (batch, _, length), (ins, outs, taps) = x.shape, values.shape
     reach = -(-taps // stride)                             # inputs in a window; between them and the next item, zeros
     steps = length + 2 * (reach - 1)
     padded = x.new_zeros(batch * steps + reach - 1, ins)
     padded[: batch * steps].view(batch, steps, ins)[:, reach - 1 : reach - 1 + length] = x.mT
     windows = padded.flatten().unfold(0, reach * ins, ins)                   # (B * steps, reach * C_in)
-    blocks = weight.new_zeros(stride, outs, reach, ins)
-    parts = weight.flatten(1).T.contiguous().view(outs, taps, ins).split(stride, dim=1)
+    blocks = values.new_zeros(stride, outs, reach, ins)
+    parts = values.flatten(1).T.contiguous().view(outs, taps, ins).split(stride, dim=1)
     for i, part in enumerate(reversed(parts)):             # the last input of a window meets the first taps
         blocks[: part.shape[1], :, i] = part.transpose(0, 1)
-    y = _linear(windows, blocks.view(stride * outs, reach * ins), bias.repeat(stride))
+    matrix = blocks.view(stride * outs, reach * ins)
+    joint = matrix if scale is None else type(weight)(matrix, scale.view(outs, 1).repeat(stride, 1))
+    y = _linear(windows, joint, bias.repeat(stride))
     return y.view(batch, steps * stride, outs)[:, padding : (length - 1) * stride + taps - padding].mT
 
 
 @_kernel
-def residual_blocks(x: Tensor, slope: float, dilations: tuple[tuple[int, ...], ...], *parameters: Tensor) -> Tensor:
+def residual_blocks(x: Tensor, slope: float, dilations: tuple[tuple[int, ...], ...], *parameters: Any) -> Tensor:
     """The activation belongs to the loads of a convolution, the sum to its stores."""
     given, total = iter(parameters), None
     for block in dilations:
@@ -255,18 +272,19 @@ def residual_blocks(x: Tensor, slope: float, dilations: tuple[tuple[int, ...], .
 
 
 @_kernel
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
     """The weights are laid out for the product in cache, a piece at a time."""
     return _linear(x, weight, bias)
 
 
 @_kernel
-def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_geglu(x: Tensor, weight: Any, bias: Tensor) -> Tensor:
     """What the gates multiply, and the gates, never leave the cache."""
-    if not _has_panels(x, weight, 2 * _PANEL):
-        value, gate = _plain(F.linear, x, weight, bias).chunk(2, dim=-1)
+    values, scale = _parts(weight)
+    if not _has_panels(x, values, 2 * _PANEL):
+        value, gate = _plain(F.linear, x, _dense(weight, x.dtype), bias).chunk(2, dim=-1)
         return F.gelu(gate).mul_(value)
-    return torch.ops.ldm2_cpu.linear(x, weight, bias, True)
+    return torch.ops.ldm2_cpu.linear(x, values, bias, True, scale)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -283,28 +301,31 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     return torch.ops.ldm2_cpu.attention(q, k, v, bias)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not _has_panels(x, weight, _PANEL):
-        return _plain(F.linear, x, weight, bias)
-    return torch.ops.ldm2_cpu.linear(x, weight, bias, False)
+def _linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+    values, scale = _parts(weight)
+    if not _has_panels(x, values, _PANEL):
+        return _plain(F.linear, x, _dense(weight, x.dtype), bias)
+    return torch.ops.ldm2_cpu.linear(x, values, bias, False, scale)
 
 
 def _has_panels(x: Tensor, weight: Tensor, unit: int) -> bool:
-    """Whether the linear kernel takes these, and is faster than PyTorch: `unit` output channels are made together."""
+    """Whether the linear kernel takes these, and is faster than PyTorch: `unit` output channels are made together.
+
+    With weights of bytes, which PyTorch would first have to widen, it always is.
+    """
     outs, ins = weight.shape
     fits = outs % unit == 0 and (x.dtype == torch.float32 or ins % 2 == 0)
-    return fits and _enough(x.numel(), _FEWEST_ROWS * ins)
+    return fits and (weight.dtype == torch.int8 or _enough(x.numel(), _FEWEST_ROWS * ins))
 
 
-def _leaky_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, dilation: int, slope: float
-) -> Tensor:
+def _leaky_conv(x: Tensor, weight: Any, bias: Tensor, residual: Tensor | None, dilation: int, slope: float) -> Tensor:
     """conv(leaky_relu(x)) + residual, of the length and dtype of x."""
-    size = weight.shape[2]
-    if size in _LINES and _pays(weight) and _enough(len(x) * x.shape[2], _FEWEST_POSITIONS):
-        return torch.ops.ldm2_cpu.convolution(x, weight, bias, residual, size, dilation, slope)
+    values, scale = _parts(weight)
+    size = values.shape[2]
+    if size in _LINES and _pays(values) and _enough(len(x) * x.shape[2], _FEWEST_POSITIONS):
+        return torch.ops.ldm2_cpu.convolution(x, values, bias, residual, size, dilation, slope, scale)
     x = x if slope == 1.0 else F.leaky_relu(x, slope)
-    y = _plain(F.conv1d, x, weight, bias, padding=dilation * (size // 2), dilation=dilation)
+    y = _plain(F.conv1d, x, _dense(weight, x.dtype), bias, padding=dilation * (size // 2), dilation=dilation)
     return y if residual is None else y.add_(residual)
 
 

@@ -95,6 +95,8 @@ class Adapter:
         """
         known = {_flat(name.removesuffix(".weight").removeprefix("transformer.")): name for name in weights
                  if name.endswith(".weight")}
+        if any(weight.dtype == torch.int8 for weight in weights.values()):
+            raise ValueError(f"{self.source} cannot be added to int8 weights: load the model in another dtype")
         found, missing, misshapen = {}, [], []
         for module, layer in self.of_part(part).items():
             name = known.get(_flat(module))

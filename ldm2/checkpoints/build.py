@@ -18,6 +18,7 @@ from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
 from ldm2.fields import named
 from ldm2.pipeline import AudioLDM2
 from ldm2.runtime import weight_layout
+from ldm2.runtime.device import computing_dtype
 from ldm2.runtime.memory import Load, Stage
 from ldm2.runtime.progress import Progress
 from ldm2.schedules import Schedule
@@ -169,8 +170,8 @@ def pipeline(
     return AudioLDM2(
         **_modules(loads, device, low_memory, report), schedule=schedule,
         defaults={**_defaults(schedule), **checkpoint.defaults},
-        make_ranker=make_ranker if checkpoint.can_rank else None, device=device, dtype=dtype, reference=reference,
-        origin=origin, load=load, loras=checkpoint.loras,
+        make_ranker=make_ranker if checkpoint.can_rank else None, device=device, dtype=computing_dtype(dtype),
+        reference=reference, origin=origin, load=load, loras=checkpoint.loras,
     )
 
 

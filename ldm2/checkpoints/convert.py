@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm2.checkpoints import hub, known, reading
+from ldm2.checkpoints import hub, int8, known, reading
 from ldm2.checkpoints.adapter import Adapter, combined
 from ldm2.checkpoints.build import config_of
 from ldm2.checkpoints.lora_files import find
@@ -31,6 +31,7 @@ from ldm2.checkpoints.parts import Checkpoint, Part
 from ldm2.checkpoints.writer import write_safetensors
 from ldm2.config import UNetConfig
 from ldm2.fields import read_json
+from ldm2.ops import dense
 from ldm2.options import loras
 from ldm2.runtime.device import DTYPES
 from ldm2.text.tokenizers import SOURCES, save_tokenizer
@@ -78,7 +79,8 @@ def convert(
 
     source:     an authors' file, a folder in the hub's layout, or a name that `ldm2.load` knows
     folder:     where to; must not exist, unless `overwrite` and it is a checkpoint, which is replaced at the end
-    dtype:      "float32", "float16" or "bfloat16"; None keeps what the source has
+    dtype:      "float32", "float16", "bfloat16" or "int8" (large weights; the others become float32); None keeps what
+                the source has
     config, tokenizers: as in `ldm2.original.components`, for authors' files
     reference:  what a single number of heads in a hub folder means: "authors" heads of 32 channels, as trained;
                 "diffusers" that number at each level
@@ -251,11 +253,24 @@ def _write_part(
         if file.suffix in hub.SMALL and ".index." not in file.name and file.name != "config.json":
             shutil.copyfile(file, folder / file.name)
     stem = "diffusion_pytorch_model" if name in DIFFUSERS_PARTS else "model"
-    write_safetensors(folder / f"{stem}.safetensors", tensors, dtype)
-    if name not in DIFFUSERS_PARTS:
-        fields.pop("torch_dtype", None)
-        fields["dtype"] = _stored_dtype(tensors, dtype)
+    _write_tensors(folder / f"{stem}.safetensors", tensors, dtype, part.source)
+    stored = _stored_dtype(tensors, dtype)
+    fields.pop("torch_dtype", None)
+    fields.pop(int8.FIELD, None)
+    if name not in DIFFUSERS_PARTS or stored == "int8":
+        fields[int8.FIELD] = stored
     _write_json(folder / "config.json", fields)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, source: str) -> None:
+    """Write the tensors of a part in `dtype`, None as they are. Raises ValueError for damaged int8 weights."""
+    held = int8.paired(tensors, source)
+    if dtype == torch.int8:
+        write_safetensors(path, int8.quantized(tensors), torch.float32)
+    elif dtype is None:
+        write_safetensors(path, tensors)
+    else:
+        write_safetensors(path, {name: dense(weight, torch.float32) for name, weight in held.items()}, dtype)
 
 
 def _published(part: Part) -> dict[str, Tensor]:
@@ -284,8 +299,9 @@ def _fields(name: str, checkpoint: Checkpoint, reference: str) -> dict[str, Any]
 
 
 def _stored_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> str:
-    floating = dtype or next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-    return str(floating).removeprefix("torch.")
+    kinds = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point() or tensor.dtype == torch.int8]
+    stored = dtype or (torch.int8 if torch.int8 in kinds else kinds[0])
+    return str(stored).removeprefix("torch.")
 
 
 def _check_target(folder: Path, source: Path, overwrite: bool) -> None:

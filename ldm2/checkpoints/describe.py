@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ldm2.checkpoints import lora_files
+from ldm2.checkpoints import int8, lora_files
 from ldm2.checkpoints.adapter import Adapter
 from ldm2.checkpoints.build import config_of
 from ldm2.checkpoints.reading import read
@@ -80,9 +81,11 @@ def _heads(config: UNetConfig) -> tuple[int | None, ...]:
 
 def _part(name: str, kind: str, tensors: Mapping[str, Tensor]) -> Part:
     # Tied tensors of a pickle share their memory: they count once.
-    distinct = {(tensor.data_ptr(), tensor.shape): tensor for tensor in tensors.values() if tensor.is_floating_point()}
+    distinct = {(tensor.data_ptr(), tensor.shape): tensor for tensor in tensors.values()
+                if tensor.is_floating_point() or tensor.dtype == torch.int8}
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in distinct.values()})
-    parameters = sum(tensor.numel() for tensor in distinct.values())
+    scales = [tensor.numel() for each, tensor in tensors.items() if each.endswith(f"weight{int8.SCALE}")]
+    parameters = sum(tensor.numel() for tensor in distinct.values()) - sum(scales)
     return Part(name, kind, parameters, tuple(dtypes), sum(tensor.nbytes for tensor in distinct.values()))
 
 

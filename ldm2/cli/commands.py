@@ -126,7 +126,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("folder", help="output folder; written as FOLDER.partial and renamed when complete; rerun to "
                          "resume")
     options.add_source_options(command)
-    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as in the source")
+    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "int8"),
+                         help="default: as in the source")
     command.add_argument("--config", metavar="FILE", help="the authors' configuration, YAML or JSON (default: "
                          "recognised from the file)")
     command.add_argument("--tokenizers", metavar="FOLDER", help="a folder with tokenizer and tokenizer_2 (default: "

@@ -55,6 +55,8 @@ def dtype_of(*given: object) -> torch.dtype:
     value = getattr(torch, value, None) if isinstance(value, str) else value
     if not isinstance(value, torch.dtype):
         raise ValueError(f"torch_dtype must be a torch.dtype, got {stated[-1]!r}")
+    if not value.is_floating_point:
+        raise ValueError(f"torch_dtype must be a floating dtype, got {value}: int8 weights are for ldm2.load")
     return value
 
 

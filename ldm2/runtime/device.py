@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def choose_device(name: str) -> torch.device:
@@ -25,12 +25,22 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called `name`; "auto" is float16 on CUDA and float32 elsewhere. Raises ValueError if it is unknown."""
+    """The dtype called `name`; "auto" is float16 on CUDA and float32 elsewhere.
+
+    Raises ValueError if it is unknown, and for int8 elsewhere than on a CPU.
+    """
     if name == "auto":
         name = "float16" if device.type == "cuda" else "float32"
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}, choose from auto, {', '.join(DTYPES)}")
+    if name == "int8" and device.type != "cpu":
+        raise ValueError(f"dtype int8 is for CPUs, choose float16 on {device.type}: it loads int8 checkpoints, too")
     return DTYPES[name]
+
+
+def computing_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """What a model whose weights are of a dtype computes in. Int8 ones are widened as they are multiplied."""
+    return torch.float32 if dtype == torch.int8 else dtype
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers.models.clap import modeling_clap
 
 from ldm2 import weights
+from ldm2.checkpoints import int8
+from ldm2.ops import dense
 from ldm2.text.configs import transformers_config
 from ldm2.text.tokenizers import LazyTokenizer, TextTokenizer
 
@@ -98,9 +100,10 @@ class T5Text(nn.Module):
             t5 = cls(tokenizer, config)
         weights.load(t5.model, tensors, dtype=dtype, device=device, source=source)
         if dtype == torch.float16:
+            held = int8.paired(tensors, source)
             for name, module in t5.model.named_modules():
                 if name.endswith(".wo"):
-                    wide = tensors[f"{name}.weight"].to(device=device, dtype=torch.float32)
+                    wide = dense(held[f"{name}.weight"], torch.float32).to(device=device, dtype=torch.float32)
                     module.weight = nn.Parameter(wide, requires_grad=False)
         return t5.eval()
 

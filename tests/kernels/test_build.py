@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import re
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -223,3 +225,17 @@ def test_without_a_home_the_package_alone_is_searched(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", home)
     assert cpu.folders() == [cpu._HERE]
+
+
+def test_the_wheels_that_cibuildwheel_makes_hold_what_the_package_says():
+    root = Path(__file__).parents[2]
+    wheels = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
+    setup = (root / "setup.py").read_text()
+    assert wheels["environment"] == {"LDM2_BUILD_KERNELS": "1"}
+    assert 'os.environ.get("LDM2_BUILD_KERNELS") == "1"' in setup
+    versions = re.findall(r"Python :: 3[.](\d+)", setup)
+    assert wheels["build"] == [f"cp3{version}-manylinux_x86_64" for version in versions]
+    linked = re.findall(r'"-l(\w+)"', Path(build.__file__).read_text())
+    assert re.findall(r"--exclude lib(\w+)[.]so", wheels["repair-wheel-command"]) == linked
+    constraints = wheels["before-build"].partition("-c {project}/")[2]
+    assert re.search(r"^torch==", (root / constraints).read_text(), re.MULTILINE)

@@ -1,0 +1,182 @@
+"""Models with int8 weights: loaded from float and from int8 files, with and without kernels, moved, copied, refused."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ldm2
+from ldm2 import ops, weights
+from ldm2.checkpoints import adapter, hub
+from ldm2.checkpoints.convert import convert
+from ldm2.checkpoints.describe import describe
+from ldm2.checkpoints.int8 import LEAST, quantize, quantized, selects
+from ldm2.runtime.device import choose_dtype
+from tests.helpers import draw
+
+TINY = hub.BUNDLED / "tiny"
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """tiny, converted."""
+    return convert(TINY, tmp_path_factory.mktemp("int8") / "tiny", "int8").folder
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return ldm2.load("tiny", dtype="int8")
+
+
+def parts(pipe):
+    return {"unet": pipe.unet, "vae": pipe.vae, "vocoder": pipe.vocoder, "text": pipe.text}
+
+
+def test_all_large_weights_of_all_parts_are_int8_and_nothing_else(pipe):
+    plain = ldm2.load("tiny", dtype="float32")
+    for name, part in parts(pipe).items():
+        for key, weight in parts(plain)[name].named_parameters():
+            got = part.get_parameter(key)
+            assert got.shape == weight.shape
+            assert got.dtype == (torch.int8 if selects(key, weight) else torch.float32), f"{name}.{key}"
+    assert pipe.dtype == torch.float32 and "int8" in repr(pipe)
+
+
+def test_a_converted_folder_is_smaller_loads_by_itself_and_is_the_same_model(pipe, folder):
+    from_file = ldm2.load(folder)
+    assert from_file.origin["dtype"] == "int8"
+    for name, part in parts(pipe).items():
+        ours, theirs = part.state_dict(), parts(from_file)[name].state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for part in ("unet", "vae", "vocoder", "text_encoder", "text_encoder_2", "language_model"):
+        source = next((TINY / part).glob("*.safetensors"))
+        tensors = load_file(folder / part / source.name)
+        assert {str(tensor.dtype)[6:] for tensor in tensors.values() if tensor.ndim} >= {"int8", "float32"}, part
+        assert json.loads((folder / part / "config.json").read_text())["dtype"] == "int8"
+    held = describe(folder).parts
+    assert sum(part.size for part in held) < 0.55 * 4 * sum(part.parameters for part in held)
+    assert [part.parameters for part in held] == [part.parameters for part in describe(TINY).parts]
+
+
+def test_latents_are_near_those_of_float32_and_alike_with_and_without_kernels_and_low_memory(pipe, folder):
+    ask = {"prompt": "a rising sweep", "steps": 2, "seed": 1, "seconds": 1.0}
+    exact = ldm2.load("tiny", dtype="float32").generate(**ask)
+    made = pipe.generate(**ask)
+    assert 1e-4 < relative(made.latents, exact.latents) < 2e-2
+    assert made.settings["dtype"] == "int8"
+    with ops.backend("reference"):
+        assert relative(pipe.generate(**ask).latents, made.latents) < 1e-2
+    sleeping = ldm2.load(folder, low_memory=True)
+    assert torch.equal(sleeping.generate(**ask).latents, made.latents)
+    assert all(parameter.is_meta for parameter in sleeping.unet.parameters())
+
+
+def test_copies_and_pickles_stay_int8(pipe):
+    x, state = draw(1, *pipe.latent_shape(1.0)), pipe.conditionings(ldm2.Settings("a siren").resolved())[0]
+    expected = pipe.unet(x, 5.0, state)
+    other = copy.deepcopy(pipe)
+    assert torch.equal(other.unet(x, 5.0, state), expected)
+    again = pickle.loads(pickle.dumps(pipe))
+    assert again.origin["dtype"] == "int8" and torch.equal(again.unet(x, 5.0, state), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_in_int8_loads_and_converts_to_other_dtypes(folder, tmp_path, dtype):
+    wide = ldm2.load(folder, dtype=dtype)
+    weight = wide.unet.mid_block.resnets[0].conv1.weight
+    table = load_file(next((folder / "unet").glob("*.safetensors")))
+    name = "mid_block.resnets.0.conv1.weight"
+    expected = (table[name].float() * table[f"{name}_scale"]).to(weight.dtype)
+    assert torch.equal(weight, expected) and wide.origin["dtype"] == dtype
+    back = convert(folder, tmp_path / "back", dtype).folder
+    tensors = load_file(next((back / "unet").glob("*.safetensors")))
+    assert torch.equal(tensors[name], expected) and not any("scale" in key for key in tensors)
+    assert "dtype" not in json.loads((back / "unet/config.json").read_text())
+    same = convert(folder, tmp_path / "same").folder
+    assert load_file(next((same / "unet").glob("*.safetensors")))[name].dtype == torch.int8
+    assert ldm2.load(same).origin["dtype"] == "int8"
+
+
+def test_ranking_takes_the_audio_branch_of_an_int8_folder(folder):
+    made = ldm2.load(folder).generate("a siren", steps=1, seconds=0.5, num_waveforms=2, seed=0)
+    assert len(made.scores) == 2 and all(-1 <= score <= 1 for score in made.scores)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t, name: t.pop(f"{name}_scale"), "is int8 and has no"),
+    (lambda t, name: t[f"{name}_scale"].fill_(0), "must be positive and finite"),
+    (lambda t, name: t.update({name: t[name][1:].clone()}), "must be float32"),
+    (lambda t, name: t.update({each: t[each][1:].clone() for each in (name, f"{name}_scale")}), "misshapen"),
+    (lambda t, name: t.update({f"x.{each}": t[each].clone() for each in (name, f"{name}_scale")}), "unexpected"),
+])
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_damaged_int8_file_is_refused_in_one_line_that_names_it(folder, tmp_path, change, message, low_memory):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for item in folder.iterdir():
+        if item.name != "unet":
+            (damaged / item.name).symlink_to(item)
+    (damaged / "unet").mkdir()
+    (damaged / "unet/config.json").write_bytes((folder / "unet/config.json").read_bytes())
+    file = next((folder / "unet").glob("*.safetensors"))
+    tensors = load_file(file)
+    change(tensors, "mid_block.resnets.0.conv1.weight")
+    save_file(tensors, damaged / "unet" / file.name)
+    with pytest.raises(ValueError, match=rf"unet.*{message}") as caught:
+        ldm2.load(damaged, dtype="float32" if low_memory else "auto", low_memory=low_memory)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_int8_is_refused_elsewhere_than_on_a_cpu(kind):
+    with pytest.raises(ValueError, match=f"int8 is for CPUs, choose float16 on {kind}"):
+        choose_dtype("int8", torch.device(kind))
+
+
+def test_what_cannot_be_done_with_int8_weights_is_refused_by_name(pipe):
+    with pytest.raises(ValueError, match="int8 weights are made as they are read"):
+        pipe.move(torch.device("cpu"), torch.bfloat16, pipe.text)
+    with pytest.raises(ValueError, match="int8 weights are made as they are read"):
+        ldm2.load("tiny").move(torch.device("cpu"), torch.int8, pipe.text)
+    lora = adapter.Adapter({"unet.conv_in": adapter.LowRank(draw(2, 4), draw(8, 2))}, "my LoRA")
+    with pytest.raises(ValueError, match="my LoRA cannot be added to int8 weights"):
+        adapter.combined(pipe.unet.state_dict(), "unet", [(lora, 1.0)])
+
+
+class Layers(nn.Module):
+    """One of each kind of layer, with sizes that are large enough."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.conv1d = nn.Linear(150, 130), nn.Conv1d(50, 130, 5)
+        self.conv2d = nn.Conv2d(40, 60, 3, stride=2)
+        self.table, self.c_fc = nn.Embedding(700, 30), transformers.pytorch_utils.Conv1D(130, 150)
+        self.strange, self.small = nn.Bilinear(30, 30, 20), nn.Linear(100, 100)
+
+    def forward(self):
+        return [self.linear(draw(3, 150)), self.conv1d(draw(2, 50, 20)), self.conv2d(draw(1, 40, 9, 8)),
+                self.table(torch.tensor([[3, 699, 0]])), self.c_fc(draw(2, 4, 150)), self.small(draw(2, 100)),
+                self.strange(draw(2, 30), draw(2, 30, seed=1))]
+
+
+def test_layers_of_all_kinds_compute_with_the_widened_weights():
+    plain = Layers()
+    tensors = {name: draw(*tensor.shape, seed=i) for i, (name, tensor) in enumerate(plain.state_dict().items())}
+    assert sum(selects(name, tensor) for name, tensor in tensors.items()) == 6 and LEAST > 100 * 100
+    pairs = {name: quantize(name, tensor) for name, tensor in tensors.items() if selects(name, tensor)}
+    weights.load(plain, tensors | {name: pair.dense(torch.float32) for name, pair in pairs.items()})
+    for given in (tensors, quantized(tensors)):
+        packed = weights.load(Layers(), given, dtype=torch.int8)
+        assert packed.strange.weight.dtype == torch.float32
+        assert [layer.weight.dtype for layer in (packed.linear, packed.table, packed.c_fc)] == [torch.int8] * 3
+        for got, expected in zip(packed(), plain(), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
