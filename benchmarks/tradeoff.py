@@ -50,7 +50,9 @@ from ldm2.unet import UNet
 
 WHOLE_RUN = (0.0, 1.0)
 REFERENCE = {"sampler": "ddim", "steps": 200, "guidance_interval": WHOLE_RUN, "cache_interval": 1, "spacing": None}
+AT_ONCE = 16                               # sounds in one batch
 STEPS = (10, 20, 50)
+FEW = (8, 10, 12, 15)                      # of the preset fast
 TRAILING = ("ddim", "dpmpp-2m")
 INTERVALS = ((0.0, 0.4), (0.0, 0.6), (0.0, 0.8), (0.1, 0.8), (0.2, 0.8), (0.2, 1.0), (0.4, 1.0), (0.3, 0.7))
 Call = tuple[int, bool]                    # branches of guidance, and whether the deep part is computed
@@ -91,6 +93,7 @@ def ways() -> list[tuple[str, dict]]:
     rows += [("guidance interval", plain | {"guidance_interval": interval}) for interval in INTERVALS]
     for way in (REFERENCE | {"steps": 50}, trailing | {"steps": 50}, plain, fast):
         rows += [("DeepCache", way | {"cache_interval": n}) for n in (2, 3, 4)]
+    rows += [("fewer steps", fast | {"steps": steps}) for steps in FEW]
     instant = REFERENCE | PRESETS["instant"]
     rows += [("instant", instant | {"steps": steps}) for steps in (1, 2)]
     presets = [(f"preset {name}", REFERENCE | settings) for name, settings in PRESETS.items()]
@@ -190,13 +193,15 @@ class Comparison:
 
     def run(self, settings: dict) -> tuple[Tensor, float]:
         """Latents of all sounds, and the time for one."""
-        noise = SeededNoise(self.seeds)
-        x_T = noise.draw(*self.pipe.latent_shape(Settings("any").resolved(self.pipe.defaults).seconds))
-        clock = clock_of(self.pipe.device)
+        shape = self.pipe.latent_shape(Settings("any").resolved(self.pipe.defaults).seconds)
+        clock, parts = clock_of(self.pipe.device), []
         with self.pipe.adapters.hold(settings.get("lora")):
             started = clock()
-            latents = self.pipe.denoise(*self.sides, x_T, sampling(settings), noise=noise)
-            return latents, (clock() - started) / len(self.seeds)
+            for first in range(0, len(self.seeds), AT_ONCE):
+                rows = slice(first, first + AT_ONCE)
+                noise, sides = SeededNoise(self.seeds[rows]), [side.select(rows) for side in self.sides]
+                parts.append(self.pipe.denoise(*sides, noise.draw(*shape), sampling(settings), noise=noise))
+            return torch.cat(parts), (clock() - started) / len(self.seeds)
 
     def row(self, kind: str, settings: dict) -> Row:
         """Run, and compare."""
@@ -330,6 +335,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--prompts", type=count, default=6, help="how many kinds of sound (default: %(default)s)")
     parser.add_argument("--seeds", type=count, default=2, help="sounds of each (default: %(default)s)")
+    kinds = list(dict.fromkeys(kind for kind, _ in ways()))
+    parser.add_argument("--only", action="append", choices=kinds, metavar="KIND", help="ways of this kind, such as "
+                        "\"preset instant\"; may be repeated (default: all)")
     parser.add_argument("--no-judge", action="store_true", help="for models that know other sounds")
     parser.add_argument("--no-scores", action="store_true", help="neither CLAP score nor distances of embeddings")
     add_out(parser)
@@ -339,7 +347,8 @@ def main(arguments: list[str] | None = None) -> None:
     clap = None if args.no_scores else load_embedding(args.model, device=pipe.device)
     comparison = Comparison(pipe, prompts, seeds, judged=not args.no_judge, embedding=clap)
     rows = [comparison.row("reference", REFERENCE)]
-    compared = [way for way in ways() if all(word in pipe.loras for word, _ in way[1].get("lora", ()))]
+    compared = [way for way in ways() if not args.only or way[0] in args.only]
+    compared = [way for way in compared if all(word in pipe.loras for word, _ in way[1].get("lora", ()))]
     for kind, settings in compared:
         rows.append(comparison.row(kind, settings))
         print(f"{len(rows)} of {len(compared) + 1}: {rows[-1].name}", file=sys.stderr)

@@ -113,6 +113,18 @@ def test_the_counted_calls_are_those_that_the_unet_gets(pipe, monkeypatch, setti
     assert made == calls_of(pipe, REFERENCE | settings)
 
 
+def test_sounds_are_the_same_whatever_the_batch(comparison, monkeypatch):
+    whole, _ = comparison.run(REFERENCE)
+    monkeypatch.setattr(tradeoff, "AT_ONCE", 1)
+    torch.testing.assert_close(comparison.run(REFERENCE)[0], whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_way_with_a_lora_is_named_and_counted_without_guidance(pipe):
+    instant = tradeoff.REFERENCE | PRESETS["instant"]
+    assert name_of(instant) == "ddim 4, trailing, LoRA instant"
+    assert calls_of(pipe, instant) == {(1, True): 4}
+
+
 def test_the_judge_hears_what_was_asked_for(comparison, monkeypatch):
     rng = np.random.default_rng(0)
     right = [make_waveform(rng, kind) for kind in comparison.kinds]
