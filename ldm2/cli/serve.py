@@ -39,7 +39,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     for name, each in options_of(Limits).items():
         options.add_option(section, Limits, name, each, "")
     options.add_model_options(command)
-    command.set_defaults(run=serve)
+    command.set_defaults(run=serve, quiet=False)
 
 
 def serve(args: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from ldm2.serve import schemas, uploads
 from ldm2.serve.asked import About, asked, from_words, read_json
 from ldm2.serve.errors import Refused, invalid, to_json
-from ldm2.serve.jobs import COMPLETED, LIVE, QUEUED, Job, Jobs
+from ldm2.serve.jobs import COMPLETED, LIVE, QUEUED, Job, Jobs, stopping
 from ldm2.serve.limits import Limits
 from ldm2.serve.metrics import Metrics
 
@@ -190,7 +190,7 @@ async def made(request: Request, api: Api, job: Job) -> Response:
         if job.error is not None:
             raise job.error
         if job.status != COMPLETED:
-            raise Refused(409, f"job {job.id} was cancelled", "cancelled")
+            raise stopping() if api.jobs.closed else Refused(409, f"job {job.id} was cancelled", "cancelled")
         return await sound(job, job.sounds[0].path, about(job))
     finally:
         ended.cancel()

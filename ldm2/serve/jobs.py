@@ -27,7 +27,6 @@ STATES = QUEUED, IN_PROGRESS, COMPLETED, FAILED, CANCELLED = (
     "queued", "in_progress", "completed", "failed", "cancelled",
 )
 LIVE = (QUEUED, IN_PROGRESS)
-STOPPING = Refused(503, "the server is being stopped", "stopping", headers={"Retry-After": "10"})
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Jobs:
         """Raises Refused where no more jobs are taken, from anybody or from this client."""
         with self._lock:
             if self._closed:
-                raise STOPPING
+                raise stopping()
             wait = {"Retry-After": str(min(60, max(1, round(self._mean_seconds * len(self._queue) / 2))))}
             if len(self._queue) >= self.limits.queue:
                 raise Refused(429, f"{len(self._queue)} jobs are waiting: try again later", "queue_full", headers=wait)
@@ -121,6 +120,10 @@ class Jobs:
         """Put a job at the end of the queue. Raises Refused."""
         with self._lock:
             self.check_room(job.client)
+            held = sum(other.size for other in self._jobs.values() if other.status in LIVE) + job.size
+            if held > 1e6 * self.limits.keep_mb:
+                raise Refused(429, f"uploads that wait take {self.limits.keep_mb:g} MB: try again later",
+                              "storage_full", headers={"Retry-After": "10"})
             self._jobs[job.id] = job
             self._queue.append(job)
             self._arrived.notify_all()
@@ -143,6 +146,11 @@ class Jobs:
         """The jobs, the newest first."""
         with self._lock:
             return list(self._jobs.values())[::-1]
+
+    @property
+    def closed(self) -> bool:
+        """Whether the server is being stopped."""
+        return self._closed
 
     def waiting(self) -> int:
         """Jobs in the queue."""
@@ -252,7 +260,8 @@ class Jobs:
     def fail(self, job: Job, error: Refused) -> None:
         """A job could not be made."""
         with self._lock:
-            job.error = error
+            if job.status in LIVE:
+                job.error = error
             self._end(job, FAILED)
 
     def sweep(self) -> None:
@@ -333,3 +342,8 @@ def _described(job: Job, place: int | None) -> dict[str, Any]:
                     for n, sound in enumerate(job.sounds, start=1)],
         "error": None if job.error is None else job.error.told(), "url": url,
     }
+
+
+def stopping() -> Refused:
+    """What is told while the server is being stopped."""
+    return Refused(503, "the server is being stopped", "stopping", headers={"Retry-After": "10"})

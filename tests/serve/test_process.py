@@ -30,8 +30,8 @@ class Process:
         command = [sys.executable, "-m", "ldm2", "serve", "--model", "tiny", "--port", "0", "--grace", "0.2"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder,
                                         env=os.environ | {"TMPDIR": str(folder)})
-        self.said = self.process.stderr.readline()
-        self.address = re.search(r"http://\S+", self.said)[0]
+        lines = iter(self.process.stderr.readline, "")     # how loading goes, on a busy machine
+        self.address = next(found[0] for found in (re.search(r"http://\S+", line) for line in lines) if found)
 
     def end(self, how):
         """Send a signal -> exit code, and what was said."""
