@@ -277,15 +277,20 @@ def _asleep(module: nn.Module | None) -> bool:
     return module is None or next(module.parameters()).is_meta
 
 
+def _replaced(parameter: nn.Parameter) -> bool:
+    """Whether another tensor takes the place of a weight that changes. On a CPU its memory may be that of a file;
+    elsewhere CUDA graphs and joined matrices rely on where it lies."""
+    return parameter.device.type == "cpu"
+
+
 def _kept(parameter: nn.Parameter) -> Tensor:
     """A weight as it is, to be put back."""
-    return parameter.data if parameter.device.type == "cpu" else parameter.data.clone()
+    return parameter.data if _replaced(parameter) else parameter.data.clone()
 
 
 def _put(parameter: nn.Parameter, value: Tensor) -> None:
-    """Give a parameter another value. On a CPU its memory may be that of a file, so another takes its place; elsewhere
-    CUDA graphs and joined matrices rely on where it lies."""
-    if parameter.device.type == "cpu":
+    """Give a parameter another value."""
+    if _replaced(parameter):
         parameter.data = value
     else:
         parameter.data.copy_(value)

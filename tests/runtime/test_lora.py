@@ -16,6 +16,7 @@ import ldm2
 from ldm2.checkpoints import lora_files
 from ldm2.checkpoints.adapter import Adapter, LowRank, combined
 from ldm2.runtime import graphs, lora
+from ldm2.runtime.weight_layout import for_tensor_cores
 from ldm2.training.lora import TARGETS, add_lora
 from tests import authors
 from tests.helpers import Tape, draw, noise, relative
@@ -237,11 +238,31 @@ def test_graphs_follow_the_weights(tiny_checkpoint, files, monkeypatch):
     assert graphs.graphs_of(pipe.unet, pipe.device) is not before
 
 
-def test_elsewhere_weights_stay_where_they_lie():
-    parameter = torch.nn.Parameter(torch.ones(2, device="meta"))
-    kept = lora._kept(parameter)
-    lora._put(parameter, torch.zeros(2, device="meta"))
-    assert kept is not parameter.data and parameter.is_meta
+def test_elsewhere_weights_stay_where_they_lie(tiny_checkpoint, files, monkeypatch):
+    monkeypatch.setattr(lora, "_replaced", lambda parameter: False)
+    monkeypatch.setattr(graphs, "CudaCapture", lambda device: Tape())
+    one, other = (ldm2.load(tiny_checkpoint, device="cpu", dtype="bfloat16") for _ in range(2))
+    for_tensor_cores(one.unet)
+    before, recorded = state(one), graphs.graphs_of(one.unet, one.device)
+    attention = one.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    for pipe in (one, other):
+        pipe.load_lora(files[2])
+    assert graphs.graphs_of(one.unet, one.device) is recorded
+    joint = attention._joint()
+    assert torch.equal(joint, torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]))
+    assert same(state(one), state(other)) and not same(state(one), before)
+    one.unload_lora()
+    assert same(before, state(one)) and attention._joint() is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_recorded_graphs_replay_with_what_is_merged(tiny_checkpoint, files):
+    pipe, fresh = (ldm2.load(tiny_checkpoint, device="cuda") for _ in range(2))
+    plain = [sound(pipe) for _ in range(4)][-1]            # recorded by now
+    fresh.load_lora(files[0])
+    changed = sound(pipe, lora=files[0])
+    assert relative(changed, sound(fresh)) < 1e-2 < relative(changed, plain)
+    assert np.array_equal(sound(pipe), plain)
 
 
 def test_a_merge_that_fails_leaves_nothing_behind(pipe, files, monkeypatch):
