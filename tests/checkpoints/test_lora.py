@@ -92,13 +92,15 @@ def test_diffusers_reads_our_file_as_we_do(theirs, unet, peft, tmp_path, ranks):
     assert relative(ours(unet), expected) > 1e-2
 
 
-@pytest.mark.parametrize("config", [
-    {"r": 4, "lora_alpha": 8}, {"r": 4, "lora_alpha": 8, "use_rslora": True}, {"r": 3, "lora_alpha": 2.5},
-    {"r": 4, "lora_alpha": 8, "rank_pattern": {"to_q": 2, "conv1": 6},
-     "alpha_pattern": {"to_out.0": 3, r".*\.conv\d": 9}},
+PATTERNS = {"r": 4, "lora_alpha": 8, "rank_pattern": {"to_q": 2, "conv1": 6},
+            "alpha_pattern": {"to_out.0": 3, r".*\.conv\d": 9}}
+
+
+@pytest.mark.parametrize("how, config", [
+    ("peft", {"r": 3, "lora_alpha": 2.5}), ("peft", {"r": 4, "lora_alpha": 8, "use_rslora": True}),
+    ("peft", PATTERNS), ("diffusers", PATTERNS),
 ])
-@pytest.mark.parametrize("how", ["peft", "diffusers"])
-def test_we_read_what_peft_and_diffusers_write(theirs, unet, peft, tmp_path, config, how):
+def test_we_read_what_peft_and_diffusers_write(theirs, unet, peft, tmp_path, how, config):
     if how == "peft":
         made = stirred(peft.PeftModel(copy.deepcopy(theirs), peft.LoraConfig(target_modules=list(SIZES), **config)))
         made.save_pretrained(tmp_path)
