@@ -38,6 +38,7 @@ from benchmarks.arguments import add_out, count
 from ldm2.batch import job as jobs
 from ldm2.batch import manifest
 from ldm2.batch.local import Folder
+from ldm2.batch.rows import MANIFEST
 from ldm2.runtime import machine
 
 PROMPTS = ("a rising sweep", "low hum", "a high tone", "white noise", "a dog barking", "wind", "rain", "clapping")
@@ -241,7 +242,7 @@ def resume(bench: Bench) -> None:
             path = folder / f"{row.path}.flac"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"x" * 100)
-            lines.write(json.dumps(dict.fromkeys(manifest.MANIFEST) | {
+            lines.write(json.dumps(dict.fromkeys(MANIFEST) | {
                 "id": row.id, "path": f"{row.path}.flac", "status": manifest.OK, "bytes": 100, "asked": row.asked,
                 "ms": 100.0, "line": row.line, "prompt": row.options["prompt"]}) + "\n")
     code, out, seconds, used, memory = run(*command(table, folder, "--dry-run"))

@@ -317,15 +317,21 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _shard_around() -> tuple[int, int]:
-    """The part that a cluster has given this process; everything where there is none."""
+    """The part that a cluster has given this process; everything where there is none. Raises ValueError for a part that
+    cannot be: some rows would be nobody's."""
     def number(name: str, default: int = 0) -> int:
         text = os.environ.get(name, "")
         return int(text) if text.isdecimal() else default
 
+    place, count, names = 0, 1, ""
     if "SLURM_ARRAY_TASK_ID" in os.environ and number("SLURM_ARRAY_TASK_COUNT") > 1:
         step = max(1, number("SLURM_ARRAY_TASK_STEP", 1))
-        place = (number("SLURM_ARRAY_TASK_ID") - number("SLURM_ARRAY_TASK_MIN")) // step
-        return place + 1, number("SLURM_ARRAY_TASK_COUNT")
-    if number("WORLD_SIZE") > 1:
-        return number("RANK") + 1, number("WORLD_SIZE")
-    return 1, 1
+        place, rest = divmod(number("SLURM_ARRAY_TASK_ID") - number("SLURM_ARRAY_TASK_MIN"), step)
+        count, names = number("SLURM_ARRAY_TASK_COUNT"), "SLURM_ARRAY_TASK_ID"
+        place = -1 if rest else place
+    elif number("WORLD_SIZE") > 1:
+        place, count, names = number("RANK", -1), number("WORLD_SIZE"), "RANK"
+    if not 0 <= place < count:
+        raise ValueError(f"{names} {os.environ.get(names)} is none of {count} tasks in a row: say which part this is, "
+                         f"--shard I/N")
+    return place + 1, count

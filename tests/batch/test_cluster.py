@@ -111,6 +111,12 @@ def test_without_ray_one_line_says_what_to_install(monkeypatch):
         cluster.engine()
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_a_cluster_that_does_not_answer_is_told_at_once(address):
+    with pytest.raises(ValueError, match=f"no Ray cluster at {address}"):
+        cluster._check_answers(address)
+
+
 # --- tables of Arrow -------------------------------------------------------------------------------------------------
 
 def test_whole_numbers_and_gaps_survive_in_arrow():

@@ -22,6 +22,7 @@ from ldm2.batch import local, manifest, pool, worker
 from ldm2.batch.local import Folder
 from ldm2.batch.rows import Rules, seed_of
 from ldm2.batch.worker import Worker
+from ldm2.cli.batch import _shard_around
 from ldm2.cli.commands import main
 from tests.helpers import ROOT, relative, tone
 
@@ -263,8 +264,6 @@ def test_a_full_disk_ends_the_job_in_one_line_and_a_rerun_completes(batch, tmp_p
 
 
 def test_the_shard_comes_from_the_cluster(monkeypatch):
-    from ldm2.cli.batch import _shard_around
-
     for name in ("SLURM_ARRAY_TASK_ID", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert _shard_around() == (1, 1)
@@ -274,6 +273,21 @@ def test_the_shard_comes_from_the_cluster(monkeypatch):
     for name, value in {"ID": "14", "MIN": "10", "STEP": "2", "COUNT": "5"}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     assert _shard_around() == (3, 5)
+
+
+@pytest.mark.parametrize("told, words", [
+    ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "3"}, "SLURM_ARRAY_TASK_ID 7"),
+    ({"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "3",
+      "SLURM_ARRAY_TASK_STEP": "2"}, "SLURM_ARRAY_TASK_ID 4"),
+    ({"RANK": "4", "WORLD_SIZE": "4"}, "RANK 4 is none of 4 tasks"), ({"WORLD_SIZE": "4"}, "RANK None"),
+])
+def test_a_part_that_cannot_be_is_refused(monkeypatch, told, words):
+    for name in ("SLURM_ARRAY_TASK_ID", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{words}.*--shard"):
+        _shard_around()
 
 
 def _start(tmp_path, *arguments):
