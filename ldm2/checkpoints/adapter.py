@@ -95,8 +95,6 @@ class Adapter:
         """
         known = {_flat(name.removesuffix(".weight").removeprefix("transformer.")): name for name in weights
                  if name.endswith(".weight")}
-        if any(weight.dtype == torch.int8 for weight in weights.values()):
-            raise ValueError(f"{self.source} cannot be added to int8 weights: load the model in another dtype")
         found, missing, misshapen = {}, [], []
         for module, layer in self.of_part(part).items():
             name = known.get(_flat(module))
@@ -106,8 +104,8 @@ class Adapter:
                 have, need = layer.shape(part == TRANSPOSED), tuple(weights[name].shape)
                 misshapen.append(f"{part}.{module} {have} instead of {need}")
             elif not weights[name].is_floating_point():
-                raise ValueError(f"{self.source}: {name} is {str(weights[name].dtype)[6:]}, a LoRA is added to weights "
-                                 "in floating point: load the model in another dtype")
+                kind = str(weights[name].dtype)[6:]
+                raise ValueError(f"{self.source} cannot be added to {kind} weights, such as {name}")
             else:
                 found[name] = layer
         problems = [f"{len(names)} {kind} ({few(names)})"

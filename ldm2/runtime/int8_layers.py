@@ -40,8 +40,9 @@ class Int8Conv1D(nn.Module):
     """GPT-2's linear layer, whose weight is (in, out). It has its output channels first in memory."""
 
     def forward(self, x: Tensor) -> Tensor:
-        values, scale = weight_of(self)
-        return ops.linear(x, ops.Int8(values.T, scale.T), self.bias)
+        weight = weight_of(self)
+        turned = ops.Int8(weight.values.T, weight.scale.T) if isinstance(weight, ops.Int8) else weight.T
+        return ops.linear(x, turned, self.bias)
 
 
 # What takes the place of a layer. Others see to their weights themselves, or through what runs them.

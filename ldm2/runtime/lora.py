@@ -14,10 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ldm2.checkpoints.adapter import PARTS, Adapter, combined
 from ldm2.checkpoints.lora_files import NAMES, File, find
+from ldm2.layers import weight_of
+from ldm2.ops import dense
 from ldm2.options import check_number, check_text
 from ldm2.runtime.inference import ordinary
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 _STAGES = {"unet": "unet", "language_model": "text", "projection_model": "text"}
 KEPT = 8                                                   # adapters that have been read
 
+Original = tuple[Tensor, Tensor | None]                    # of a layer: its weight, and the scale if that is int8
 Asked = Sequence[Any]                                      # (file or name, scale), maybe with a SHA-256, of settings
 
 
@@ -54,7 +58,7 @@ class Adapters:
         self.files = dict(files or {})
         self.standing: dict[str, Entry] = {}
         self._merged: tuple[Entry, ...] = ()               # what the weights hold now
-        self._originals: dict[str, dict[str, Tensor]] = {}
+        self._originals: dict[str, dict[str, Original]] = {}
         self._read: dict[tuple, tuple[str, Adapter]] = {}
         self._free, self._users = threading.Condition(), 0
         self._mine = threading.local()
@@ -229,9 +233,9 @@ class Adapters:
         """Take out what is merged."""
         with ordinary():
             for part, originals in self._originals.items():
-                weights = dict(self._part(part).named_parameters())
+                weights = Weights(self._part(part))
                 for name, original in originals.items():
-                    _put(weights[name], original)
+                    weights.put_back(name, original)
         self._originals.clear()
         self._merged = ()
 
@@ -242,12 +246,12 @@ class Adapters:
         if _asleep(module) or not any(part in adapter.parts for adapter, _ in adapters):
             return
         with ordinary():
-            weights = dict(module.named_parameters())
+            weights = Weights(module)
             changed = combined(weights, part, adapters)
             if not self.low_memory:
-                self._originals[part] = {name: _kept(weights[name]) for name in changed}
+                self._originals[part] = {name: weights.kept(name) for name in changed}
             for name, weight in changed.items():
-                _put(weights[name], weight)
+                weights.put(name, weight)
 
     def _part(self, part: str) -> Any:
         return {"unet": self.unet, "language_model": self.text.gpt2, "projection_model": self.text.projection}[part]
@@ -257,7 +261,54 @@ class Adapters:
         module = self._part(part)
         if module is None:
             raise ValueError(f"{adapter.source} is a LoRA of another model: this one has no {part}")
-        return dict(module.named_parameters())
+        return Weights(module)
+
+
+class Weights(Mapping[str, Tensor]):
+    """The weights of the layers of a module by their names, to be read and changed. Int8 ones are read in float32, and
+    are float32 for as long as they are changed: a change of less than half a step would be lost."""
+
+    def __init__(self, module: nn.Module):
+        self._layers: dict[str, Any] = {
+            f"{name}.weight": layer for name, layer in module.named_modules()
+            if isinstance(getattr(layer, "weight", None), nn.Parameter)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return dense(weight_of(self._layers[name]), torch.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def kept(self, name: str) -> Original:
+        """A weight as it is, for `put_back`."""
+        layer = self._layers[name]
+        scale = getattr(layer, "weight_scale", None)
+        if scale is not None:
+            return layer.weight, scale
+        return layer.weight.data if _replaced(layer.weight) else layer.weight.data.clone(), None
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Change a weight."""
+        layer = self._layers[name]
+        if getattr(layer, "weight_scale", None) is not None:
+            layer.weight, layer.weight_scale = nn.Parameter(value, requires_grad=False), None
+        elif _replaced(layer.weight):
+            layer.weight.data = value
+        else:
+            layer.weight.data.copy_(value)
+
+    def put_back(self, name: str, original: Original) -> None:
+        """Make a weight what it was, bit by bit."""
+        value, scale = original
+        if scale is None:
+            self.put(name, value)
+        else:
+            layer = self._layers[name]
+            layer.weight, layer.weight_scale = value, scale
 
 
 def name_of(path: str) -> str:
@@ -281,16 +332,3 @@ def _replaced(parameter: nn.Parameter) -> bool:
     """Whether another tensor takes the place of a weight that changes. On a CPU its memory may be that of a file;
     elsewhere CUDA graphs and joined matrices rely on where it lies."""
     return parameter.device.type == "cpu"
-
-
-def _kept(parameter: nn.Parameter) -> Tensor:
-    """A weight as it is, to be put back."""
-    return parameter.data if _replaced(parameter) else parameter.data.clone()
-
-
-def _put(parameter: nn.Parameter, value: Tensor) -> None:
-    """Give a parameter another value."""
-    if _replaced(parameter):
-        parameter.data = value
-    else:
-        parameter.data.copy_(value)

@@ -320,5 +320,5 @@ def test_a_scale_that_leaves_the_range_is_refused(unet):
 
 def test_integers_are_no_weights_to_add_to(unet):
     weight = torch.ones(64, 64, dtype=torch.int8)
-    with pytest.raises(ValueError, match=f"{Q}.weight is int8"):
+    with pytest.raises(ValueError, match=f"added to int8 weights, such as {Q}.weight"):
         combined({f"{Q}.weight": weight}, "unet", [(adapter({Q: 4}), 1.0)])

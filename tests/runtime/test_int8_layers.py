@@ -147,9 +147,45 @@ def test_what_cannot_be_done_with_int8_weights_is_refused_by_name(pipe):
         pipe.move(torch.device("cpu"), torch.bfloat16, pipe.text)
     with pytest.raises(ValueError, match="int8 weights are made as they are read"):
         ldm2.load("tiny").move(torch.device("cpu"), torch.int8, pipe.text)
-    lora = adapter.Adapter({"unet.conv_in": adapter.LowRank(draw(2, 4), draw(8, 2))}, "my LoRA")
+    weights = pipe.unet.state_dict()
     with pytest.raises(ValueError, match="my LoRA cannot be added to int8 weights"):
-        adapter.combined(pipe.unet.state_dict(), "unet", [(lora, 1.0)])
+        adapter.combined(weights, "unet", [(adapter.Adapter(changes(pipe.unet, "unet"), "my LoRA"), 1.0)])
+
+
+def changes(module, part) -> dict[str, adapter.LowRank]:
+    """A LoRA of all layers of the UNet, or of GPT-2's blocks, that have int8 weights."""
+    found = {}
+    for number, (name, weight) in enumerate(module.named_parameters()):
+        if weight.dtype == torch.int8 and (part == "unet" or name.startswith("h.")):
+            outs, *ins = weight.T.shape if part == "language_model" else weight.shape
+            down, up = draw(2, *ins, seed=number), draw(outs, 2, *[1] * (len(ins) - 1), seed=number)
+            found[f"{part}.{name.removesuffix('.weight')}"] = adapter.LowRank(0.1 * down, 0.1 * up)
+    return found
+
+
+def test_a_lora_is_added_to_int8_weights_in_float32_and_taken_out(pipe, tmp_path):
+    layers = changes(pipe.unet, "unet") | changes(pipe.text.gpt2, "language_model")
+    path = adapter.Adapter(layers).save(tmp_path / "x.safetensors")
+    parts = {"unet": pipe.unet, "language_model": pipe.text.gpt2}
+    before = {part: {name: value.clone() for name, value in module.state_dict().items()}
+              for part, module in parts.items()}
+    heard = pipe.generate("a siren", seed=0, steps=2, seconds=0.3).latents
+    pipe.load_lora(path, 0.5)
+    changed = pipe.generate("a siren", seed=0, steps=2, seconds=0.3).latents
+    for name, layer in layers.items():
+        part, _, module = name.partition(".")
+        old = ops.Int8(before[part][f"{module}.weight"], before[part][f"{module}.weight_scale"]).dense(torch.float32)
+        delta = 0.5 * (layer.up.flatten(1) @ layer.down.flatten(1))
+        delta = delta.T if part == "language_model" else delta
+        torch.testing.assert_close(parts[part].get_parameter(f"{module}.weight"), old + delta.reshape(old.shape))
+    pipe.unload_lora()
+    assert len(layers) > 50 and {name.partition(".")[0] for name in layers} == set(parts)
+    for part, module in parts.items():
+        now = module.state_dict()
+        assert now.keys() == before[part].keys()
+        assert all(torch.equal(value, before[part][name]) for name, value in now.items())
+    assert torch.equal(pipe.generate("a siren", seed=0, steps=2, seconds=0.3).latents, heard)
+    assert not torch.allclose(changed, heard, atol=1e-3)
 
 
 class Layers(nn.Module):
