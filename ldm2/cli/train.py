@@ -81,4 +81,7 @@ def run(args: argparse.Namespace) -> int:
     except Stopped as stop:
         say(f"{stop}; all is saved, run the same command again to go on")
         return 128 + stop.number
+    except KeyboardInterrupt:
+        say("stopped; run the same command again to go on from the last save")
+        return 130
     return 0

@@ -44,14 +44,16 @@ class Batches:
     """Draws the rows of each step from encoded clips.
 
     rows: of a whole step, over all processes. frames: latent frames of a crop. scaling: of the latents. total: time
-    steps of the schedule. drop: share of the rows without a caption.
+    steps of the schedule. drop: share of the rows without a caption. own: examples that the model made itself, and the
+    share of the rows that come from them.
     """
 
     def __init__(
         self, examples: Sequence[Example], nothing: str, store: Store, *, rows: int, frames: int, scaling: float,
-        total: int, drop: float, seed: int,
+        total: int, drop: float, seed: int, own: tuple[Sequence[Example], float] = ((), 0.0),
     ):
         self.examples, self.nothing, self.store, self.rows, self.frames = examples, nothing, store, rows, frames
+        self.own, self.own_share = own if own[0] else ((), 0.0)
         self.scaling, self.total, self.drop, self.seed = scaling, total, drop, seed
         self._conditioning = lru_cache(_KEPT)(lambda key: conditioning(store, key))
 
@@ -69,9 +71,7 @@ class Batches:
     def _row(self, step: int, row: int) -> tuple[Tensor, Tensor, Conditioning]:
         """Latents (C, T, F), noise of that shape, and conditioning of one row."""
         generator = generator_for(generator_for(self.seed, step).initial_seed(), 1 + row)
-        epoch, place = divmod(step * self.rows + row, len(self.examples))
-        order = torch.randperm(len(self.examples), generator=generator_for(self.seed + 1, epoch))
-        example = self.examples[int(order[place])]
+        example = self._example(step, row, generator)
         kept = self.store.get(example.latents)
         spare = kept["mean"].shape[1] - self.frames
         at = int(torch.randint(spare + 1, (), generator=generator))
@@ -81,6 +81,14 @@ class Batches:
         latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
         key = self.nothing if dropped else example.conditions[chosen]
         return self.scaling * latents, torch.randn(mean.shape, generator=generator), self._conditioning(key)
+
+    def _example(self, step: int, row: int, generator: torch.Generator) -> Example:
+        """One of the clips, each of them once before any comes again; or one of the model's own sounds."""
+        if self.own and torch.rand((), generator=generator) < self.own_share:
+            return self.own[int(torch.randint(len(self.own), (), generator=generator))]
+        epoch, place = divmod(step * self.rows + row, len(self.examples))
+        order = torch.randperm(len(self.examples), generator=generator_for(self.seed + 1, epoch))
+        return self.examples[int(order[place])]
 
 
 def split(examples: Examples, held_out: float, seed: int) -> tuple[list[Example], list[Example]]:

@@ -67,6 +67,20 @@ def read(place: str | Path, sounds: str | Path | None = None, strict: bool = Fal
     return data
 
 
+def prompts(path: str | Path) -> list[str]:
+    """The prompts in a file, one a line. Raises ValueError or OSError."""
+    path = Path(path).expanduser()
+    check_file(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    found = [check_text("a prompt", line.strip()) for line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"{path} holds no prompt")
+    return found
+
+
 def _tables_in(folder: Path) -> list[Path]:
     """The tables that describe a folder; none if its captions are in text files."""
     named = [path for path in sorted(folder.rglob("metadata.*")) if path.suffix in TABLES[1:] and path.is_file()]

@@ -7,7 +7,7 @@ and the settings. So a changed sound is encoded again, and equal ones are not.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +20,13 @@ from torch import Tensor
 from ldm2 import atomic, audio
 from ldm2.batch.rows import canonical, digest
 from ldm2.conditioning import Conditioning
+from ldm2.pipeline import AudioLDM2
 from ldm2.settings import MAX_SECONDS
 from ldm2.stages import Stages
 from ldm2.training.data import Clip, Data
 
 VERSION = 1                                # of what is in the files
+EXACT = -30.0                              # logarithm of the variance of latents that are known
 
 Report = Callable[[str, int, int], object]
 
@@ -107,6 +109,26 @@ def encode(
             keys = [key_of("text", *basis, caption, clip.transcription) for caption in clip.captions]
             examples.append(Example(latents, tuple(keys)))
     return Examples(tuple(examples), _encode_texts(pipe, data, basis, store, report), (*data.skipped, *skipped))
+
+
+def own_sounds(
+    pipe: AudioLDM2, model: str, prompts: Sequence[str], frames: int, store: Store, report: Report
+) -> list[Example]:
+    """What the model itself makes of prompts, as examples; from the store where it is there."""
+    basis = [VERSION, model, pipe.reference, str(pipe.dtype)]
+    found = []
+    for number, prompt in enumerate(prompts):
+        report("making sounds to keep", number, len(prompts))
+        example = Example(key_of("own", *basis, prompt, number, frames), (key_of("text", *basis, prompt, None),))
+        if not store.has(example.latents):
+            seconds = frames * pipe.frame_samples / pipe.sample_rate
+            latents = pipe.generate(prompt, seed=number, seconds=seconds).latents.float().cpu()
+            mean = latents[0] / pipe.vae.config.scaling_factor
+            store.put(example.latents, {"mean": mean, "logvar": torch.full_like(mean, EXACT)})
+        if not store.has(example.conditions[0]):
+            keep(store, example.conditions[0], pipe.encode(prompt))
+        found.append(example)
+    return found
 
 
 def model_digest(path: Path) -> str:

@@ -132,6 +132,14 @@ class Training:
         path_text(), "folder for what is computed of clips and captions (default: in OUT)", group="data",
         metavar="FOLDER")
 
+    keep: str | None = option(
+        path_text(), "file with a prompt a line that the model should go on answering as before: it makes a sound of "
+        "each first, and learns these along (prior preservation, arXiv:2208.12242)", group="data", tasks=FROM_SOUNDS,
+        metavar="FILE")
+    keep_share: float | None = option(
+        number(0, 0.99), "share of the rows that come from these sounds", group="data", default=0.5,
+        tasks=FROM_SOUNDS, metavar="SHARE")
+
     held_out: float | None = option(
         number(0, 0.9), "share of the clips that is kept aside to measure the loss on", group="watching", default=0.0,
         metavar="SHARE")

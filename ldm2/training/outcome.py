@@ -20,6 +20,7 @@ from ldm2.checkpoints.writer import write_safetensors
 from ldm2.fields import read_json
 from ldm2.layers import ResnetBlock
 from ldm2.training.folder import Folder
+from ldm2.training.frozen import hasten
 from ldm2.training.loop import Recipe, generator_for
 from ldm2.training.lora import Lora, add_lora
 from ldm2.training.options import Training
@@ -43,6 +44,8 @@ class Trained:
 
 def prepare(unet: UNet, options: Training) -> Trained:
     """Make the UNet ready: the parameters that need a gradient are float32 and in memory of their own."""
+    if options.low_rank:
+        hasten(unet)
     if options.checkpointing:
         recompute(unet)
     if options.low_rank:

@@ -30,7 +30,7 @@ from ldm2.runtime.memory import gigabytes, peak_bytes
 from ldm2.runtime.progress import shown
 from ldm2.training import data, outcome
 from ldm2.training.batches import Batch, Batches, Rows, split
-from ldm2.training.encoding import Store, encode, model_digest
+from ldm2.training.encoding import Store, encode, model_digest, own_sounds
 from ldm2.training.folder import Folder
 from ldm2.training.loop import HELD_OUT, Clock, Told, processes, rank
 from ldm2.training.loop import train as run_loop
@@ -75,6 +75,7 @@ class Learner:
 
     def __post_init__(self) -> None:
         self.unet, self.schedule = self.pipe.unet, self.pipe.schedule
+        self.step = 0                                      # the number of the last step, from 1
         self._alphas = torch.as_tensor(self.schedule.alphas_cumprod, dtype=torch.float32)
 
     def error(self, batch: Any) -> Tensor:
@@ -93,6 +94,7 @@ class Learner:
 
     def losses(self, batches: Rows, step: int) -> Iterator[Tensor]:
         """The parts of a step's loss that belong to this process, one after the other."""
+        self.step = step + 1
         size, parts = self.options.batch_size or 1, self.options.accumulate or 1
         for part in range(parts):
             batch = batches.take(step, (part * processes() + rank()) * size, size)
@@ -120,23 +122,25 @@ def train(job: Job) -> str:
         if rank() == 0:
             folder.check(asked, job.overwrite)
         found = data.read(job.data, options.sounds, options.strict)
+        prompts = [] if options.keep is None else data.prompts(options.keep)
         pipe = load_model(job, device, torch.float32)
         frames = frames_of(pipe, options)
         if rank() == 0:
             folder.begin(asked, job.overwrite)
         with shown(job.progress and rank() == 0) as report:
             examples = by_the_first(lambda: encode(pipe, asked["model"], found, frames, store, options.strict, report))
+            own = by_the_first(lambda: own_sounds(pipe, asked["model"], prompts, frames, store, report))
         kept, aside = split(examples, options.held_out or 0, options.seed or 0)
         tell_skipped(examples.skipped)
         _check_count(kept, options)
         if rank() == 0:
-            folder.settle(asked | {"data": [example.latents for example in examples.all]})
+            folder.settle(asked | {"data": [example.latents for example in (*examples.all, *own)]})
         learner = _learner(job, options, pipe)
         common: dict[str, Any] = {"frames": frames, "scaling": pipe.vae.config.scaling_factor,
                                   "total": pipe.schedule.num_train_timesteps}
         rows = (options.batch_size or 1) * (options.accumulate or 1) * processes()
         batches = Batches(kept, examples.nothing, store, rows=rows, drop=options.drop or 0, seed=options.seed or 0,
-                          **common)
+                          own=(own, options.keep_share or 0), **common)
         held_out = Batches(aside, examples.nothing, store, rows=HELD_OUT_STEPS * len(aside), drop=0, seed=0, **common)
         return run_training(job, folder, learner, batches, held_out)
 
@@ -148,16 +152,14 @@ def run_training(job: Job, folder: Folder, learner: Learner, batches: Rows, held
         trained = outcome.prepare(learner.unet, options)
         folder.check_space(outcome.bytes_needed(trained, options))
         clock = Clock(folder.inside, None, job.progress, 60 * (options.save_minutes or 0), curve=True)
-        board = stack.enter_context(_tensorboard(folder.inside / "tensorboard"))
+        told = stack.enter_context(_tensorboard(folder.inside / "tensorboard"))
 
-        def told(step: int, values: dict[str, float]) -> None:
-            board(step, values)
-            if step % (options.every or 1) == 0:
-                _previews(learner, folder.inside / "previews", step)
+        def watch() -> dict[str, float]:
+            _previews(learner, folder.inside / "previews")
+            return {HELD_OUT: learner.measure(held_out)} if held_out.rows else {}
 
-        steps = run_loop(
-            options.task, trained.module, lambda step, _: learner.losses(batches, step), outcome.recipe(options), clock,
-            (lambda: {HELD_OUT: learner.measure(held_out)}) if held_out.rows else None, options.every or 1, told)
+        steps = run_loop(options.task, trained.module, lambda step, _: learner.losses(batches, step),
+                         outcome.recipe(options), clock, watch, options.every or 1, told)
         if rank():
             return ""
         return outcome.write(trained, job.model, job.load, model_path(job), folder, steps, learner.settings)
@@ -207,12 +209,12 @@ def noise_for(pipe: AudioLDM2, frames: int, rows: int) -> tuple[Tensor, Conditio
     return torch.randn(shape, generator=generator), Conditioning(contexts, (None,) * len(contexts), film)
 
 
-def _previews(learner: Learner, folder: Path, step: int) -> None:
+def _previews(learner: Learner, folder: Path) -> None:
     """A sound of each prompt, as the model makes it now."""
     for number, prompt in enumerate(learner.options.preview, start=1):
         folder.mkdir(exist_ok=True)
         sound = learner.pipe.generate(prompt, seed=learner.options.seed, **learner.settings)
-        sound.save(folder / f"step-{step:06d}-{number}.wav", overwrite=True)
+        sound.save(folder / f"step-{learner.step:06d}-{number}.wav", overwrite=True)
 
 
 def model_path(job: Job) -> Path:

@@ -87,3 +87,11 @@ def test_a_damaged_file_counts_as_not_there(store):
     assert not store.has("clip0")
     with pytest.raises(OSError, match="is damaged"):
         store.get("clip0")
+
+
+def test_sounds_of_the_models_own_are_mixed_in_as_often_as_asked(store):
+    own = [Example("clip5", ("text50", "text51"))]
+    many = Batches([Example("clip0", ("text00",))], "nothing", store, rows=400, frames=10, scaling=1.0, total=10,
+                   drop=0.0, seed=0, own=(own, 0.25)).take(0, 0, 400)
+    assert (many.x_0[:, 0, 0, 0].round() == 5).float().mean() == pytest.approx(0.25, abs=0.06)
+    assert torch.equal(many.conditioning.contexts[0][:, 0, 0], many.x_0[:, 0, 0, 0].round())

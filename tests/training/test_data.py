@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from ldm2.training.data import read
+from ldm2.training.data import prompts, read
 
 
 def sound(path, seconds=0.1):
@@ -100,3 +100,11 @@ def test_places_without_clips(tmp_path):
     (tmp_path / "t.json").write_text("{}")
     with pytest.raises(ValueError, match="must hold a list"):
         read(tmp_path / "t.json")
+
+
+def test_prompts_stand_one_a_line(tmp_path):
+    (tmp_path / "keep.txt").write_text("a siren\n\n wind \n")
+    assert prompts(tmp_path / "keep.txt") == ["a siren", "wind"]
+    (tmp_path / "none.txt").write_text("\n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        prompts(tmp_path / "none.txt")

@@ -167,6 +167,18 @@ def test_previews_and_tensorboard(run):
     assert list((out / "training/tensorboard").iterdir())
 
 
+def test_sounds_to_keep_are_made_once_and_learned_along(run, cache, tmp_path):
+    (tmp_path / "keep.txt").write_text("wind\n")
+    out = run("--steps", "1", "--keep", str(tmp_path / "keep.txt"))
+    (key,) = json.loads((out / "training/job.json").read_text())["data"][4:]
+    (latents,) = cache.rglob(f"{key}.safetensors")
+    made = ldm2.generate("wind", model="tiny", seed=0, seconds=0.64).latents[0]
+    torch.testing.assert_close(read_safetensors(latents)["mean"] * ldm2.load("tiny").vae.config.scaling_factor, made)
+    stamp = latents.stat().st_mtime_ns
+    run("--steps", "1", "--keep", str(tmp_path / "keep.txt"), out="again")
+    assert latents.stat().st_mtime_ns == stamp
+
+
 def test_a_changed_sound_is_encoded_again_and_an_equal_one_is_not(run, clips, tmp_path, capsys):
     data = tmp_path / "data"
     data.mkdir()
@@ -241,7 +253,7 @@ def step_gradient(pipe, job, cache):
     from ldm2.training.batches import Batches
     from ldm2.training.encoding import Store, encode
 
-    frames = tuning._frames(pipe, job.options)
+    frames = tuning.frames_of(pipe, job.options)
     store = Store(cache)
     examples = encode(pipe, "tiny", data.read(job.data), frames, store, True, lambda *_: None)
     learner = tuning.Learner(pipe, job.options, torch.float32)
