@@ -163,7 +163,7 @@ def advise(pipe: AudioLDM2, dtype: str, steps: int) -> None:
         return
     if lacks_kernels(pipe.device):
         say(KERNELS)
-    if dtype == "auto" and multiplies_bfloat16(pipe.device):
+    if dtype == "auto" and pipe.origin["dtype"] == "float32" and multiplies_bfloat16(pipe.device):
         say(BFLOAT16)
     if steps >= MANY_STEPS and pipe.device.type == "cpu":
         say(FAST.format(steps=steps))
