@@ -1,6 +1,6 @@
 """What int8 weights cost and save: `python -m benchmarks.int8` prints and writes a table.
 
-    python -m benchmarks.int8 [--rows memory,latents,judge] [--size base|large] [--steps 20] [--seeds 2]
+    python -m benchmarks.int8 [--rows memory,latents,judge] [--size base|large|tiny] [--steps 20] [--seeds 2]
 
 memory: processes of their own load a full-size model (random weights, written once into --folder: 1.1 GB base) and make
 one sound of 10.24 s; the peak of each. latents: of the int8 models, relative to float32's after the same steps, full
@@ -80,7 +80,7 @@ def peaks(args: argparse.Namespace) -> list[dict]:
 
 
 def latents(pipe: AudioLDM2, prompt: str, steps: int, seconds: float) -> Tensor:
-    return pipe.generate(prompt, steps=steps, seconds=seconds, guidance_scale=SCALE, seed=0, normalize=None).latents
+    return pipe.generate(prompt, steps=steps, seconds=seconds, guidance_scale=SCALE, seed=0).latents
 
 
 def distance(made: Tensor, exact: Tensor) -> float:
@@ -128,7 +128,7 @@ def report_row(row: dict) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.int8", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default=",".join(ROWS), help="which of: %(default)s")
-    parser.add_argument("--size", choices=("base", "large"), default="base")
+    parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--steps", type=count, default=20, help="of the latents")
     parser.add_argument("--seeds", type=count, default=2, help="sounds of each of the judge's prompts")
     parser.add_argument("--threads", type=count, help="of torch")
