@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm2 import weights
 from ldm2.checkpoints.adapter import CONFIG, FILE, PARTS, Adapter, LowRank
-from ldm2.fields import read_json, short
+from ldm2.fields import check_file, read_json, short
 from ldm2.options import names_a_lora
 from ldm2.settings import INSTANT
 
@@ -43,6 +43,7 @@ OTHERS = {
     r"\.[ab][12]\.weight$": "GLoRA", r"[wb]_norm$": "a change of norms", r"\bbias$": "a LoRA with biases",
     r"custom_diffusion": "Custom Diffusion",
 }
+ADAPTERS = r"lora_|\.lora\.|_lora\.|lokr_|hada_|ia3_|dora_scale|\boft_"     # in the names of a file that no model has
 # What peft's configuration may ask for beside a plain LoRA, by its fields; refused where they are set.
 VARIANTS = {
     "use_dora": "DoRA", "lora_bias": "a LoRA with biases", "use_qalora": "QA-LoRA", "use_bdlora": "BD-LoRA",
@@ -75,6 +76,7 @@ class File:
             if not found:
                 raise FileNotFoundError(f"{path} holds no LoRA: none of {', '.join(NAMES)}")
             path = found[0]
+        check_file(path)
         return cls(path, config if path.name in NAMES[:2] and config.is_file() else None)
 
     def digest(self) -> str:
@@ -142,8 +144,7 @@ def is_lora(path: str | Path) -> bool:
         return not (path / "model_index.json").exists() and any((path / name).is_file() for name in NAMES)
     if path.suffix != ".safetensors":
         return False
-    names = weights.read_safetensors(path)
-    return any(re.search("|".join([r"lora_|\.lora\b|_lora\.", *OTHERS]), name) for name in names)
+    return any(re.search(ADAPTERS, name) for name in weights.read_safetensors(path))
 
 
 def _layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: str) -> dict[str, LowRank]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import pytest
 import safetensors.torch
@@ -300,6 +301,21 @@ def test_places_without_a_lora_are_told_apart(tmp_path):
         lora_files.read(tmp_path / "none.safetensors")
     with pytest.raises(FileNotFoundError, match=r"holds no LoRA.*adapter_model\.safetensors"):
         lora_files.read(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.safetensors is not a file"):
+        lora_files.File.at(tmp_path / "x.safetensors")
+
+
+def test_a_file_of_weights_is_told_from_one_of_an_adapter(tmp_path):
+    for name, keys, expected in (("weights", ["conv_in.weight", "conv_in.bias", "norm.a1.weight"], False),
+                                 ("lora", [f"unet.{Q}.lora_A.weight"], True), ("lokr", ["x.lokr_w1"], True)):
+        safetensors.torch.save_file({key: draw(2, 2) for key in keys}, tmp_path / f"{name}.safetensors")
+        assert lora_files.is_lora(tmp_path / f"{name}.safetensors") is expected
+    assert not lora_files.is_lora("tiny") and not lora_files.is_lora(tmp_path / "none.bin")
 
 
 def test_a_digest_changes_with_the_tensors_and_with_the_configuration(tmp_path):
