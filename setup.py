@@ -63,7 +63,7 @@ setup(
     packages=[*find_packages(include=["ldm2", "ldm2.*"]), "ldm2_kernels", "ldm2_kernels.csrc"],
     package_dir={"ldm2_kernels": "kernels/ldm2_kernels", "ldm2_kernels.csrc": "kernels/csrc"},
     package_data={
-        "ldm2": ["py.typed", "*.pyi", "tiny/**/*"],
+        "ldm2": ["py.typed", "*.pyi", "tiny/**/*", "serve/page/*.css", "serve/page/*.js"],
         "ldm2_kernels": ["py.typed"],
         "ldm2_kernels.csrc": ["*.cpp", "*.h"],
     },

@@ -18,8 +18,8 @@ MISSING = "ldm2 serve needs {}: pip install 'ldm2[serve]'"
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the command to the parser's."""
     command = commands.add_parser(
-        "serve", help="a server: make sound over HTTP", description="Serve a model over HTTP: an API with a queue, "
-        "progress and cancelling. Its description is at /docs.",
+        "serve", help="a server: a page to make sound with, and an API", description="Serve a model over HTTP: a page "
+        "(pip install 'ldm2[ui]') and an API with a queue, progress and cancelling. Its description is at /docs.",
         epilog="For example: ldm2 serve --model tiny")
     section = command.add_argument_group("the server")
     section.add_argument("--host", default="127.0.0.1", help="address to listen on; others than this machine's own "
@@ -33,6 +33,7 @@ def add(commands: argparse._SubParsersAction) -> None:
                          "server, for example https://example.org; may be repeated")
     section.add_argument("--lora", action="append", default=[], type=_lora, metavar="NAME=FILE", help="a LoRA that "
                          "requests may ask for by this name; may be repeated")
+    section.add_argument("--no-page", action="store_true", help="the API alone, without the page at /")
     section.add_argument("--batch", type=_count, default=0, metavar="N", help="requests of equal shape that run "
                          "together at most (default: as many as fit)")
     section = command.add_argument_group("limits")
@@ -46,7 +47,7 @@ def serve(args: argparse.Namespace) -> int:
     """Run the command, until it is stopped."""
     key = args.api_key or os.environ.get("LDM2_API_KEY") or None
     try:
-        from ldm2.serve import server
+        from ldm2.serve import page, server
     except ModuleNotFoundError as error:
         raise ImportError(MISSING.format(error.name)) from None
     local = server.is_local(args.host)
@@ -60,6 +61,8 @@ def serve(args: argparse.Namespace) -> int:
             pipe.adapters.entry(name, 1.0)
         hosts = tuple(dict.fromkeys((*server.LOCAL, args.host))) if local else None
         with server.opened(pipe, limits, args.batch, key=key, hosts=hosts, origins=tuple(args.cors)) as app:
+            if not args.no_page:
+                page.mount(app, key)
             port = place.getsockname()[1]
             name = f"[{args.host}]" if ":" in args.host else args.host
             print(f"ldm2: serving {args.model} at http://{name}:{port} (docs at /docs, Ctrl-C stops)", file=sys.stderr,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import mimetypes
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
-from ldm2.serve import schemas, uploads
-from ldm2.serve.asked import About, asked, from_words, read_json
+from ldm2.serve import files, schemas, uploads
+from ldm2.serve.asked import FORMATS, About, asked, from_words, read_json
 from ldm2.serve.errors import Refused, invalid, to_json
-from ldm2.serve.jobs import COMPLETED, LIVE, QUEUED, Job, Jobs, stopping
+from ldm2.serve.jobs import COMPLETED, LIVE, QUEUED, Job, Jobs, Sound, stopping
 from ldm2.serve.limits import Limits
 from ldm2.serve.metrics import Metrics
 
@@ -151,25 +152,49 @@ async def watch_job(id: str, api: Served) -> Response:
 
 @router.get("/jobs/{id}/content", response_class=Response, tags=["jobs"], responses={
     **errors(404, 409), 200: {"content": {"audio/*": {"schema": {"type": "string", "format": "binary"}}}}})
-async def get_content(id: str, api: Served, n: Annotated[int, Query(ge=1)] = 1) -> Response:
-    """The sound file of a finished job: of several candidates the n-th best."""
+async def get_content(
+    id: str, api: Served, request: Request, n: Annotated[int, Query(ge=1)] = 1, format: str | None = None,
+) -> Response:
+    """The sound file of a finished job: of several candidates the n-th best; converted where a format is asked for."""
     job = api.jobs.get(id)
+    path = sound_of(job, n).path
+    if format is not None and format not in FORMATS:
+        raise invalid(f"unknown format {format!r:.100}, choose from {', '.join(FORMATS)}", "format")
+    if format is not None:
+        path = await run_in_threadpool(files.converted, path, format)
+    return await sound(job, path, span=request.headers.get("range"))
+
+
+@router.get("/jobs/{id}/spectrogram", response_class=Response, tags=["jobs"], responses={
+    **errors(404, 409), 200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}})
+async def get_spectrogram(id: str, api: Served, n: Annotated[int, Query(ge=1)] = 1) -> Response:
+    """A picture of the n-th sound of a finished job."""
+    picture = await run_in_threadpool(files.picture, sound_of(api.jobs.get(id), n).path)
+    return Response(picture, media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
+
+
+def sound_of(job: Job, n: int) -> Sound:
+    """The n-th sound of a job, from 1. Raises Refused."""
     if job.status != COMPLETED:
         raise Refused(409, f"job {job.id} is {job.status}: it has no sound", "no_sound")
     if n > len(job.sounds):
         raise Refused(404, f"n must be from 1 to {len(job.sounds)}, got {n}", "no_sound", "n")
-    return await sound(job, job.sounds[n - 1].path)
+    return job.sounds[n - 1]
 
 
-async def sound(job: Job, path: Path, headers: dict[str, str] | None = None) -> Response:
-    """A file as an answer."""
+async def sound(job: Job, path: Path, headers: dict[str, str] | None = None, span: str | None = None) -> Response:
+    """A file as an answer. span: the part that is asked for, as of the header Range: players jump with it."""
     try:
         content = await run_in_threadpool(path.read_bytes)
     except FileNotFoundError:                              # removed in this moment
         raise Refused(404, f"there is no job {job.id!r} any more", "job_not_found", "id") from None
     name = f"{job.id}{path.stem.removeprefix('sound')}{path.suffix}"
-    return Response(content, media_type=media_type(path.suffix), headers={
-        "Content-Disposition": f'inline; filename="{name}"', **(headers or {})})
+    told = {"Content-Disposition": f'inline; filename="{name}"', "Accept-Ranges": "bytes", **(headers or {})}
+    part = files.part(span, len(content))
+    if part is None:
+        return Response(content, media_type=media_type(path.suffix), headers=told)
+    told["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{len(content)}"
+    return Response(content[part.start:part.stop], 206, media_type=media_type(path.suffix), headers=told)
 
 
 def media_type(suffix: str) -> str:
@@ -225,6 +250,21 @@ def about(job: Job) -> dict[str, str]:
         headers["X-Score"] = f"{best.score:.6f}"
     told = json.dumps(job.asked.told | {"seed": best.seed})
     return headers | ({"X-Settings": told} if len(told) <= 6000 else {})
+
+
+@router.post("/settings", responses=errors(413), tags=["server"], openapi_extra={"requestBody": {
+    "required": True, "content": {"multipart/form-data": {"schema": schemas.file("a sound file of ldm2, or settings as "
+                                                                                 "JSON or TOML")}}}})
+async def read_settings(request: Request, api: Served) -> Response:
+    """The settings in a file that ldm2 wrote, by the names of today: a job of them makes the same sound again."""
+    async with request.form(max_files=1, max_fields=1) as form:
+        file = form.get("file")
+        if not isinstance(file, UploadFile):
+            raise invalid("a form with the file as `file` is needed", "file")
+        with tempfile.TemporaryDirectory(dir=api.jobs.folder.path) as folder:
+            path = Path(folder) / uploads.file_name(file.filename)
+            path.write_bytes(await file.read())
+            return JSON(await run_in_threadpool(files.settings_in, path))
 
 
 @router.get("/models", responses=errors(), tags=["server"])

@@ -36,6 +36,7 @@ def application(api: Api, *, key: str | None = None, hosts: tuple[str, ...] | No
                   generate_unique_id_function=lambda route: route.name,
                   description="Text to sound effects, music and speech, and edits of sound.")
     app.state.api, app.state.at_end = api, at_end
+    app.state.stopping = []                                # called when the server is being stopped
     app.include_router(router)
     app.include_router(compatible.router)
     app.add_api_route("/health", health, methods=["GET"], tags=["server"])

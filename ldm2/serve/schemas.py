@@ -137,3 +137,9 @@ def form(kinds: tuple[str, ...] = RESULTS) -> dict[str, Any]:
              for name, about in body(kinds)["properties"].items()}
     found["audio"] = {"type": "string", "format": "binary", "description": "the sound file to edit"}
     return {"type": "object", "properties": found, "required": ["audio"]}
+
+
+def file(about: str) -> dict[str, Any]:
+    """JSON Schema of a form with a file and nothing else."""
+    return {"type": "object", "required": ["file"],
+            "properties": {"file": {"type": "string", "format": "binary", "description": about}}}

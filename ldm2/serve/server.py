@@ -75,6 +75,7 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
                                         timeout_graceful_shutdown=int(grace) + 5))
         self._jobs: Jobs = app.state.api.jobs
+        self._stopping = app.state.stopping
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -91,6 +92,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more jobs, give those that run their time, and answer who still waits."""
         self._jobs.close()
+        for stop in self._stopping:
+            stop()
         later = asyncio.get_running_loop().call_later(self._jobs.limits.grace, self._jobs.cancel_running)
         await super().shutdown(sockets)
         later.cancel()

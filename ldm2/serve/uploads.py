@@ -26,7 +26,7 @@ def keep(file: UploadFile, folder: Path, limits: Limits) -> Upload:
     """
     place = folder / "upload"
     place.mkdir()
-    path = place / _name(file.filename)
+    path = place / file_name(file.filename)
     with open(path, "wb") as copy:
         shutil.copyfileobj(file.file, copy)
     try:
@@ -39,7 +39,7 @@ def keep(file: UploadFile, folder: Path, limits: Limits) -> Upload:
     return Upload(path, channels.shape[-1] / rate, path.stat().st_size)
 
 
-def _name(given: str | None) -> str:
+def file_name(given: str | None) -> str:
     """A harmless file name like the given one."""
     last = re.split(r"[/\\]", given or "")[-1]
     words = re.sub(r"[^\w.-]+", "-", last, flags=re.ASCII).strip(".-")[-LONGEST_NAME:]

@@ -12,9 +12,10 @@ from ldm2.serve import server
 
 
 @contextmanager
-def serving(pipe, limits=None, **gate):
-    """The address of a server that runs inside the block."""
+def serving(pipe, limits=None, prepare=lambda app: None, **gate):
+    """The address of a server that runs inside the block. prepare: called with its application before it starts."""
     with server.listening("127.0.0.1", 0) as place, server.opened(pipe, limits, **gate) as app:
+        prepare(app)
         running = server.Server(app, 5)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [place]})
         thread.start()
