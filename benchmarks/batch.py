@@ -58,7 +58,7 @@ for line in Path(sys.argv[1]).read_text().splitlines():
 print(time.perf_counter() - start[0], time.process_time() - start[1])
 """
 RAY = """
-import os, sys, threading, time
+import os, subprocess, sys, threading, time
 from pathlib import Path
 import ray
 from ldm2.cli.commands import main
@@ -66,10 +66,9 @@ ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logg
 def kill():
     while not list(Path(sys.argv[2]).glob("audio/*/*")):
         time.sleep(0.1)
-    pid = next(p.name for p in Path("/proc").iterdir() if p.name.isdecimal()
-               and b"ray::MapWorker" in (p / "cmdline").read_bytes())
-    os.kill(int(pid), 9)
-    print("killed", pid, file=sys.stderr)
+    pids = subprocess.run(["pgrep", "ray::MapWorker"], capture_output=True, text=True).stdout.split()
+    os.kill(int(pids[0]), 9)
+    print("killed", pids[0], file=sys.stderr)
 threading.Thread(target=kill, daemon=True).start()
 code = main(["batch", sys.argv[1], "-o", sys.argv[2], *"--model tiny -q --batch 1 --workers 2 --ray".split()])
 ray.shutdown()

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +46,11 @@ def kill_an_actor(folder: Path) -> int:
     """Kill one of the actors that work, once there is a sound. Returns its process."""
     while not sounds(folder):
         time.sleep(0.05)
-    for place in Path("/proc").iterdir():
-        if place.name.isdecimal() and b"ray::MapWorker" in (place / "cmdline").read_bytes():
-            os.kill(int(place.name), signal.SIGKILL)
-            return int(place.name)
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):                            # it has ended meanwhile
+            if (place / "cmdline").read_bytes().startswith(b"ray::MapWorker"):
+                os.kill(int(place.name), signal.SIGKILL)
+                return int(place.name)
     return 0
 
 
