@@ -157,6 +157,8 @@ def train(job: Job) -> str:
         teacher = Teacher(pipe, str(asked["model"]), options, tuning.frames_of(pipe, options), store)
         if rank() == 0:
             folder.begin(asked, job.overwrite)
+            if options.cache is None:
+                folder.check_space(teacher.bytes_needed())
         with shown(job.progress and rank() == 0) as report:
             runs = tuning.by_the_first(lambda: teacher.prepare(job.data, report))
         tuning.tell_skipped(runs.skipped)

@@ -26,6 +26,7 @@ from ldm2.settings import MAX_SECONDS
 LORA, FINETUNE, DISTILL = TASKS = ("lora", "finetune", "distill")
 FROM_SOUNDS = (LORA, FINETUNE)
 LAYERS = ("attention", "feed_forward", "convolution")
+TEACHER_STEPS = 24                         # at least; a guided run in fewer of them is another sound
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -111,8 +112,8 @@ class Training:
         integer(1, 50), "model evaluations that the student takes for a sound", group="teacher", default=4,
         tasks=(DISTILL,), metavar="N")
     teacher_steps: int | None = option(
-        integer(1, 1000), "steps of the teacher for a sound (dpmpp-2m, trailing), a multiple of evaluations",
-        group="teacher", default=24, tasks=(DISTILL,), metavar="N")
+        integer(1, 1000), "steps of the teacher for a sound (dpmpp-2m, trailing), a multiple of evaluations (default: "
+        "24, or the next multiple)", group="teacher", tasks=(DISTILL,), metavar="N")
     guidance_scale: float | None = option(
         number(), "of the teacher, which the student has without guidance (default: the model's own)", group="teacher",
         tasks=(DISTILL,), metavar="SCALE")
@@ -184,12 +185,18 @@ class Training:
         done = replace(self, **{name: value for name, value in filled.items() if value is not None})
         if done.low_rank and done.alpha is None:
             done = replace(done, alpha=float(done.rank or 1))
-        if done.evaluations is not None and done.teacher_steps is not None and done.teacher_steps % done.evaluations:
-            raise ValueError(f"teacher_steps must be a multiple of evaluations ({done.evaluations}), got "
-                             f"{done.teacher_steps}")
+        if done.evaluations is not None:
+            done = done._with_teacher(done.evaluations)
         if done.patience is not None and not done.held_out:
             raise ValueError(f"patience {done.patience} needs held_out, the share of clips to measure the loss on")
         return done
+
+    def _with_teacher(self, evaluations: int) -> Self:
+        """With the steps of a teacher that fit a student's evaluations. Raises ValueError."""
+        steps = -(-TEACHER_STEPS // evaluations) * evaluations if self.teacher_steps is None else self.teacher_steps
+        if steps % evaluations:
+            raise ValueError(f"teacher_steps must be a multiple of evaluations ({evaluations}), got {steps}")
+        return replace(self, teacher_steps=steps)
 
     @property
     def low_rank(self) -> bool:

@@ -6,6 +6,7 @@ DPM-Solver++. It is kept at the timesteps at which the student will be evaluated
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,11 @@ class Teacher:
         self.scale = settings.guidance_scale or 1.0
         self.student, self.steps = self.options.evaluations or 1, self.options.teacher_steps or 1
         self._basis = [VERSION, self.model, self.pipe.reference, str(self.pipe.dtype)]
+
+    def bytes_needed(self) -> int:
+        """Disk for the states of all runs."""
+        shape = self.pipe.latent_shape_of(self.frames * self.pipe.vae.config.downsampling)
+        return 2 * math.prod(shape) * (self.student + 1) * (self.options.runs or 1)
 
     def prepare(self, place: str | Path | None, report: Report) -> Runs:
         """Make all runs that the store does not hold yet, about the captions and sounds of a place.

@@ -219,6 +219,13 @@ def test_options_that_do_not_go_together(run, capsys, words, said):
     assert said in capsys.readouterr().err
 
 
+def test_too_little_room_for_the_runs_is_told_before(run, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr(teacher.Teacher, "_run", lambda *_: pytest.fail("a run was made"))
+    run("--steps", "1", code=2, cache=False)
+    assert "0.00 GB are free" in capsys.readouterr().err
+
+
 def test_a_dry_run_measures_teacher_and_student_and_writes_nothing(run, capsys):
     out = run("--dry-run", "--rank", "2")
     said = capsys.readouterr().out

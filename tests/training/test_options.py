@@ -2,7 +2,7 @@
 
 import pytest
 
-from ldm2.training.options import FINETUNE, LORA, Training, difference
+from ldm2.training.options import DISTILL, FINETUNE, LAYERS, LORA, Training, difference
 
 
 def test_what_is_not_given_takes_the_default_of_the_task():
@@ -25,6 +25,16 @@ def test_what_is_not_given_takes_the_default_of_the_task():
 def test_options_that_make_no_sense(options, rule):
     with pytest.raises(ValueError, match=rule):
         Training.create(LORA, **options)
+
+
+@pytest.mark.parametrize(("evaluations", "steps"), [(1, 24), (4, 24), (5, 25), (7, 28), (30, 30)])
+def test_the_steps_of_a_teacher_are_a_multiple_of_the_students(evaluations, steps):
+    assert Training(DISTILL, evaluations=evaluations).resolved().teacher_steps == steps
+
+
+def test_a_student_is_a_lora_or_all_of_it():
+    student, whole = Training(DISTILL).resolved(), Training(DISTILL, full=True).resolved()
+    assert (student.low_rank, student.alpha, student.layers) == (True, 16.0, LAYERS) and not whole.low_rank
 
 
 def test_patience_needs_clips_to_measure_on():
