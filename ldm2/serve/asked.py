@@ -157,6 +157,8 @@ def _settings(
     for name, value in options.items():
         options[name] = _checked(name, OPTIONS[name], value)
         _check_text(name, options[name], limits)
+        if name != "seed" and isinstance(options[name], int) and options[name] >= 2**31:
+            raise invalid(f"{name} must be below 2**31", name)
     if options.get("seed") is None:
         options["seed"] = secrets.randbelow(2**31)
     if not isinstance(options["seed"], int):

@@ -26,7 +26,7 @@ def refused(answer, status=400):
 @pytest.mark.parametrize("body, param, words", [
     ({"steps": 1.5}, "steps", "steps must be a positive integer, got 1.5"),
     ({"steps": "5"}, "steps", "positive integer"), ({"steps": True}, "steps", "positive integer"),
-    ({"steps": 10**400}, "steps", "steps"), ({"steps": 5000}, "steps", "1000"),
+    ({"cache_interval": 10**400}, "cache_interval", "below 2"), ({"steps": 10**400}, "steps", "steps"), ({"steps": 5000}, "steps", "1000"),
     ({"seconds": 10**400}, "seconds", "seconds"), ({"seconds": -1}, "seconds", "above 0"),
     ({"seconds": [1]}, "seconds", "number"), ({"seconds": 601}, "seconds", "600"), ({"seconds": 1e-9}, "seconds", ""),
     ({"guidance_scale": {}}, "guidance_scale", "finite number"), ({"loop": "yes"}, "loop", "True or False"),
@@ -51,7 +51,7 @@ def refused(answer, status=400):
     ({"window": 0.1, "overlap": 0.2}, "overlap", "shorter"), ({"eta": 0.5, "sampler": "euler"}, None, "eta"),
     ({"output": "x"}, "output", "an object"), ({"callback": "x"}, "callback", "no option"),
     ({"latents": []}, "latents", "no option"), ({"output": {"path": "x"}}, "output", "an object"),
-    ({"lora": ["/etc/passwd"]}, "lora", "here"), ({"lora": "x:2"}, "lora", "of none here"),
+    ({"lora": ["/etc/passwd"]}, "lora", "here"), ({"lora": "x:2"}, "lora", "here"),
     ({"lora": [["x", 1]]}, "lora", "here"), ({"lora": [5]}, "lora", "FILE:SCALE"),
     ({"transcription": "hello"}, "transcription", "speech"),
 ])
