@@ -50,7 +50,7 @@ def t5() -> transformers.T5EncoderModel:
 def gpt2() -> transformers.GPT2Model:
     """124.4 M parameters."""
     config = transformers.GPT2Config()
-    config.max_new_tokens = random_models.GPT2["max_new_tokens"]
+    config.max_new_tokens = random_models.LANGUAGE_MODEL["max_new_tokens"]
     return checkpoints.randomise(transformers.GPT2Model(config), seed=5)
 
 

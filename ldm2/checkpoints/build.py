@@ -23,10 +23,10 @@ from ldm2.runtime.memory import Load, Stage
 from ldm2.runtime.progress import Progress
 from ldm2.schedules import Schedule
 from ldm2.text.encoder import TextEncoder
-from ldm2.text.encoders import ClapText, T5Text, clap_config
+from ldm2.text.encoders import ClapText, T5Text
 from ldm2.text.gpt2 import Projection, load_gpt2, load_projection
 from ldm2.text.phonemes import PhonemeText
-from ldm2.text.ranking import ClapAudio, Ranker
+from ldm2.text.ranking import ClapAudio, Ranker, audio_config
 from ldm2.unet import UNet
 from ldm2.vae import VAE
 from ldm2.vocoder import Vocoder
@@ -130,7 +130,7 @@ def ranker(checkpoint: Checkpoint, text: ClapText | None = None, *, device: Devi
         lacking = "no CLAP with an audio branch and a feature_extractor"
         raise ValueError(f"{checkpoint.source} has {lacking}: this checkpoint cannot rank")
     extractor, fields, tensors = checkpoint.extractor(), part.fields, part.tensors
-    bins = clap_config(fields, "audio_config", part.source).num_mel_bins
+    bins = audio_config(fields, part.source).num_mel_bins
     if extractor.feature_size != bins:
         sizes = f"feature_extractor gives {extractor.feature_size} mel bins, it takes {bins}"
         raise ValueError(f"{part.source} is of another model than what is beside it: the {sizes}")

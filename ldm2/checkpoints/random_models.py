@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from ldm2 import weights
@@ -20,8 +19,11 @@ from ldm2.checkpoints.parts import Checkpoint, Part
 from ldm2.checkpoints.reading import read_hub_folder
 from ldm2.fields import read_json
 from ldm2.pipeline import AudioLDM2
+from ldm2.text.configs import read_config
 from ldm2.text.encoders import ClapText
-from ldm2.text.gpt2 import Projection, ProjectionConfig
+from ldm2.text.gpt2 import GPT2, GPT2Config, Projection, ProjectionConfig
+from ldm2.text.roberta import RobertaConfig
+from ldm2.text.t5 import T5Config, T5Encoder
 
 Fields = dict[str, Any]
 
@@ -51,7 +53,7 @@ T5: Fields = {
     "vocab_size": 32128, "d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_layers": 24, "num_heads": 16,
     "feed_forward_proj": "gated-gelu",
 }
-GPT2: Fields = {"max_new_tokens": 8}
+LANGUAGE_MODEL: Fields = {"max_new_tokens": 8}
 PROJECTION: Fields = {"text_encoder_dim": 512, "text_encoder_1_dim": 1024, "langauge_model_dim": 768}
 
 NAMES = ("tiny", *SIZES)
@@ -66,7 +68,7 @@ def fields(name: str) -> dict[str, Fields]:
         raise ValueError(f"no random model is called {name!r}, choose from {', '.join(NAMES)}")
     return {
         "unet": UNET | SIZES[name], "vae": VAE_FIELDS, "vocoder": VOCODER, "text_encoder": {}, "text_encoder_2": T5,
-        "language_model": GPT2, "projection_model": PROJECTION,
+        "language_model": LANGUAGE_MODEL, "projection_model": PROJECTION,
     }
 
 
@@ -92,12 +94,12 @@ def _shapes(name: str, fields: Fields, tokenizer: Callable[[str], Any]) -> nn.Mo
             model, config = build.MODELS[name]
             return model(config.from_dict(fields))
         if name == "text_encoder":
-            return ClapText(tokenizer("clap"), transformers.ClapTextConfig(**fields.get("text_config", {})))
+            return ClapText(tokenizer("clap"), read_config(RobertaConfig, fields.get("text_config", {}), name))
         if name == "text_encoder_2":
-            return transformers.T5EncoderModel(transformers.T5Config(**fields))
+            return T5Encoder(read_config(T5Config, fields, name))
         if name == "projection_model":
             return Projection(ProjectionConfig.from_dict(fields))
-        return transformers.GPT2Model(transformers.GPT2Config(**fields))
+        return GPT2(read_config(GPT2Config, fields, name))
 
 
 def pipeline(

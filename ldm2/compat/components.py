@@ -16,11 +16,12 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 
-from ldm2 import loading
+from ldm2 import loading, weights
 from ldm2.checkpoints import build, reading
 from ldm2.compat import schedulers
 from ldm2.compat.parts import ClapPart, Config, Part, ProjectionPart, UNetPart, VAEPart, VocoderPart
 from ldm2.runtime.device import choose_device, choose_dtype
+from ldm2.runtime.int8_layers import is_int8
 
 NAMES = ("vae", "text_encoder", "text_encoder_2", "projection_model", "language_model", "tokenizer", "tokenizer_2",
          "feature_extractor", "unet", "scheduler", "vocoder")
@@ -62,6 +63,7 @@ class Components:
         if loras is not None:
             self._model.adapters.follow(loras)
         configs = {name: read(self._folder / name / "config.json") for name in WEIGHTED}
+        self._twins: dict[str, nn.Module] = {}             # of transformers, see _of_transformers
         self._parts = {
             name: kind(getattr(self._model, name), configs[name], self._model.stages[name])
             for name, kind in WEIGHTED.items()
@@ -83,11 +85,12 @@ class Components:
         twin = copy.copy(self)
         vars(twin).pop("_preprocessors", None)
         twin._model, twin._parts, twin._bar = copy.deepcopy((self._model, self._parts, self._bar), memo)
+        twin._twins = {}
         return twin
 
     def __getstate__(self) -> dict:
         """What a process needs to read the same files again, those of LoRAs too; other changes of weights are lost."""
-        state = {name: value for name, value in vars(self).items() if name not in ("_model", "_parts")}
+        state = {name: value for name, value in vars(self).items() if name not in ("_model", "_parts", "_twins")}
         state.pop("_preprocessors", None)
         placed = str(self.device), self.dtype, self._model.low_memory
         return state | {"_placed": placed, "_loras": self._model.adapters.recipe()}
@@ -192,7 +195,9 @@ class Components:
     def text_encoder_2(self) -> nn.Module:
         """transformers' encoder of T5, or that of VITS in the speech models."""
         text = self._model.text
-        return text.phonemes.text_encoder if text.speaks else text.t5.model
+        if text.speaks:
+            return text.phonemes.text_encoder
+        return self._of_transformers("text_encoder_2", text.t5.model, transformers.T5EncoderModel)
 
     @property
     def projection_model(self) -> ProjectionPart:
@@ -203,7 +208,8 @@ class Components:
     @property
     def language_model(self) -> transformers.GPT2Model:
         """transformers' GPT-2, without a head. Assign a GPT2Model or GPT2LMHeadModel to take another one."""
-        return self._model.text.gpt2
+        no_tokens = {"bos_token_id": None, "eos_token_id": None}                 # unused, and a warning in small tables
+        return self._of_transformers("language_model", self._model.text.gpt2, transformers.GPT2Model, **no_tokens)
 
     @language_model.setter
     def language_model(self, value: nn.Module) -> None:
@@ -216,7 +222,19 @@ class Components:
             kind = type(value).__name__
             raise ValueError(f"language_model must be a GPT-2 of the sizes of this checkpoint's, got {kind}")
         with self._awake("text"), self._model.adapters.bare():
-            self._model.text.gpt2 = gpt2.to(self.device, self.dtype).eval()
+            self._twins["language_model"] = gpt2.to(self.device, self.dtype).eval()
+            _share(gpt2, self._model.text.gpt2)
+
+    def _of_transformers(self, name: str, own: nn.Module, kind: type[nn.Module], **changes: Any) -> Any:
+        """transformers' module of a part, with the parameters that the part has now; ldm2's own where they are int8."""
+        if is_int8(own):
+            return own
+        if name not in self._twins:
+            fields: Any = {**read(self._folder / name / "config.json"), **changes}
+            with weights.on_meta():
+                self._twins[name] = kind(kind.config_class.from_dict(fields)).eval()
+        _share(own, self._twins[name])
+        return self._twins[name]
 
     @cached_property
     def _preprocessors(self) -> dict[str, Any]:
@@ -329,3 +347,9 @@ class Components:
 def read(path: Path) -> dict[str, Any]:
     """A JSON file of a checkpoint."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _share(module: nn.Module, other: nn.Module) -> None:
+    """Give `other` the parameters of `module`, which has the same structure."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        weights.assign(other, name, parameter)

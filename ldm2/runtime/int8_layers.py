@@ -51,7 +51,7 @@ LAYERS: dict[str, type[nn.Module]] = {
     "torch.nn.modules.conv.Conv1d": Int8Conv1d,
     "torch.nn.modules.conv.Conv2d": Int8Conv2d,
     "torch.nn.modules.sparse.Embedding": Int8Embedding,
-    "transformers.pytorch_utils.Conv1D": Int8Conv1D,
+    "ldm2.text.gpt2.Conv1D": Int8Conv1D,
 }
 AWARE = (*LAYERS.values(), Conv1x1, Conv3x3, nn.ConvTranspose1d)
 

@@ -1,19 +1,18 @@
-"""Configurations of the text encoders, which come from transformers."""
+"""Configurations of the text encoders, and of transformers' modules where these are used."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
-
-import transformers
 
 from ldm2.fields import Fields, layer_count, named, positive_integer
 
 # Fields with the values that published checkpoints have, by config class; a file may leave them out.
 FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "ClapConfig": {"model_type": ("clap",)},
-    "ClapTextConfig": {
+    "ClapConfig": {"model_type": ("clap",), "projection_hidden_act": ("relu",)},
+    "RobertaConfig": {
         "hidden_act": ("gelu",), "projection_hidden_act": ("relu",), "position_embedding_type": ("absolute",),
         "layer_norm_eps": (1e-12, 1e-5), "is_decoder": (False,), "add_cross_attention": (False,),
     },
@@ -35,42 +34,54 @@ FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
 
 # Number of heads and the width that it divides: libraries leave out what has its default, but only both at once.
 HEADS = {
-    "ClapTextConfig": ("num_attention_heads", "hidden_size"), "GPT2Config": ("n_head", "n_embd"),
+    "RobertaConfig": ("num_attention_heads", "hidden_size"), "GPT2Config": ("n_head", "n_embd"),
     "VitsConfig": ("num_attention_heads", "hidden_size"),
 }
 
-Config = TypeVar("Config", bound=transformers.PreTrainedConfig)
+Config = TypeVar("Config")
+
+
+def read_config(kind: type[Config], fields: Mapping[str, Any], source: str) -> Config:
+    """A config (dataclass with defaults) from the fields of a config.json. Raises ValueError naming `source` and the
+    field."""
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    _check_sizes(kind.__name__, defaults, fields, source)
+    given = {name: fields[name] for name in defaults if fields.get(name) is not None}
+    pad = given.get("pad_token_id", 0)
+    if isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < given.get("vocab_size", pad + 1):
+        raise Fields(fields, source).error("pad_token_id", "must be the number of a token", pad)
+    return kind(**given)
 
 
 def transformers_config(kind: type[Config], fields: Mapping[str, Any], source: str) -> Config:
     """A transformers config from the fields of a config.json. Raises ValueError naming `source` and the field."""
-    branches: dict[type, dict[str, type]] = {transformers.ClapConfig: {
-        "text_config": transformers.ClapTextConfig, "audio_config": transformers.ClapAudioConfig,
-    }}
-    _check_sizes(kind, fields, source)
-    for name, branch in branches.get(kind, {}).items():
-        _check_sizes(branch, fields.get(name) or {}, f"{source}: {name}")
+    check_transformers(kind, fields, source)
     with named(source):
-        return kind.from_dict(dict(fields))
+        return kind.from_dict(dict(fields))  # type: ignore[attr-defined]
+
+
+def check_transformers(kind: type, fields: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError, naming the field, for a field that no config of a transformers class can have."""
+    _check_sizes(kind.__name__, _defaults(kind), fields, source)
 
 
 @functools.cache
-def _defaults(kind: type) -> dict[str, Any]:
-    """The fields of a config class, which takes milliseconds to make."""
+def _defaults(kind: Any) -> dict[str, Any]:
+    """The fields of a config class of transformers, which takes milliseconds to make."""
     return kind().to_dict()
 
 
-def _check_sizes(kind: type, fields: Mapping[str, Any], source: str) -> None:
+def _check_sizes(kind: str, defaults: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> None:
     """Raise ValueError unless each field that has a size as its default holds one, and the fixed ones their value.
 
-    transformers takes -1 layers, or a width of 10^9, and fails or fills the memory later.
+    A network of -1 layers, or of a width of 10^9, would fail or fill the memory later.
     """
     read = Fields(fields, source)
-    read.check_fixed(FIXED[kind.__name__])
-    heads, width = HEADS.get(kind.__name__, (None, None))
-    if heads is not None and heads not in fields and fields.get(width) not in (None, _defaults(kind)[width]):
+    read.check_fixed(FIXED[kind])
+    heads, width = HEADS.get(kind, (None, None))
+    if heads is not None and heads not in fields and fields.get(width) not in (None, defaults[width]):
         raise ValueError(f"{source}: missing field '{heads}', which no shape tells")
-    for name, default in _defaults(kind).items():
+    for name, default in defaults.items():
         value = fields.get(name)
         if value is None or name.endswith("_token_id"):
             continue
@@ -81,3 +92,5 @@ def _check_sizes(kind: type, fields: Mapping[str, Any], source: str) -> None:
             read.parse(name, check)
         elif isinstance(default, (int, float)) and isinstance(value, (str, list, dict)):
             raise read.error(name, "must be a number", value)    # before 5.4 transformers takes anything
+    if heads is not None and fields.get(width, defaults[width]) % fields.get(heads, defaults[heads]):
+        raise read.error(heads, f"must divide the {width} {fields.get(width, defaults[width])}", fields.get(heads))

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from ldm2.conditioning import Conditioning
@@ -23,7 +22,7 @@ from ldm2.fields import short
 from ldm2.options import check_text
 from ldm2.runtime.inference import inference
 from ldm2.text.encoders import ClapText, T5Text
-from ldm2.text.gpt2 import Projection, continue_sequence
+from ldm2.text.gpt2 import GPT2, Projection, continue_sequence
 from ldm2.text.phonemes import PhonemeText
 
 __all__ = ["Conditioning", "TextEncoder"]
@@ -54,7 +53,7 @@ class TextEncoder(nn.Module):
 
     def __init__(
         self, *, clap: ClapText | None = None, t5: T5Text | None = None, phonemes: PhonemeText | None = None,
-        projection: Projection | None = None, gpt2: transformers.GPT2Model | None = None,
+        projection: Projection | None = None, gpt2: GPT2 | None = None,
         num_vectors: int | None = None, reference: str = "authors",
     ):
         super().__init__()

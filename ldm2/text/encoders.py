@@ -1,7 +1,6 @@
 """The frozen text encoders: CLAP's text branch and T5's encoder, each with its tokenizer.
 
-The networks are transformers' modules, built on the meta device, where transformers skips its initialisation, and
-filled strictly. They are made from the fields of a config.json and a dict of tensors, whatever file these come from.
+The networks are made from the fields of a config.json and a dict of tensors, whatever file these come from.
 
 References: CLAP, arXiv:2211.06687; FLAN-T5, arXiv:2210.11416.
 """
@@ -14,14 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
-from transformers.models.clap import modeling_clap
 
 from ldm2 import weights
 from ldm2.checkpoints import int8
+from ldm2.fields import Fields
 from ldm2.ops import dense
-from ldm2.text.configs import transformers_config
+from ldm2.text.configs import FIXED, read_config
+from ldm2.text.roberta import ClapProjection, Roberta, RobertaConfig
+from ldm2.text.t5 import T5Config, T5Encoder
 from ldm2.text.tokenizers import LazyTokenizer, TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -42,12 +42,12 @@ CLAP_TEXT_ONLY = {
 class ClapText(nn.Module):
     """Text branch of CLAP: prompts -> unit vectors (B, D) in the space that text and audio share."""
 
-    def __init__(self, tokenizer: Tokenizer, config: transformers.ClapTextConfig):
+    def __init__(self, tokenizer: Tokenizer, config: RobertaConfig):
         super().__init__()
         self.tokenizer = tokenizer
         self.max_length = min(tokenizer.model_max_length, config.max_position_embeddings - config.pad_token_id - 1)
-        self.text_model = modeling_clap.ClapTextModel(config)
-        self.text_projection = modeling_clap.ClapProjectionLayer(config)
+        self.text_model = Roberta(config)
+        self.text_projection = ClapProjection(config.hidden_size, config.projection_dim)
 
     @classmethod
     def load(
@@ -56,14 +56,12 @@ class ClapText(nn.Module):
     ) -> ClapText:
         """From the fields of a config.json (of a ClapModel or of its text branch alone) and the tensors of either."""
         if "text_config" in fields:
-            config = clap_config(fields, "text_config", source)
+            branch = clap_branch(fields, "text_config", source)
+            config = read_config(RobertaConfig, branch, f"{source}: text_config")
         else:
-            config = transformers_config(transformers.ClapTextConfig, fields, source)
+            config = read_config(RobertaConfig, fields, source)
         with weights.on_meta():
             clap = cls(tokenizer, config)
-        tables: Any = clap.text_model.embeddings
-        tables.position_ids = torch.arange(config.max_position_embeddings, device="cpu")[None]
-        tables.token_type_ids = torch.zeros_like(tables.position_ids)
         return weights.load(clap, tensors, table=CLAP_TEXT_ONLY, dtype=dtype, device=device, source=source)
 
     def forward(self, prompts: Sequence[str], max_length: int | None = None) -> Tensor:
@@ -78,13 +76,11 @@ class ClapText(nn.Module):
 class T5Text(nn.Module):
     """Encoder of T5: prompts -> one state for each token."""
 
-    def __init__(self, tokenizer: Tokenizer, config: transformers.T5Config):
+    def __init__(self, tokenizer: Tokenizer, config: T5Config):
         super().__init__()
         self.tokenizer = tokenizer
         self.max_length = tokenizer.model_max_length if tokenizer.model_max_length < 1_000_000 else T5_TOKENS
-        self.model = transformers.T5EncoderModel(config)
-        # One table under two names, of which files hold one or both. FLAN-T5's config unties only the output head.
-        self.model.set_input_embeddings(self.model.shared)
+        self.model = T5Encoder(config)
 
     @classmethod
     def load(
@@ -95,7 +91,7 @@ class T5Text(nn.Module):
 
         In float16 the last matrix of each feed-forward stays float32: its sums leave the range of float16.
         """
-        config = transformers_config(transformers.T5Config, fields, source)
+        config = read_config(T5Config, fields, source)
         with weights.on_meta():
             t5 = cls(tokenizer, config)
         weights.load(t5.model, tensors, dtype=dtype, device=device, source=source)
@@ -138,12 +134,15 @@ def tokenize(
     return torch.tensor(ids, device="cpu"), torch.tensor(mask, device="cpu")
 
 
-def clap_config(fields: Mapping[str, Any], branch: str, source: str) -> Any:
-    """Config of one branch of CLAP, "text_config" or "audio_config", from the fields of a ClapModel's config.json."""
+def clap_branch(fields: Mapping[str, Any], branch: str, source: str) -> dict[str, Any]:
+    """Fields of one branch of CLAP, "text_config" or "audio_config", from those of a ClapModel's config.json."""
     for name in ("text_config", "audio_config"):
         if not isinstance(fields.get(name), Mapping):
             raise ValueError(f"{source}: {name} is missing: the file does not describe a whole CLAP model")
-    return getattr(transformers_config(transformers.ClapConfig, fields, source), branch)
+    read = Fields(fields, source)
+    read.check_fixed(FIXED["ClapConfig"])
+    width = 512 if fields.get("projection_dim") is None else read.integer("projection_dim")
+    return {**fields[branch], "projection_dim": width}     # the one of both branches counts
 
 
 def check_ids(ids: Tensor, table: Tensor, name: str) -> None:

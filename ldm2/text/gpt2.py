@@ -5,22 +5,23 @@ Reference: "AudioLDM 2", arXiv:2308.05734, section III-B (language of audio) and
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 
 from ldm2 import weights
 from ldm2.fields import Fields, positive_integer, short
-from ldm2.text.configs import transformers_config
+from ldm2.text.configs import read_config
+from ldm2.text.roberta import attend
 
 # Names of GPT-2 with its word head (GPT2LMHeadModel) -> names without; the head is not used.
 WITHOUT_HEAD = {r"lm_head\.weight": None, **weights.OLD_NAMES, r"transformer\.(.*)": r"\1"}
+
+KeyValue = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -102,19 +103,95 @@ def load_projection(
     return weights.load(projection, tensors, dtype=dtype, device=device, source=source)
 
 
+@dataclass(frozen=True)
+class GPT2Config:
+    """Sizes, named as in the config.json of a GPT2Model, whose defaults they have."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None                             # four times the width
+
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is (in, out), as GPT-2's files have it."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_features, out_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+
+
+class Block(nn.Module):
+    """Causal self-attention and a feed-forward network with GELU (tanh approximation), each normalized before."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        width, hidden = config.n_embd, config.n_inner or 4 * config.n_embd
+        self.heads = config.n_head
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.ModuleDict({"c_attn": Conv1D(width, 3 * width), "c_proj": Conv1D(width, width)})
+        self.mlp = nn.ModuleDict({"c_fc": Conv1D(width, hidden), "c_proj": Conv1D(hidden, width)})
+
+    def forward(self, x: Tensor, mask: Tensor | None, before: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        """x (B, L, D), keys and values (B, M, D) of the positions before -> x, and those of all positions."""
+        query, key, value = self.attn["c_attn"](self.ln_1(x)).chunk(3, dim=-1)
+        if before is not None:
+            key, value = torch.cat([before[0], key], dim=1), torch.cat([before[1], value], dim=1)
+        x = x + self.attn["c_proj"](attend(query, key, value, self.heads, mask, None))
+        hidden = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
+        return x + self.mlp["c_proj"](hidden), (key, value)
+
+
+class GPT2(nn.Module):
+    """Vectors -> a state for each that knows those before it. Parameters are named as in the checkpoints."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)                # in the files; no token is ever read
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: Sequence[KeyValue] | None = None
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """x (B, L, D), after the M positions whose keys and values are in `cache` -> states (B, L, D), new cache.
+
+        mask (B, M + L): which positions count, None for all.
+        """
+        start = 0 if cache is None else cache[0][0].shape[1]
+        places = torch.arange(start, start + x.shape[1], device=x.device)
+        allowed = None
+        if mask is not None or x.shape[1] > 1:
+            allowed = torch.arange(start + x.shape[1], device=x.device) <= places[:, None]       # (L, M + L)
+            allowed = allowed if mask is None else allowed & mask.bool()[:, None, None]
+        x = x + self.wpe(places)
+        kept = []
+        for block, before in zip(self.h, cache or [None] * len(self.h), strict=True):
+            x, now = block(x, allowed, before)
+            kept.append(now)
+        return self.ln_f(x), kept
+
+
 def load_gpt2(
     fields: Mapping[str, Any], tensors: Mapping[str, Tensor], *, device: torch.device | str | None = None,
     dtype: torch.dtype | None = None, source: str = "language_model",
-) -> transformers.GPT2Model:
+) -> GPT2:
     """GPT-2 without head from the fields of its config.json and its tensors, maybe those of a GPT2LMHeadModel."""
-    no_tokens = {"bos_token_id": None, "eos_token_id": None}      # unused, and a warning where the table is small
-    config = transformers_config(transformers.GPT2Config, {**fields, **no_tokens}, source)
+    config = read_config(GPT2Config, fields, source)
     with weights.on_meta():
-        gpt2 = transformers.GPT2Model(config)
+        gpt2 = GPT2(config)
     return weights.load(gpt2, tensors, table=WITHOUT_HEAD, dtype=dtype, device=device, source=source)
 
 
-def continue_sequence(gpt2: transformers.GPT2Model, sequence: Tensor, mask: Tensor, num_vectors: int) -> Tensor:
+def continue_sequence(gpt2: GPT2, sequence: Tensor, mask: Tensor, num_vectors: int) -> Tensor:
     """sequence (B, L, D) with mask (B, L) bool -> the next `num_vectors` vectors (B, num_vectors, D).
 
     Each vector is the last output of GPT-2 (after its final norm) and the next input; no token is ever chosen.
@@ -124,18 +201,11 @@ def continue_sequence(gpt2: transformers.GPT2Model, sequence: Tensor, mask: Tens
     length, positions = sequence.shape[1], gpt2.config.n_positions
     if length + num_vectors - 1 > positions:
         raise ValueError(f"{length} vectors of text and {num_vectors} new ones exceed GPT-2's {positions} positions")
-    kept = None if mask.all() else mask
-    cache = {_cache_argument(gpt2): transformers.DynamicCache(config=gpt2.config)}
+    kept, cache = None if mask.all() else mask, None
     vectors = [sequence[:, :0]]
     for _ in range(num_vectors):
-        output = gpt2(inputs_embeds=sequence, attention_mask=kept, use_cache=True, **cache)
-        sequence = output.last_hidden_state[:, -1:]                              # (B, 1, D)
+        states, cache = gpt2(sequence, kept, cache)
+        sequence = states[:, -1:]                                                # (B, 1, D)
         vectors.append(sequence)
         kept = None if kept is None else F.pad(kept, (0, 1), value=True)
     return torch.cat(vectors, dim=1)
-
-
-def _cache_argument(gpt2: transformers.GPT2Model) -> str:
-    """Name of the argument that takes the KV cache; transformers 5.24 gave it a new one, and warns of the old."""
-    names = inspect.signature(type(gpt2).forward).parameters
-    return "cache" if "cache" in names else "past_key_values"

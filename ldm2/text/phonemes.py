@@ -12,15 +12,16 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers.models.vits import modeling_vits
 
 from ldm2 import weights
 from ldm2.text.configs import transformers_config
+
+if TYPE_CHECKING:
+    import transformers
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ INSTALL = (
 
 def training_tokenizer() -> transformers.VitsTokenizer:
     """The tokenizer of the training: English text through espeak-ng to phonemes, or phonemes as they are."""
+    import transformers
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocab.json"
         path.write_text(json.dumps({symbol: number for number, symbol in enumerate(SYMBOLS)}), encoding="utf-8")
@@ -84,6 +87,8 @@ class PhonemeText(nn.Module):
     """Text encoder of VITS: phonemes -> one state for each place of a sequence of fixed length."""
 
     def __init__(self, tokenizer: transformers.VitsTokenizer, config: transformers.VitsConfig, max_length: int):
+        from transformers.models.vits import modeling_vits
+
         super().__init__()
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -100,6 +105,8 @@ class PhonemeText(nn.Module):
         max_length: places in the sequence, as many as the projection has positions.
         Raises ValueError if the tokenizer is not the model's.
         """
+        import transformers
+
         config = transformers_config(transformers.VitsConfig, fields, source)
         if config.vocab_size <= END:
             raise ValueError(f"{source}: vocab_size must be above {END}, the end symbol, got {config.vocab_size}")

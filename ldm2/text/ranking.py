@@ -7,22 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
-from transformers.models.clap import modeling_clap
 
 from ldm2 import weights
 from ldm2.audio import check_rows, resample
 from ldm2.fields import Fields, read_json
 from ldm2.runtime.host import usual_numpy
 from ldm2.runtime.inference import inference
-from ldm2.text.encoders import ClapText, clap_config
+from ldm2.text.configs import transformers_config
+from ldm2.text.encoders import ClapText, clap_branch
 from ldm2.text.tokenizers import from_pretrained
+
+if TYPE_CHECKING:
+    import transformers
 
 # A CLAP folder holds both branches; the tables of relative positions are computed, not learned.
 CLAP_AUDIO_ONLY = {
@@ -60,10 +62,27 @@ def read_extractor(folder: Path) -> transformers.ClapFeatureExtractor:
     return from_pretrained("ClapFeatureExtractor", folder)
 
 
+def published_extractor() -> transformers.ClapFeatureExtractor:
+    """What makes the spectrograms of the published checkpoints."""
+    import transformers
+
+    return transformers.ClapFeatureExtractor(**FEATURE_EXTRACTOR)
+
+
+def audio_config(fields: Mapping[str, Any], source: str) -> transformers.ClapAudioConfig:
+    """Config of CLAP's audio branch from the fields of a ClapModel's config.json. Raises ValueError naming `source`."""
+    import transformers
+
+    branch = clap_branch(fields, "audio_config", source)
+    return transformers_config(transformers.ClapAudioConfig, branch, f"{source}: audio_config")
+
+
 class ClapAudio(nn.Module):
     """Audio branch of CLAP, in float32: waveforms -> unit vectors (B, D) in the space that text and audio share."""
 
     def __init__(self, extractor: transformers.ClapFeatureExtractor, config: transformers.ClapAudioConfig):
+        from transformers.models.clap import modeling_clap
+
         super().__init__()
         self.extractor, self.fusion = extractor, config.enable_fusion
         self.audio_model = modeling_clap.ClapAudioModel(config)
@@ -75,12 +94,13 @@ class ClapAudio(nn.Module):
         device: torch.device | str | None = None, source: str = "text_encoder",
     ) -> ClapAudio:
         """From the fields of a ClapModel's config.json and its tensors. Raises ValueError naming `source`."""
-        config = clap_config(fields, "audio_config", source)
+        config = audio_config(fields, source)
         with weights.on_meta():
             audio = cls(extractor, config)
         with torch.device("cpu"):                          # whatever the default is
+            module: Any
             for module in audio.modules():
-                if isinstance(module, modeling_clap.ClapAudioSelfAttention):
+                if hasattr(module, "create_relative_position_index"):
                     module.relative_position_index = module.create_relative_position_index()
         weights.load(audio, tensors, table=CLAP_AUDIO_ONLY, dtype=torch.float32, device=device, source=source)
         weights.check_finite(audio)                        # a score of NaN would put candidates into any order

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers.pytorch_utils import Conv1D
 
 from ldm2.attention import Attention
 from ldm2.checkpoints.adapter import Adapter, LowRank
 from ldm2.fields import few
+from ldm2.text.gpt2 import Conv1D
 
 # Kinds of layers by the names of their modules, in the UNet and in GPT-2, and the two of the projection before GPT-2.
 TARGETS = {

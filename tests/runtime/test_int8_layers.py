@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,6 +16,7 @@ from ldm2.checkpoints.convert import convert
 from ldm2.checkpoints.describe import describe
 from ldm2.checkpoints.int8 import LEAST, quantize, quantized, selects
 from ldm2.runtime.device import choose_dtype
+from ldm2.text.gpt2 import Conv1D
 from tests.helpers import draw
 
 TINY = hub.BUNDLED / "tiny"
@@ -195,7 +195,7 @@ class Layers(nn.Module):
         super().__init__()
         self.linear, self.conv1d = nn.Linear(150, 130), nn.Conv1d(50, 130, 5)
         self.conv2d = nn.Conv2d(40, 60, 3, stride=2)
-        self.table, self.c_fc = nn.Embedding(700, 30), transformers.pytorch_utils.Conv1D(130, 150)
+        self.table, self.c_fc = nn.Embedding(700, 30), Conv1D(150, 130)
         self.strange, self.small = nn.Bilinear(30, 30, 20), nn.Linear(100, 100)
 
     def forward(self):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -248,7 +249,7 @@ def test_one_prompt_can_say_different_things(speech):
 )
 def test_speech_writes_512_vectors_unless_told_otherwise(speech, listed, reference, expected, monkeypatch):
     """8, the number of the other models, is taken for left over from the conversion; diffusers would follow it."""
-    monkeypatch.setattr(speech.gpt2.config, "n_positions", 1024)
+    monkeypatch.setattr(speech.gpt2, "config", replace(speech.gpt2.config, n_positions=1024))
     parts = {"clap": speech.clap, "phonemes": speech.phonemes, "projection": speech.projection, "gpt2": speech.gpt2}
     assert TextEncoder(**parts, num_vectors=listed, reference=reference).num_vectors == expected
 

@@ -10,6 +10,7 @@ import torch
 from benchmarks import checkpoints
 from ldm2.checkpoints import lora_files
 from ldm2.checkpoints.adapter import combined
+from ldm2.text.gpt2 import load_gpt2
 from ldm2.training.lora import TARGETS, add_lora
 from tests.helpers import condition, draw, our_unet, relative
 
@@ -96,15 +97,15 @@ def test_gradients_reach_the_parts_alone_and_are_those_of_peft(theirs, unet):
 
 @torch.no_grad()
 def test_gpt2_and_the_projection_take_parts_too():
-    states = draw(2, 5, checkpoints.gpt2().config.n_embd)
-    gpt2 = checkpoints.gpt2()
+    model = checkpoints.gpt2()
+    gpt2, states = load_gpt2(model.config.to_dict(), model.state_dict()), draw(2, 5, model.config.n_embd)
     lora = stirred(add_lora(gpt2, 2, targets=("attention", "feed_forward")))
-    trained = gpt2(inputs_embeds=states).last_hidden_state
+    trained, _ = gpt2(states)
     lora.remove()
     weights = gpt2.state_dict()
     changed = combined(weights, "language_model", [(lora.adapter("language_model"), 1.0)])
-    gpt2.load_state_dict(weights | changed)
-    assert relative(gpt2(inputs_embeds=states).last_hidden_state, trained) < 1e-5
+    model.load_state_dict(weights | changed)
+    assert relative(model(inputs_embeds=states).last_hidden_state, trained) < 1e-5
     assert list(add_lora(checkpoints.projection(), 2, targets=["projection"]).parts) == ["projection", "projection_1"]
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from ldm2 import weights
@@ -31,7 +30,7 @@ from ldm2.fields import few, named
 from ldm2.schedules import Schedule
 from ldm2.text.encoder import TextEncoder
 from ldm2.text.encoders import ClapText
-from ldm2.text.ranking import FEATURE_EXTRACTOR, Ranker
+from ldm2.text.ranking import Ranker, published_extractor
 from ldm2.text.tokenizers import tokenizer
 from ldm2.unet import UNet
 from ldm2.vae import VAE
@@ -141,7 +140,7 @@ def read(
     """
     parts = split(_open(path), configs.read(config), str(path))
     words = partial(tokenizer, folder=tokenizers, local_files_only=local_files_only)
-    extractor = partial(transformers.ClapFeatureExtractor, **FEATURE_EXTRACTOR) if "text_encoder" in parts else None
+    extractor = published_extractor if "text_encoder" in parts else None
     return Checkpoint(str(path), parts, words, extractor)
 
 

@@ -56,9 +56,10 @@ def export(
     _save(folder / "projection_model", name, text.projection,
           {"_class_name": "AudioLDM2ProjectionModel", "text_encoder_dim": WIDTH, "text_encoder_1_dim": WIDTH,
            "langauge_model_dim": WIDTH, "use_learned_position_embedding": None, "max_seq_length": None})
-    head = transformers.GPT2LMHeadModel(text.gpt2.config)
+    t5, head = transformers.T5EncoderModel(text.t5_config), transformers.GPT2LMHeadModel(text.gpt2_config)
+    t5.load_state_dict(text.t5.model.state_dict())
     head.transformer.load_state_dict(text.gpt2.state_dict())
-    for part, module in (("text_encoder", clap), ("text_encoder_2", text.t5.model), ("language_model", head)):
+    for part, module in (("text_encoder", clap), ("text_encoder_2", t5), ("language_model", head)):
         _half(module).save_pretrained(folder / part)
     text.clap.tokenizer.save_pretrained(folder / "tokenizer")
     text.t5.tokenizer.save_pretrained(folder / "tokenizer_2")

@@ -15,10 +15,14 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from ldm2 import weights
 from ldm2.conditioning import Conditioning
+from ldm2.text.configs import read_config
 from ldm2.text.encoder import NUM_VECTORS
 from ldm2.text.encoders import ClapText, T5Text
-from ldm2.text.gpt2 import Projection, ProjectionConfig, continue_sequence
+from ldm2.text.gpt2 import GPT2, GPT2Config, Projection, ProjectionConfig, continue_sequence
+from ldm2.text.roberta import RobertaConfig
+from ldm2.text.t5 import T5Config
 from ldm2.text.tokenizers import TextTokenizer
 from ldm2.training.loop import Clock, Recipe, train
 from ldm2.training.tiny.data import Pool
@@ -68,22 +72,28 @@ class TextSide(nn.Module):
 
     def __init__(self, captions: Sequence[str], clap: transformers.ClapModel, tokenizer: transformers.RobertaTokenizer):
         super().__init__()
-        self.clap = ClapText(TextTokenizer.of(tokenizer), clap.config.text_config)
+        text_config = clap.config.text_config.to_dict()
+        self.clap = ClapText(TextTokenizer.of(tokenizer), read_config(RobertaConfig, text_config, "CLAP"))
         self.clap.text_model, self.clap.text_projection = clap.text_model, clap.text_projection
         self.clap.requires_grad_(False).eval()
         pieces = unigram_tokenizer(captions, 400)
-        self.t5 = T5Text(TextTokenizer.of(pieces), transformers.T5Config(
+        self.t5_config = transformers.T5Config(
             vocab_size=len(pieces), d_model=WIDTH, d_kv=16, d_ff=2 * WIDTH, num_layers=2, num_heads=4,
-            feed_forward_proj="gated-gelu", dropout_rate=0.0, tie_word_embeddings=False))
+            feed_forward_proj="gated-gelu", dropout_rate=0.0, tie_word_embeddings=False)
+        with weights.on_meta():
+            self.t5 = T5Text(TextTokenizer.of(pieces), read_config(T5Config, self.t5_config.to_dict(), "T5"))
+        _begin_as(self.t5.model, transformers.T5EncoderModel(self.t5_config))
         self.projection = Projection(ProjectionConfig(WIDTH, WIDTH, WIDTH))
         for vector in (self.projection.sos_embed, self.projection.eos_embed, self.projection.sos_embed_1,
                        self.projection.eos_embed_1):
             nn.init.normal_(vector)
-        config = transformers.GPT2Config(vocab_size=16, n_positions=160, n_embd=WIDTH, n_layer=2, n_head=4,
-                                         bos_token_id=None, eos_token_id=None,
-                                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        config.max_new_tokens = NUM_VECTORS
-        self.gpt2 = transformers.GPT2Model(config)
+        self.gpt2_config = transformers.GPT2Config(
+            vocab_size=16, n_positions=160, n_embd=WIDTH, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        self.gpt2_config.max_new_tokens = NUM_VECTORS
+        with weights.on_meta():
+            self.gpt2 = GPT2(read_config(GPT2Config, self.gpt2_config.to_dict(), "GPT-2"))
+        _begin_as(self.gpt2, transformers.GPT2Model(self.gpt2_config))
         self.gpt2.wte.requires_grad_(False)
 
     def forward(self, prompts: Sequence[str], zeroed: Tensor | None = None) -> Conditioning:
@@ -95,6 +105,11 @@ class TextSide(nn.Module):
         if zeroed is not None:
             vectors = torch.where(zeroed[:, None, None], torch.zeros_like(vectors), vectors)
         return Conditioning((vectors, states), (None, mask))
+
+
+def _begin_as(module: nn.Module, other: nn.Module) -> None:
+    """Take the first weights from a module of transformers, which knows how each is drawn."""
+    module.load_state_dict(other.state_dict(), assign=True)
 
 
 def drop_prompts(prompts: Sequence[str], generator: torch.Generator) -> tuple[list[str], Tensor]:
