@@ -50,7 +50,8 @@ def test_importing_every_module_changes_nothing_global():
 
 
 HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "scipy", "sklearn", "pandas", "matplotlib", "transformers",
-         "huggingface_hub", "accelerate", "diffusers", "httpx", "torchvision", "torchaudio", "pydantic", "yaml", "IPython")
+         "huggingface_hub", "accelerate", "diffusers", "httpx",
+         "torchvision", "torchaudio", "pydantic", "yaml", "IPython")
 
 
 def test_a_sound_is_made_without_what_takes_seconds_to_import(tmp_path):
