@@ -47,7 +47,7 @@ def serve(args: argparse.Namespace) -> int:
     """Run the command, until it is stopped."""
     key = args.api_key or os.environ.get("LDM2_API_KEY") or None
     try:
-        from ldm2.serve import page, server
+        from ldm2.serve import page, server, starting
     except ModuleNotFoundError as error:
         raise ImportError(MISSING.format(error.name)) from None
     local = server.is_local(args.host)
@@ -55,7 +55,8 @@ def serve(args: argparse.Namespace) -> int:
         raise ValueError(f"--host {args.host} is open to others: give --api-key KEY (or LDM2_API_KEY), or --insecure")
     limits = Limits(**options.given(args, Limits))
     with server.listening(args.host, args.port) as place:
-        pipe = options.load(args)
+        with starting.answering(place, args.model):
+            pipe = options.load(args)
         pipe.loras.update(args.lora)
         for name, _ in args.lora:                          # one that does not fit is told now
             pipe.adapters.entry(name, 1.0)
