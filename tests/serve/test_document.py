@@ -72,14 +72,16 @@ def test_every_request_without_a_body_is_answered_as_described(client, document)
             if "{id}" in path:
                 assert checked(document, about, client.request(method, path.replace("{id}", "none"))).status_code == 404
             asked.append((method, path))
-    assert len(asked) == 9
+    assert len(asked) == 10
 
 
 def test_every_request_with_a_body_is_answered_as_described(client, document, sound):
-    asked = []
+    asked, made = [], client.post("/v1/audio/generate", json=BASE).content
     for path, method, about in operations(document):
         for kind in about.get("requestBody", {}).get("content", {}):
-            if kind == "multipart/form-data":
+            if path == "/v1/settings":
+                answer = client.post(path, files={"file": ("made.wav", io.BytesIO(made))})
+            elif kind == "multipart/form-data":
                 answer = client.post(path, data={"kind": "transfer", "prompt": "x", "steps": "2"},
                                      files={"audio": ("sound.wav", io.BytesIO(sound))})
             else:
@@ -88,7 +90,7 @@ def test_every_request_with_a_body_is_answered_as_described(client, document, so
             assert checked(document, about, answer).status_code in ((404,) if path.endswith("speech") else (200, 202))
             assert checked(document, about, client.request(method, path, content=b"{")).status_code in (400, 404)
             asked.append((method, path, kind))
-    assert len(asked) == 5
+    assert len(asked) == 6
 
 
 def test_every_option_of_the_document_is_taken_as_its_schema_says(client, document, sound):
