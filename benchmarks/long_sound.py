@@ -86,7 +86,7 @@ def loops(model: str, steps: int, count: int, device: str) -> dict[str, dict[str
     import ldm2
 
     pipe = ldm2.load(model, device=device)
-    seconds = 1.5 * pipe.own_frames * pipe.frame_samples / pipe.sample_rate
+    seconds = 1.5 * pipe.native_latent_frames * pipe.samples_per_latent_frame / pipe.sample_rate
     table = {}
     for loop in (True, False):
         sounds = [pipe.generate(PROMPT, seconds=seconds, steps=steps, seed=seed, loop=loop) for seed in range(count)]
@@ -104,7 +104,7 @@ def tiles(model: str, device: str) -> list[str]:
 
     import ldm2
     from ldm2 import audio
-    from ldm2.edit.sound import analyse
+    from ldm2.edit.sound import analyze
     from ldm2.training.tiny.sounds import SAMPLE_RATE, sounds
 
     pipe = ldm2.load(model, device=device)
@@ -118,7 +118,7 @@ def tiles(model: str, device: str) -> list[str]:
         return f"{name:>22}: mean {gap.mean():.2f}, at most {gap.max():.2f}"
 
     rows = [line(f"tiles of {tile} frames", pipe.decode(latents, tile=tile)) for tile in (256, 64)]
-    return [*rows, line("the sound itself", analyse(pipe, sound[None]))]
+    return [*rows, line("the sound itself", analyze(pipe, sound[None]))]
 
 
 def table(short: dict, long: dict) -> str:

@@ -120,9 +120,9 @@ def operations() -> dict[Call, int]:
         for branches in (1, 2):
             contexts = torch.empty(branches, 8, 768), torch.empty(branches, 16, 1024)
             prepared = unet.prepare(Conditioning(contexts, (None, None)))
-            features = unet.with_features(x_t, 1.0, prepared, time)[1]
+            features = unet.forward_cached(x_t, 1.0, prepared, time)[1]
             for given in (None, features):
-                call = functools.partial(unet.with_features, x_t, 1.0, prepared, time, given)
+                call = functools.partial(unet.forward_cached, x_t, 1.0, prepared, time, given)
                 counts[branches, given is None] = flop_of(call)
     return counts
 
@@ -147,9 +147,9 @@ class Tally(nn.Module):
         return timesteps[:, None]
 
     def forward(self, x_t: Tensor, t: float, conditioning: Conditioning, time: Tensor | None = None) -> Tensor:
-        return self.with_features(x_t, t, conditioning, time)[0]
+        return self.forward_cached(x_t, t, conditioning, time)[0]
 
-    def with_features(
+    def forward_cached(
         self, x_t: Tensor, t: float, conditioning: Conditioning, time: Tensor | None = None,
         features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm2 import ops
-from ldm2.layers import GroupNorm, LayerNorm, Linear, repeat_rows, weight_of
+from ldm2.layers import GroupNorm, LayerNorm, Linear, tile_batch, weight_of
 
 
 @dataclass(frozen=True)
-class Memory:
+class KeyValue:
     """What one attention attends to: keys and values (B, H, L, D), bias (B, 1, 1, L) on the scores or None."""
 
     keys: Tensor
@@ -47,11 +47,11 @@ class Attention(nn.Module):
         self.to_v = Linear(context_dim, channels, bias=False)
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
-    def remember(self, context: Tensor, bias: Tensor | None = None) -> Memory:
+    def project_kv(self, context: Tensor, bias: Tensor | None = None) -> KeyValue:
         """Keys and values of a context (B, L, context_dim)."""
-        return Memory(self._split(self.to_k(context)), self._split(self.to_v(context)), bias)
+        return KeyValue(self._split(self.to_k(context)), self._split(self.to_v(context)), bias)
 
-    def join_projections(self) -> None:
+    def fuse_qkv(self) -> None:
         """Lay the weights of q, k and v one after the other, as one matrix. They stay three parameters."""
         if self.joins:
             layers = self.to_q, self.to_k, self.to_v
@@ -60,19 +60,19 @@ class Attention(nn.Module):
                 layer.weight.data = weight                 # the same parameter, which an optimiser may hold
             self.joined = True
 
-    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
-        """Attends to `memory`, to x itself if None. A memory of k * B rows tiles the B rows of x."""
-        joint = self._joint() if memory is None else None
+    def forward(self, x: Tensor, kv: KeyValue | None = None) -> Tensor:
+        """Attends to `kv`, to x itself if None. Keys of k * B rows tile the B rows of x."""
+        joint = self._fused_qkv() if kv is None else None
         if joint is not None:
             q, keys, values = map(self._split, ops.linear(x, joint).chunk(3, dim=-1))
-            memory = Memory(keys, values)
+            kv = KeyValue(keys, values)
         else:
-            memory = self.remember(x) if memory is None else memory
-            q = repeat_rows(self._split(self.to_q(x)), memory.keys.shape[0])
-        out = ops.attention(q, memory.keys, memory.values, memory.bias)      # (B, H, Q, D)
+            kv = self.project_kv(x) if kv is None else kv
+            q = tile_batch(self._split(self.to_q(x)), kv.keys.shape[0])
+        out = ops.attention(q, kv.keys, kv.values, kv.bias)      # (B, H, Q, D)
         return self.to_out[0](out.transpose(1, 2).flatten(2))                # (B, Q, C)
 
-    def _joint(self) -> Tensor | None:
+    def _fused_qkv(self) -> Tensor | None:
         """The fused QKV weight (3 C, C) as a view while the three are adjacent in one storage, else None."""
         if not self.joined or torch.compiler.is_compiling():
             return None
@@ -125,10 +125,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, memory: Memory | None) -> Tensor:
-        x, h = self.norm2.after_adding(x, self.attn1(self.norm1(x)))
-        attended = self.attn2(h, memory)
-        x, h = self.norm3.after_adding(repeat_rows(x, attended.shape[0]), attended)
+    def forward(self, x: Tensor, kv: KeyValue | None) -> Tensor:
+        x, h = self.norm2.add_and_norm(x, self.attn1(self.norm1(x)))
+        attended = self.attn2(h, kv)
+        x, h = self.norm3.add_and_norm(tile_batch(x, attended.shape[0]), attended)
         return x + self.ff(h)
 
 
@@ -148,18 +148,18 @@ class Transformer2D(nn.Module):
         )
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def remember(self, context: Tensor, bias: Tensor | None) -> tuple[Memory, ...]:
+    def project_kv(self, context: Tensor, bias: Tensor | None) -> tuple[KeyValue, ...]:
         """Keys and values of a context (B, L, context_dim) for each block."""
-        return tuple(block.attn2.remember(context, bias) for block in self.transformer_blocks)
+        return tuple(block.attn2.project_kv(context, bias) for block in self.transformer_blocks)
 
-    def forward(self, x: Tensor, memories: tuple[Memory | None, ...]) -> Tensor:
-        """One memory per block, None for self-attention; k * B rows of memory give k * B rows of output."""
+    def forward(self, x: Tensor, key_values: tuple[KeyValue | None, ...]) -> Tensor:
+        """One KeyValue per block, None for self-attention; k * B rows of keys give k * B rows of output."""
         h = self.norm(x).flatten(2).transpose(1, 2)                          # (B, C, T, F) -> (B, T F, C)
         h = _pointwise(self.proj_in, h)
-        for block, memory in zip(self.transformer_blocks, memories, strict=True):
-            h = block(h, memory)
+        for block, kv in zip(self.transformer_blocks, key_values, strict=True):
+            h = block(h, kv)
         h = _pointwise(self.proj_out, h)
-        return repeat_rows(x, h.shape[0]) + h.transpose(1, 2).unflatten(2, x.shape[2:])
+        return tile_batch(x, h.shape[0]) + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class Guidance:
     unconditional: B rows too; used for scale > 1 only, and needed then.
     dtype:         of the model call; the difference of the branches is taken in float32, where it does not cancel.
     timesteps:     those whose embeddings are computed here, once, instead of in every call.
-    acts_at:       whether there is guidance at a timestep; without it the conditional branch is evaluated alone, at
+    active_at:       whether there is guidance at a timestep; without it the conditional branch is evaluated alone, at
                    half the cost.
     rescale:       see `guide`.
 
@@ -62,10 +62,10 @@ class Guidance:
 
     def __init__(
         self, unet: UNet, conditioning: Conditioning, unconditional: Conditioning | None, scale: float, *,
-        dtype: torch.dtype, timesteps: Sequence[float] = (), acts_at: Callable[[float], bool] = everywhere,
+        dtype: torch.dtype, timesteps: Sequence[float] = (), active_at: Callable[[float], bool] = everywhere,
         rescale: float = 0.0,
     ):
-        self.unet, self.scale, self.dtype, self.acts_at = unet, check_scale(scale), dtype, acts_at
+        self.unet, self.scale, self.dtype, self.active_at = unet, check_scale(scale), dtype, active_at
         self.rescale = rescale
         self.conditioning, self.unconditional = conditioning, unconditional
         if self.scale > 1 and unconditional is None:
@@ -85,7 +85,7 @@ class Guidance:
         predict = self.unet if predict is None else predict
 
         def denoise(x: Tensor, t: float) -> Tensor:
-            guided = self.scale > 1 and self.acts_at(t)
+            guided = self.scale > 1 and self.active_at(t)
             prepared = self._both if guided else self._conditional
             prediction = predict(x.to(self.dtype), t, prepared, time=self.times.get(t))
             return guide(prediction, self.scale, self.rescale) if guided else prediction.float()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm2 import ops
 
 
-def repeat_rows(x: Tensor, rows: int) -> Tensor:
+def tile_batch(x: Tensor, rows: int) -> Tensor:
     """x (B, ...) tiled along the batch to (rows, ...); x itself where it has that many rows.
 
     Both branches of classifier-free guidance start from one latent. Tensors that do not yet depend on the conditioning
@@ -78,7 +78,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
-    def after_adding(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    def add_and_norm(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
         """x + added, and its normalisation."""
         return ops.add_layer_norm(x, added, self.weight, self.bias, self.eps)
 
@@ -128,14 +128,14 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = Conv1x1(in_channels, out_channels) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """shift (1 or B or k * B, C_out) is added to each channel; k * B rows tile the result, see `repeat_rows`."""
+        """shift (1 or B or k * B, C_out) is added to each channel; k * B rows tile the result, see `tile_batch`."""
         h = self.conv1(self.norm1(x))
         if shift is not None and shift.shape[0] != 1:
             rows = max(h.shape[0], shift.shape[0])
-            h, shift = repeat_rows(h, rows), repeat_rows(shift, rows)
+            h, shift = tile_batch(h, rows), tile_batch(shift, rows)
         h = self.norm2(h, shift)                                             # frees conv1's output
         skip = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return self.conv2(h, residual=repeat_rows(skip, h.shape[0]))
+        return self.conv2(h, residual=tile_batch(skip, h.shape[0]))
 
 
 class Downsample(nn.Module):

@@ -75,7 +75,8 @@ class AudioLDM2(Stages):
 
     def _whole_frames(self, seconds: float) -> float:
         """The length of the whole number of latent frames, one at least, that is nearest to `seconds`."""
-        return max(1, round(seconds * self.sample_rate / self.frame_samples)) * self.frame_samples / self.sample_rate
+        frame = self.samples_per_latent_frame
+        return max(1, round(seconds * self.sample_rate / frame)) * frame / self.sample_rate
 
 
 def _checked(latents: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -188,22 +188,22 @@ class Stages:
         num_samples = round(seconds * self.sample_rate)
         if num_samples < 1:
             raise ValueError(f"seconds must be at least one sample at {self.sample_rate} Hz, got {seconds:g}")
-        return self.latent_shape_of(math.ceil(num_samples / self.vocoder.config.hop_length))
+        return self.latent_shape_for_frames(math.ceil(num_samples / self.vocoder.config.hop_length))
 
-    def latent_shape_of(self, num_frames: int) -> tuple[int, int, int]:
+    def latent_shape_for_frames(self, num_frames: int) -> tuple[int, int, int]:
         """(C, T/f, F/f) of the latents that hold `num_frames` mel frames, rounded up."""
         factor = self.vae.config.downsampling
         return self.unet.config.in_channels, math.ceil(num_frames / factor), self.vocoder.config.num_mels // factor
 
     @property
-    def own_frames(self) -> int:
+    def native_latent_frames(self) -> int:
         """Latent frames of the pieces that the model was trained on; longer sounds are made in windows of as many."""
         return self.unet.config.sample_size or 256
 
     @property
-    def piece_frames(self) -> int:
+    def vae_tile_frames(self) -> int:
         """Latent frames that the VAE takes at once, 10.24 s at 16 kHz or more: a bound on memory."""
-        return max(self.own_frames, 256)
+        return max(self.native_latent_frames, 256)
 
     @property
     def whole(self) -> bool:
@@ -211,7 +211,7 @@ class Stages:
         return self.reference == "diffusers"
 
     @property
-    def frame_samples(self) -> int:
+    def samples_per_latent_frame(self) -> int:
         """Samples per latent frame."""
         return self.vae.config.downsampling * self.vocoder.config.hop_length
 
@@ -227,8 +227,8 @@ class Stages:
         """
         if self.whole and window is None and not loop and not changes:
             return None
-        frames = self.sample_rate / self.frame_samples                       # per second
-        width = self.own_frames if window is None else max(1, round(window * frames))
+        frames = self.sample_rate / self.samples_per_latent_frame                       # per second
+        width = self.native_latent_frames if window is None else max(1, round(window * frames))
         shared = width // 4 if overlap is None else round(overlap * frames)
         if shared >= width:
             raise ValueError(f"overlap must be shorter than the window of {width / frames:g} seconds, got {overlap:g}")
@@ -288,7 +288,7 @@ class Stages:
         guided = functools.partial(
             Guidance, self.unet, scale=sampling.guidance_scale, rescale=sampling.guidance_rescale, dtype=self.dtype,
             timesteps=samplers.timesteps(sampling.sampler, schedule, sampling.steps),
-            acts_at=lambda t: schedule.within(t, sampling.guidance_interval),
+            active_at=lambda t: schedule.within(t, sampling.guidance_interval),
         )
         denoiser: Denoiser
         if windows is None:
@@ -340,12 +340,12 @@ class Stages:
     ) -> Tensor:
         """Latents (B, C, T/f, F/f), scaled as `denoise` returns them -> log-mel (B, 1, T, F) in the model's dtype.
 
-        tile: latent frames to decode at once, default `piece_frames` (reference="diffusers": all of them).
+        tile: latent frames to decode at once, default `vae_tile_frames` (reference="diffusers": all of them).
         loop: the end goes on at the start.
         """
         unscaled = latents.to(self.device, torch.float32) / self.vae.config.scaling_factor
         if tile is None:
-            tile = latents.shape[2] if self.whole and not loop else self.piece_frames
+            tile = latents.shape[2] if self.whole and not loop else self.vae_tile_frames
         tiles = plan(latents.shape[2], tile, tile // 4, loop=loop)
         rows = unscaled.to(self.dtype).split(1)
         with shown(progress) as report:
@@ -361,7 +361,7 @@ class Stages:
         loop: the end goes on at the start; N is T * hop_length then.
         """
         mel = mel.to(self.device, self.dtype)
-        short = mel.shape[2] <= self.own_frames * self.vae.config.downsampling
+        short = mel.shape[2] <= self.native_latent_frames * self.vae.config.downsampling
         chunk = mel.shape[2] if short else tiling.CHUNK_FRAMES
         with shown(progress) as report:
             after_chunk = _counted(report, "vocoding", len(mel) * math.ceil(mel.shape[2] / chunk))
@@ -374,7 +374,7 @@ class Stages:
 
         T is the least multiple of the VAE's factor that covers N; the sound is continued with silence to fill it.
         """
-        missing = -waveforms.shape[-1] % self.frame_samples
+        missing = -waveforms.shape[-1] % self.samples_per_latent_frame
         padded = torch.from_numpy(np.pad(waveforms, [(0, 0), (0, missing)]))
         return log_mel(padded.to(self.device), self.mel_config)
 
@@ -414,7 +414,7 @@ class Stages:
         rows = audio.resample(samples, audio.check_rate(sample_rate), self.sample_rate)
         mel = self.log_mel(rows).to(self.dtype)
         num_frames = mel.shape[2] // self.vae.config.downsampling
-        tile = num_frames if self.whole else self.piece_frames
+        tile = num_frames if self.whole else self.vae_tile_frames
         tiles = plan(num_frames, tile, tile // 4)
         parts = [tiling.encode(self.vae, row, tiles) for row in mel.split(1)]
         return Posterior(torch.cat([part.mean for part in parts]), torch.cat([part.logvar for part in parts]))

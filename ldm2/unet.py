@@ -5,7 +5,7 @@ References: "U-Net", arXiv:1505.04597; "High-Resolution Image Synthesis with Lat
 
 Two things do not depend on x_t and can be computed once: the keys and values of the conditioning (`UNet.prepare`, once
 per generation) and the time embeddings (`UNet.embed_time`, once per schedule); `forward` computes whichever it is not
-given. `UNet.with_features` also returns the features below the first level, and reuses them if they are passed in
+given. `UNet.forward_cached` also returns the features below the first level, and reuses them if they are passed in
 (DeepCache).
 """
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm2 import ops
-from ldm2.attention import Memory, Transformer2D, mask_bias
+from ldm2.attention import KeyValue, Transformer2D, mask_bias
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig, context_index
 from ldm2.layers import (
@@ -30,14 +30,14 @@ from ldm2.layers import (
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
-    repeat_rows,
+    tile_batch,
     weight_of,
 )
 
 _EPS = 1e-5                                                # of the group norms outside the transformers
 
 Shifts = Iterator[Tensor]                                  # one (rows, C) per ResnetBlock, in order of execution
-Memories = Iterator[tuple[Memory | None, ...]]             # one entry per Transformer2D, in order of execution
+KeyValues = Iterator[tuple[KeyValue | None, ...]]          # one entry per Transformer2D, in order of execution
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PreparedConditioning:
     """A conditioning of `rows` rows, as the layers of one UNet use it."""
 
     rows: int
-    memories: tuple[tuple[Memory | None, ...], ...]        # per transformer and layer; None = self-attention
+    key_values: tuple[tuple[KeyValue | None, ...], ...]    # per transformer and layer; None = self-attention
     film: Tensor | None                                    # (rows, E), the condition's part of all the shifts
 
 
@@ -62,10 +62,10 @@ class DownBlock(nn.Module):
         last = level == len(config.channels) - 1
         self.downsamplers = nn.ModuleList([] if last else [Downsample(channels, padding=1)])
 
-    def forward(self, x: Tensor, shifts: Shifts, memories: Memories) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, shifts: Shifts, key_values: KeyValues) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for layer in _layers(self):
-            x = _run(layer, x, shifts, memories)
+            x = _run(layer, x, shifts, key_values)
             skips.append(x)
         for downsampler in self.downsamplers:
             x = downsampler(x)
@@ -83,9 +83,9 @@ class MidBlock(nn.Module):
         self.contexts = config.context_dims[-1]
         self.attentions = _transformers(config, -1, self.contexts)
 
-    def forward(self, x: Tensor, shifts: Shifts, memories: Memories) -> Tensor:
+    def forward(self, x: Tensor, shifts: Shifts, key_values: KeyValues) -> Tensor:
         for layer in _layers(self):
-            x = _run(layer, x, shifts, memories)
+            x = _run(layer, x, shifts, key_values)
         return x
 
 
@@ -104,11 +104,11 @@ class UpBlock(nn.Module):
         self.attentions = _transformers(config, level, self.contexts * count)
         self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(channels)])
 
-    def forward(self, x: Tensor, skips: list[Tensor], shifts: Shifts, memories: Memories) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], shifts: Shifts, key_values: KeyValues) -> Tensor:
         """Takes its skips from the end of the list. The next one there tells the size of the step up."""
         for layer in _layers(self):
-            skip = repeat_rows(skips.pop(), x.shape[0])
-            x = _run(layer, torch.cat([x, skip], dim=1), shifts, memories)
+            skip = tile_batch(skips.pop(), x.shape[0])
+            x = _run(layer, torch.cat([x, skip], dim=1), shifts, key_values)
         for upsampler in self.upsamplers:
             x = upsampler(x, size=skips[-1].shape[2:])
         return x
@@ -143,9 +143,9 @@ class UNet(nn.Module):
         None. The conditioning has k * B rows (k = 2 for guidance): rows [0:B] are one branch, [B:2B] the next, and so
         is the result (k * B, C, T, F); what the branches share is computed once. Raises ValueError if shapes disagree.
         """
-        return self.with_features(x_t, t, conditioning, time)[0]
+        return self.forward_cached(x_t, t, conditioning, time)[0]
 
-    def with_features(
+    def forward_cached(
         self,
         x_t: Tensor,
         t: Tensor | float,
@@ -162,27 +162,27 @@ class UNet(nn.Module):
         time = self.embed_time(t) if time is None else time
         self._check(x_t, time, prepared)
         first, last = self.down_blocks[0], self.up_blocks[-1]
-        shifts, memories = self._shifts(time, prepared), prepared.memories
-        outer, inner = len(last.resnets), len(memories) - len(last.attentions)
-        ahead = iter(shifts), iter(memories)
+        shifts, key_values = self._shifts(time, prepared), prepared.key_values
+        outer, inner = len(last.resnets), len(key_values) - len(last.attentions)
+        ahead = iter(shifts), iter(key_values)
         skips = [self.conv_in(x_t)]
         skips += first(skips[0], *ahead)[1]
         if features is None:
-            features = self._below(skips, *ahead)
+            features = self._deep_levels(skips, *ahead)
         else:
             del skips[outer:]
-        x = last(features, skips, iter(shifts[-outer:]), iter(memories[inner:]))
-        return repeat_rows(self.conv_out(self.conv_norm_out(x)), prepared.rows), features
+        x = last(features, skips, iter(shifts[-outer:]), iter(key_values[inner:]))
+        return tile_batch(self.conv_out(self.conv_norm_out(x)), prepared.rows), features
 
-    def _below(self, skips: list[Tensor], shifts: Shifts, memories: Memories) -> Tensor:
+    def _deep_levels(self, skips: list[Tensor], shifts: Shifts, key_values: KeyValues) -> Tensor:
         """All but the first level, on the last of its skips: what enters the last up block. Leaves it its own skips."""
         x = skips[-1]
         for block in [*self.down_blocks][1:]:
-            x, more = block(x, shifts, memories)
+            x, more = block(x, shifts, key_values)
             skips += more
-        x = self.mid_block(x, shifts, memories)
+        x = self.mid_block(x, shifts, key_values)
         for block in [*self.up_blocks][:-1]:
-            x = block(x, skips, shifts, memories)
+            x = block(x, skips, shifts, key_values)
         return x
 
     def prepare(self, conditioning: Conditioning) -> PreparedConditioning:
@@ -193,20 +193,20 @@ class UNet(nn.Module):
         self._check_conditioning(conditioning)
         contexts = conditioning.contexts
         biases = [mask_bias(mask, context) for context, mask in zip(contexts, conditioning.masks, strict=True)]
-        memories = []
+        key_values = []
         for block in self._blocks():
             for i, transformer in enumerate(block.attentions):
                 place = context_index(i % len(block.contexts))
                 if transformer.context_dim is None:
-                    memories.append((None,) * len(transformer.transformer_blocks))
+                    key_values.append((None,) * len(transformer.transformer_blocks))
                 else:
-                    memories.append(transformer.remember(contexts[place], biases[place]))
+                    key_values.append(transformer.project_kv(contexts[place], biases[place]))
         film = None
         if conditioning.film is not None:
             emb = F.silu(self.class_embedding(conditioning.film))            # (rows, time_dim)
             parts = [F.linear(emb, weight[:, self.config.time_dim :]) for weight, _ in self._projected(emb.dtype)]
             film = torch.cat(parts, dim=1)
-        return PreparedConditioning(conditioning.batch_size, tuple(memories), film)
+        return PreparedConditioning(conditioning.batch_size, tuple(key_values), film)
 
     def embed_time(self, timesteps: Tensor | float) -> Tensor:
         """What the time steps (S,) or one of them add inside all residual blocks, side by side: (S, E).
@@ -233,7 +233,7 @@ class UNet(nn.Module):
 
     def _shifts(self, time: Tensor, prepared: PreparedConditioning) -> tuple[Tensor, ...]:
         if prepared.film is not None:
-            time = prepared.film + (time if len(time) == 1 else repeat_rows(time, prepared.rows))
+            time = prepared.film + (time if len(time) == 1 else tile_batch(time, prepared.rows))
         return time.split([proj.out_features for proj in self._projections()], dim=1)
 
     def _check(self, x_t: Tensor, time: Tensor, prepared: PreparedConditioning) -> None:
@@ -272,9 +272,9 @@ def _layers(block: DownBlock | MidBlock | UpBlock) -> list[tuple[ResnetBlock, li
     return [(resnet, attentions[i * count : (i + 1) * count]) for i, resnet in enumerate(block.resnets)]
 
 
-def _run(layer: tuple[ResnetBlock, list[Transformer2D]], x: Tensor, shifts: Shifts, memories: Memories) -> Tensor:
+def _run(layer: tuple[ResnetBlock, list[Transformer2D]], x: Tensor, shifts: Shifts, key_values: KeyValues) -> Tensor:
     resnet, transformers = layer
     x = resnet(x, next(shifts))
     for transformer in transformers:
-        x = transformer(x, next(memories))
+        x = transformer(x, next(key_values))
     return x

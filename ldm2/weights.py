@@ -39,7 +39,7 @@ Value = TypeVar("Value")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 SMALL = 64_000_000                                         # bytes of a part that are looked through in no time
-STRETCH = 128_000_000                                      # bytes of a file that are mapped at once to be copied
+REMAP_BYTES = 128_000_000                                      # bytes of a file that are mapped at once to be copied
 
 # Names that older versions of the libraries wrote, for every part of a hub folder: {regular expression: new name}.
 # None means dropped on purpose: tables that are computed, not learned.
@@ -59,7 +59,7 @@ OLD_NAMES: Table = {
 def read_tensors(folder: str | Path, variant: str | None = None, to_copy: bool = False) -> Mapping[str, Tensor]:
     """All tensors of one part, memory-mapped, under the names in the files. `folder` may also be a weight file itself.
 
-    to_copy: they will be copied: do not keep in memory what was copied, see `Stretches` (safetensors only).
+    to_copy: they will be copied: do not keep in memory what was copied, see `RemappingTensors` (safetensors only).
     Raises ValueError, one line that names the file, if a file is missing, truncated, of another kind, or a pickle that
     holds anything but tensors.
     """
@@ -74,15 +74,15 @@ def read_tensors(folder: str | Path, variant: str | None = None, to_copy: bool =
         tensors.update(part)
         places.update(dict.fromkeys(part, file))
     if to_copy and all(file.suffix == ".safetensors" for file in places.values()):
-        return Stretches(places)
+        return RemappingTensors(places)
     return tensors
 
 
-class Stretches(Mapping[str, Tensor]):
+class RemappingTensors(Mapping[str, Tensor]):
     """Tensors of safetensors files (name -> file), mapped when they are asked for.
 
     A mapped page counts as memory from when it is read until the whole mapping goes. So the file is mapped anew after
-    each STRETCH bytes: whoever takes the tensors in their order and keeps none holds no more than that.
+    each REMAP_BYTES bytes: whoever takes the tensors in their order and keeps none holds no more than that.
     """
 
     def __init__(self, places: Mapping[str, Path]):
@@ -93,7 +93,7 @@ class Stretches(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         path = self._places[name]
-        if path != self._path or self._served > STRETCH:
+        if path != self._path or self._served > REMAP_BYTES:
             self._path, self._served = path, 0
             self._file = safe_open(str(path), framework="pt", device="cpu")
         tensor = self._file.get_tensor(name)
@@ -263,7 +263,7 @@ def load(
     _check(groups, held, source)
     chosen = {next(name for name in names if name in held): (names, target) for names, target in groups}
     computing = computing_dtype(dtype)
-    for name in [name for name in held if name in chosen]:                   # in the order of the file, see Stretches
+    for name in [name for name in held if name in chosen]:                   # in the order of the file
         names, target = chosen[name]
         weight = _placed(name, held.pop(name), device, dtype, source)
         if isinstance(weight, Int8) and all(int8_layers.install(module, each, weight, computing) for each in names):

@@ -18,8 +18,8 @@ def test_a_transformer_block_equals_diffusers(context_dim):
     ).eval()
     theirs.load_state_dict(ours.state_dict())
     x, context = draw(2, 9, 16), None if context_dim is None else draw(2, 5, context_dim, seed=1)
-    memory = None if context is None else ours.attn2.remember(context)
-    torch.testing.assert_close(ours(x, memory), theirs(x, encoder_hidden_states=context), atol=2e-5, rtol=1e-5)
+    kv = None if context is None else ours.attn2.project_kv(context)
+    torch.testing.assert_close(ours(x, kv), theirs(x, encoder_hidden_states=context), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -32,9 +32,9 @@ def test_a_transformer_over_positions_equals_diffusers(depth, context_dim):
     ).eval()
     theirs.load_state_dict(ours.state_dict())
     x, context = draw(2, 16, 5, 3), None if context_dim is None else draw(2, 5, context_dim, seed=1)
-    memories = (None,) * depth if context is None else ours.remember(context, None)
+    key_values = (None,) * depth if context is None else ours.project_kv(context, None)
     expected = theirs(x, encoder_hidden_states=context).sample
-    torch.testing.assert_close(ours(x, memories), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(x, key_values), expected, atol=2e-5, rtol=1e-5)
 
 
 def test_dropped_tokens_do_not_matter():
@@ -45,29 +45,29 @@ def test_dropped_tokens_do_not_matter():
     changed[0, 2:4] = 100.0
     bias = mask_bias(mask, context)
     torch.testing.assert_close(
-        attention(x, attention.remember(changed, bias)), attention(x, attention.remember(context, bias))
+        attention(x, attention.project_kv(changed, bias)), attention(x, attention.project_kv(context, bias))
     )
 
 
 def test_a_masked_row_equals_the_shorter_row():
     attention = randomise(Attention(16, 4, 12), seed=3)
     x, context = draw(1, 9, 16), draw(1, 5, 12, seed=1)
-    masked = attention.remember(context, mask_bias(torch.tensor([[True, True, True, False, False]]), context))
-    torch.testing.assert_close(attention(x, masked), attention(x, attention.remember(context[:, :3])))
+    masked = attention.project_kv(context, mask_bias(torch.tensor([[True, True, True, False, False]]), context))
+    torch.testing.assert_close(attention(x, masked), attention(x, attention.project_kv(context[:, :3])))
 
 
 def test_a_row_that_keeps_nothing_attends_as_if_not_masked():
     attention = randomise(Attention(16, 4, 12), seed=3)
     x, context = draw(1, 9, 16), draw(1, 5, 12, seed=1)
-    memory = attention.remember(context, mask_bias(torch.zeros(1, 5), context))
-    torch.testing.assert_close(attention(x, memory), attention(x, attention.remember(context)), atol=5e-3, rtol=0)
+    kv = attention.project_kv(context, mask_bias(torch.zeros(1, 5), context))
+    torch.testing.assert_close(attention(x, kv), attention(x, attention.project_kv(context)), atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_row_that_keeps_nothing_is_finite_in_half_precision(dtype):
     attention = randomise(Attention(16, 4, 12), seed=3).to(dtype)
     x, context = draw(1, 9, 16).to(dtype), draw(1, 5, 12, seed=1).to(dtype)
-    assert attention(x, attention.remember(context, mask_bias(torch.zeros(1, 5), context))).isfinite().all()
+    assert attention(x, attention.project_kv(context, mask_bias(torch.zeros(1, 5), context))).isfinite().all()
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 5), torch.ones(2, 5, dtype=torch.bool)])
@@ -78,6 +78,6 @@ def test_a_mask_that_keeps_all_is_no_bias(mask):
 def test_rows_of_two_branches_attend_from_one_row_of_positions():
     block = randomise(TransformerBlock(16, 4, 12), seed=1)
     x, context = draw(2, 9, 16), draw(4, 5, 12, seed=1)
-    both = block(x, block.attn2.remember(context))
-    torch.testing.assert_close(both[:2], block(x, block.attn2.remember(context[:2])))
-    torch.testing.assert_close(both[2:], block(x, block.attn2.remember(context[2:])))
+    both = block(x, block.attn2.project_kv(context))
+    torch.testing.assert_close(both[:2], block(x, block.attn2.project_kv(context[:2])))
+    torch.testing.assert_close(both[2:], block(x, block.attn2.project_kv(context[2:])))

@@ -146,7 +146,7 @@ def test_the_published_unet_is_guided_as_two_calls_of_its_own():
 
 
 def within(start, end):
-    return {"acts_at": lambda t: SCHEDULE.within(t, (start, end))}
+    return {"active_at": lambda t: SCHEDULE.within(t, (start, end))}
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)

@@ -8,18 +8,18 @@ import torch.nn.functional as F
 from diffusers.models import embeddings, resnet
 
 from benchmarks.checkpoints import randomise
-from ldm2.layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, repeat_rows, timestep_embedding
+from ldm2.layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, tile_batch, timestep_embedding
 from tests.helpers import draw
 
 
 def test_repeat_rows_tiles_the_batch():
     x = draw(2, 3, 4)
-    assert torch.equal(repeat_rows(x, 6), torch.cat([x, x, x]))
+    assert torch.equal(tile_batch(x, 6), torch.cat([x, x, x]))
 
 
 def test_repeat_rows_returns_x_itself_where_nothing_is_to_do():
     x = draw(2, 3)
-    assert repeat_rows(x, 2) is x
+    assert tile_batch(x, 2) is x
 
 
 def test_timestep_embedding_is_cosines_then_sinusoids_of_falling_frequency():
@@ -80,7 +80,7 @@ def test_a_resnet_block_equals_diffusers(in_channels, out_channels, emb_dim):
 def test_a_resnet_block_tiles_the_side_with_fewer_rows(x_rows, shift_rows, rows):
     block = randomise(ResnetBlock(8, 8, 4, 1e-5, 20), seed=2)
     x, shift = draw(x_rows, 8, 5, 3), draw(shift_rows, 8, seed=1)
-    expected = block(repeat_rows(x, rows), repeat_rows(shift, rows))
+    expected = block(tile_batch(x, rows), tile_batch(shift, rows))
     torch.testing.assert_close(block(x, shift), expected, atol=1e-6, rtol=1e-6)
 
 

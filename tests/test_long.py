@@ -49,7 +49,7 @@ def largest_inputs(pipe, run) -> dict[str, int]:
 
 
 def test_the_checkpoint_tells_its_own_length(pipe):
-    assert pipe.own_frames == 32
+    assert pipe.native_latent_frames == 32
     assert pipe.windows(32) is None
     assert len(pipe.windows(33)) == 2
 

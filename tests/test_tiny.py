@@ -63,9 +63,9 @@ def test_a_clip_has_the_length_of_the_folders_defaults(say):
 ])
 def test_four_evaluations_of_the_student_make_what_was_asked_for(pipe, monkeypatch, prompt, kind):
     rows = []
-    with_features = UNet.with_features
-    monkeypatch.setattr(UNet, "with_features", lambda self, x_t, t, conditioning, *rest:
-                        rows.append(conditioning.rows) or with_features(self, x_t, t, conditioning, *rest))
+    forward_cached = UNet.forward_cached
+    monkeypatch.setattr(UNet, "forward_cached", lambda self, x_t, t, conditioning, *rest:
+                        rows.append(conditioning.rows) or forward_cached(self, x_t, t, conditioning, *rest))
     made = pipe.generate(prompt, seed=0, preset="instant")
     assert rows == [1] * 4
     assert is_right(made.waveforms[0], kind)

@@ -97,7 +97,7 @@ def _moments(
 
 
 @triton.jit
-def _normalise(
+def _normalize(
     x, shift, moments, weight, bias, y, shift_stride, groups: tl.constexpr, width: tl.constexpr, positions, eps,
     SHIFT: tl.constexpr, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):
@@ -138,7 +138,7 @@ def _group_norm(x, num_groups, weight, bias, eps, shift, silu):
         parts = triton.cdiv(size, PART)
         moments = torch.empty(rows, parts, 2, dtype=torch.float32, device=x.device)
         _moments[(rows, parts)](x, shift, moments, **shape, **flags, BLOCK=PART, num_warps=8)
-        _normalise[(rows, parts)](x, shift, moments, weight, bias, y, **shape, eps=eps, **flags, SILU=silu,
+        _normalize[(rows, parts)](x, shift, moments, weight, bias, y, **shape, eps=eps, **flags, SILU=silu,
                                   BLOCK=PART, PARTS=triton.next_power_of_2(parts), num_warps=8)
     return y
 

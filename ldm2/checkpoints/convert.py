@@ -111,11 +111,11 @@ def convert(
             index = _copy_rest(path, partial)
         else:
             index, lacking = _write_rest(checkpoint, partial, tokenizers, local_files_only)
-    licence = licence_of(source, path)
+    licence = license_of(source, path)
     _write_readme(partial, path, licence, dtype)
     _write_json(partial / "model_index.json", index)
     _finish(partial, folder)
-    return Converted(folder, " ".join([*licence_notice(licence), *lacking]))
+    return Converted(folder, " ".join([*license_notice(licence), *lacking]))
 
 
 def _adapters(lora: Sequence[Any], checkpoint: Checkpoint) -> tuple[list[tuple[Adapter, float]], list[list[Any]]]:
@@ -133,7 +133,7 @@ def _adapters(lora: Sequence[Any], checkpoint: Checkpoint) -> tuple[list[tuple[A
     return adapters, digests
 
 
-def licence_notice(licence: str | None) -> list[str]:
+def license_notice(licence: str | None) -> list[str]:
     """What a licence tag means for the converted files, in sentences."""
     if licence is None:
         return ["The licence of the source is not known here: look it up before you share the folder."]
@@ -356,7 +356,7 @@ def _finish(partial: Path, folder: Path) -> None:
 # Licence
 
 
-def licence_of(source: str | Path, path: Path) -> str | None:
+def license_of(source: str | Path, path: Path) -> str | None:
     """The licence tag of the source: what its README says, else the table of models; None if neither knows it."""
     readme = path / "README.md"
     if readme.is_file():
@@ -375,7 +375,7 @@ def _write_readme(partial: Path, path: Path, licence: str | None, dtype: torch.d
     head = "" if licence is None else f"---\nlicense: {licence.lower()}\n---\n\n"
     precision = "" if dtype is None else f" in {str(dtype).removeprefix('torch.')}"
     text = f"Converted from {path.name} by ldm2{precision}, in the layout of diffusers."
-    readme.write_text(f"{head}{' '.join([text, *licence_notice(licence)])}\n", encoding="utf-8")
+    readme.write_text(f"{head}{' '.join([text, *license_notice(licence)])}\n", encoding="utf-8")
 
 
 # JSON and dtypes

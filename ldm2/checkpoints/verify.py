@@ -96,7 +96,7 @@ def compare(pin: Pin, pipe: AudioLDM2, scheduler: Mapping[str, object]) -> Compa
 
     Raises ValueError for a checkpoint of another shape than the published one.
     """
-    shape = (1, *pipe.latent_shape_of(LATENTS[2] * pipe.vae.config.downsampling))
+    shape = (1, *pipe.latent_shape_for_frames(LATENTS[2] * pipe.vae.config.downsampling))
     if shape != LATENTS:
         raise ValueError(f"the pinned samples need latents of the shape {LATENTS}, those of {pin.model} have {shape}")
     waveform = _sound(pin, pipe, Schedule.from_dict(dict(scheduler) | {"_class_name": pin.scheduler}))
@@ -185,13 +185,13 @@ def _json(path: Path) -> dict:
         raise ValueError(f"{path} is not a JSON object: {error}") from None
 
 
-def inferred(said: Mapping[str, Mapping[str, object]], own_frames: int) -> dict[str, str]:
+def inferred(said: Mapping[str, Mapping[str, object]], native_latent_frames: int) -> dict[str, str]:
     """What this repository inferred about the published files without having seen them all, beside what these say.
 
-    own_frames: latent frames that ldm2 takes for the length of the training.
+    native_latent_frames: latent frames that ldm2 takes for the length of the training.
     """
     size = said.get("unet", {}).get("sample_size")
-    lines = {"length": f"the file says sample_size {size}, ldm2 takes {own_frames} latent frames"}
+    lines = {"length": f"the file says sample_size {size}, ldm2 takes {native_latent_frames} latent frames"}
     model, tokenizer = said.get("text_encoder_2", {}), said.get("tokenizer_2", {})
     if model.get("model_type") == "vits" and tokenizer:
         symbols, known = tokenizer["symbols"], model["vocab_size"]

@@ -99,7 +99,7 @@ def _checks(model: known.Model, path: Path) -> dict:
             pipe = _load(path)
             ranking = _ranking(pipe)
         told |= {"keys": {name: vars(found) for name, found in keys.items()}, "ranking": ranking,
-                 "inferred": verify.inferred(said, pipe.own_frames)}
+                 "inferred": verify.inferred(said, pipe.native_latent_frames)}
         pins = [pin for pin in verify.PINS if pin.model == model.name]
         compared = [verify.compare(pin, pipe, verify.scheduler(path)) for pin in pins]
     except (ValueError, OSError, ArithmeticError) as error:

@@ -127,7 +127,7 @@ class Request:
         GeneratorNoise(self.generator, self.rows, pipe.dtype)
         if self.latents is None:
             return
-        channels, _, bins = pipe._model.latent_shape_of(1)
+        channels, _, bins = pipe._model.latent_shape_for_frames(1)
         shape = tuple(self.latents.shape) if isinstance(self.latents, Tensor) else type(self.latents).__name__
         if not isinstance(shape, tuple) or len(shape) != 4 or (*shape[:2], shape[3]) != (self.rows, channels, bins):
             raise ValueError(f"latents must be ({self.rows}, {channels}, frames, {bins}), got {shape}")

@@ -20,7 +20,7 @@ from ldm2.compat.parts import AudioPipelineOutput
 from ldm2.conditioning import Conditioning
 from ldm2.runtime.inference import inference
 from ldm2.settings import Sampling
-from ldm2.text.gpt2 import continue_sequence
+from ldm2.text.gpt2 import generate_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class AudioLDM2Pipeline(WithLoras):
         conditioning, unconditional = self._conditionings(asked)
         noise = GeneratorNoise(generator, conditioning.batch_size, self.dtype)
         if latents is None:
-            latents = noise.draw(conditioning.batch_size, *self._model.latent_shape_of(num_frames))
+            latents = noise.draw(conditioning.batch_size, *self._model.latent_shape_for_frames(num_frames))
         latents = self._denoise(asked, conditioning, unconditional, latents, noise)
         if output_type == "latent":
             return AudioPipelineOutput(latents)
@@ -163,7 +163,7 @@ class AudioLDM2Pipeline(WithLoras):
         mask = torch.ones(inputs_embeds.shape[:2], device=device) if attention_mask is None else attention_mask
         number = text.num_vectors if max_new_tokens is None else max_new_tokens
         with self._model.stages["text"]:
-            return continue_sequence(text.gpt2, inputs_embeds, mask.bool().to(device), number)
+            return generate_vectors(text.gpt2, inputs_embeds, mask.bool().to(device), number)
 
     def prepare_latents(
         self, batch_size: int, num_channels_latents: int, height: int, dtype: torch.dtype,

@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm2 import samplers
 from ldm2.checkpoints import hub
 from ldm2.compat.parts import Config
-from ldm2.samplers.core import preserving
+from ldm2.samplers.core import variance_preserving
 from ldm2.schedules import Schedule
 
 _DEFAULTS = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -91,7 +91,7 @@ class Scheduler:
     def init_noise_sigma(self) -> float:
         """What standard normal noise is multiplied with before the first step, by `prepare_latents`."""
         method, schedule = samplers.SAMPLERS[self.sampler], self.schedule
-        if not method.exploding:
+        if not method.variance_exploding:
             return 1.0
         steps = self._steps or schedule.num_train_timesteps
         sigma = schedule.sigma(method.timesteps(schedule, steps)[0])
@@ -101,20 +101,20 @@ class Scheduler:
         """Choose the `timesteps` of so many steps: the numbers that the UNet is called with, in their order."""
         visited = samplers.timesteps(self.sampler, self.schedule, num_inference_steps)
         self._steps = num_inference_steps
-        kind = torch.float32 if samplers.SAMPLERS[self.sampler].exploding else torch.int64
+        kind = torch.float32 if samplers.SAMPLERS[self.sampler].variance_exploding else torch.int64
         self.timesteps = torch.tensor(calls(self.sampler, visited)[0], dtype=kind, device=device or "cpu")
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t at `timesteps` (B,) in the coordinates of this class's own steps."""
         levels = [self.schedule.sigma(float(t)) for t in timesteps]
-        exploding = samplers.SAMPLERS[self.sampler].exploding
-        pairs = [(1.0, sigma) if exploding else preserving(sigma) for sigma in levels]
+        variance_exploding = samplers.SAMPLERS[self.sampler].variance_exploding
+        pairs = [(1.0, sigma) if variance_exploding else variance_preserving(sigma) for sigma in levels]
         signal, sigma = original_samples.new_tensor(pairs)[:, :, None, None, None].unbind(1)
         return signal * original_samples + sigma * noise
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """x_t as the UNet takes it: of variance one."""
-        if not samplers.SAMPLERS[self.sampler].exploding:
+        if not samplers.SAMPLERS[self.sampler].variance_exploding:
             return sample
         return sample / (self.schedule.sigma(float(timestep)) ** 2 + 1) ** 0.5
 

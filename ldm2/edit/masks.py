@@ -81,11 +81,11 @@ def keep_mask(num_frames: int, seconds: float, config: MelConfig, vae_factor: in
     if times is not None:
         frame_edges = np.arange(num_frames + 1) * (vae_factor * config.hop_length / config.sample_rate)
         ranges = without_outer_borders(merge_ranges(times, seconds), 0.0, seconds)
-        anew *= share_of(frame_edges[:-1], frame_edges[1:], ranges, soft_seconds)[:, None]
+        anew *= soft_membership(frame_edges[:-1], frame_edges[1:], ranges, soft_seconds)[:, None]
     if bands is not None:
         bin_edges = _latent_bin_edges(config, vae_factor)
         ranges = without_outer_borders(merge_ranges(bands, config.f_max, "Hz"), config.f_min, config.f_max)
-        anew *= share_of(bin_edges[:-1], bin_edges[1:], ranges, soft_hz)[None, :]
+        anew *= soft_membership(bin_edges[:-1], bin_edges[1:], ranges, soft_hz)[None, :]
     return torch.from_numpy(1 - anew).float()[None, None]
 
 
@@ -103,7 +103,9 @@ def without_outer_borders(ranges: Sequence[tuple[float, float]], low: float, hig
     return [(-math.inf if a <= low else a, math.inf if b >= high else b) for a, b in ranges]
 
 
-def share_of(starts: np.ndarray, ends: np.ndarray, ranges: Sequence[tuple[float, float]], soft: float) -> np.ndarray:
+def soft_membership(
+    starts: np.ndarray, ends: np.ndarray, ranges: Sequence[tuple[float, float]], soft: float
+) -> np.ndarray:
     """How far each cell, starts[i] to ends[i], belongs to the ranges: 0..1, rising over `soft` inside each border."""
     tolerance = 1e-9 * max(1.0, float(ends[-1]))
     share = np.zeros(len(starts))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ldm2.audio import check_rows, seconds_to_samples
-from ldm2.edit.masks import merge_ranges, share_of, without_outer_borders
+from ldm2.edit.masks import merge_ranges, soft_membership, without_outer_borders
 from ldm2.options import Range, check_number
 from ldm2.settings import CROSSFADE_SECONDS
 
@@ -65,7 +65,7 @@ def blend_bands(original: np.ndarray, edited: np.ndarray, bands: Sequence[Range]
     ranges = without_outer_borders(merge_ranges(bands, half_rate, "Hz"), 0.0, half_rate)
     padded = original.shape[-1] + sample_rate // 4                           # room for the ringing: no wrap around
     hz = np.fft.rfftfreq(padded, 1 / sample_rate)
-    difference = np.fft.rfft(edited.astype(np.float64) - original, padded) * share_of(hz, hz, ranges, soft_hz)
+    difference = np.fft.rfft(edited.astype(np.float64) - original, padded) * soft_membership(hz, hz, ranges, soft_hz)
     return (original + np.fft.irfft(difference, padded)[..., :original.shape[-1]]).astype(original.dtype)
 
 

@@ -52,13 +52,13 @@ class CompiledUNet:
         self.unet, self.embed_time = unet, unet.embed_time
 
     def __call__(self, x_t: Tensor, t: float, prepared: PreparedConditioning, time: Tensor | None = None) -> Tensor:
-        return self.with_features(x_t, t, prepared, time)[0]
+        return self.forward_cached(x_t, t, prepared, time)[0]
 
-    def with_features(self, *args, **named) -> tuple[Tensor, ...]:
-        """As UNet.with_features."""
+    def forward_cached(self, *args, **named) -> tuple[Tensor, ...]:
+        """As UNet.forward_cached."""
         return _compiled_step()(self.unet, *args, **named)
 
 
 @functools.cache
 def _compiled_step() -> Callable[..., tuple[Tensor, ...]]:
-    return torch.compile(UNet.with_features, dynamic=True)
+    return torch.compile(UNet.forward_cached, dynamic=True)

@@ -32,7 +32,7 @@ def reusing(unet: Any, every: int) -> Callable[..., Tensor]:
         elif t != last:
             count += 1
         last = t
-        result, features = unet.with_features(x_t, t, prepared, time, features if count % every else None)
+        result, features = unet.forward_cached(x_t, t, prepared, time, features if count % every else None)
         return result
 
     return predict

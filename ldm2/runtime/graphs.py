@@ -3,7 +3,7 @@ quicker than they can be issued.
 
 A graph is a recording of launches with all addresses in it. It serves every call of the same shapes once its inputs are
 copied to where the recorded call had them. So that a prompt of another length seldom means another graph, the contexts
-are lengthened to multiples of eight tokens; what is added has no weight in any attention.
+are padded to multiples of eight tokens; what is added has no weight in any attention.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ldm2 import ops
-from ldm2.attention import Memory
+from ldm2.attention import KeyValue
 from ldm2.runtime.compilation import CompiledUNet, is_compiled, stepper
 from ldm2.unet import PreparedConditioning, UNet
 
@@ -108,7 +108,7 @@ class Graph:
         _copy(tensors(prepared), tensors(self.prepared))
         _copy(changing, self.changing)
         x_t, time, features = self.changing
-        self.replay, self.results = capture(lambda: unet.with_features(x_t, 0, self.prepared, time, features))
+        self.replay, self.results = capture(lambda: unet.forward_cached(x_t, 0, self.prepared, time, features))
 
     def __call__(self, changing: list[Tensor | None], prepared: PreparedConditioning) -> Results:
         _copy(changing, self.changing)
@@ -127,15 +127,15 @@ class GraphedUNet:
         self._lengthened: list[tuple[PreparedConditioning, PreparedConditioning, tuple]] = []
 
     def __call__(self, x_t: Tensor, t: float, prepared: PreparedConditioning, time: Tensor | None = None) -> Tensor:
-        return self.with_features(x_t, t, prepared, time)[0]
+        return self.forward_cached(x_t, t, prepared, time)[0]
 
-    def with_features(
+    def forward_cached(
         self, x_t: Tensor, t: float, prepared: PreparedConditioning, time: Tensor | None = None,
         features: Tensor | None = None,
     ) -> Results:
-        """As UNet.with_features."""
+        """As UNet.forward_cached."""
         if torch.is_grad_enabled() or ops.asked() == "reference":
-            return self.unet.with_features(x_t, t, prepared, time, features)
+            return self.unet.forward_cached(x_t, t, prepared, time, features)
         time = self.unet.embed_time(t) if time is None else time
         prepared, shapes = self._bucket(prepared)
         changing = [x_t, time, features]
@@ -144,15 +144,15 @@ class GraphedUNet:
             graph = self.graphs.get(key, lambda: Graph(self.unet, changing, prepared, self.graphs.capture))
             if graph is not None:
                 return graph(changing, prepared)
-        return self.unet.with_features(x_t, t, prepared, time, features)
+        return self.unet.forward_cached(x_t, t, prepared, time, features)
 
     def _bucket(self, prepared: PreparedConditioning) -> tuple[PreparedConditioning, tuple]:
-        """A conditioning lengthened, and its shapes; worked out once."""
+        """A padded conditioning, and its shapes; worked out once."""
         for original, long, shapes in self._lengthened:
             if original is prepared:
                 return long, shapes
-        long = lengthened(prepared)
-        flags = [memory is not None and memory.bias is not None for layers in long.memories for memory in layers]
+        long = pad_to_bucket(prepared)
+        flags = [kv is not None and kv.bias is not None for layers in long.key_values for kv in layers]
         shapes = (tuple(flags), tuple(_kind(tensor) for tensor in tensors(long)))
         self._lengthened.append((prepared, long, shapes))
         return long, shapes
@@ -181,32 +181,32 @@ class CudaCapture:
         return graph.replay, results
 
 
-def lengthened(prepared: PreparedConditioning) -> PreparedConditioning:
+def pad_to_bucket(prepared: PreparedConditioning) -> PreparedConditioning:
     """A conditioning with contexts padded to multiples of BUCKET tokens; the added ones have a weight of exp(-inf) = 0.
     """
     biases: dict[tuple[int, int], Tensor] = {}             # one for all layers, as before
 
-    def longer(memory: Memory | None) -> Memory | None:
-        extra = 0 if memory is None else -memory.keys.shape[2] % BUCKET
+    def longer(kv: KeyValue | None) -> KeyValue | None:
+        extra = 0 if kv is None else -kv.keys.shape[2] % BUCKET
         if not extra:
-            return memory
-        length = memory.keys.shape[2]
-        bias = memory.keys.new_zeros(prepared.rows, 1, 1, length) if memory.bias is None else memory.bias
-        place = (id(memory.bias), length)
+            return kv
+        length = kv.keys.shape[2]
+        bias = kv.keys.new_zeros(prepared.rows, 1, 1, length) if kv.bias is None else kv.bias
+        place = (id(kv.bias), length)
         if place not in biases:
             biases[place] = F.pad(bias, (0, extra), value=-torch.inf)
-        keys, values = (F.pad(tensor, (0, 0, 0, extra)) for tensor in (memory.keys, memory.values))
-        return Memory(keys, values, biases[place])
+        keys, values = (F.pad(tensor, (0, 0, 0, extra)) for tensor in (kv.keys, kv.values))
+        return KeyValue(keys, values, biases[place])
 
-    memories = tuple(tuple(longer(memory) for memory in layers) for layers in prepared.memories)
-    return replace(prepared, memories=memories)
+    key_values = tuple(tuple(longer(kv) for kv in layers) for layers in prepared.key_values)
+    return replace(prepared, key_values=key_values)
 
 
 def tensors(prepared: PreparedConditioning) -> Iterator[Tensor]:
     """Each tensor of a conditioning once, in an order that depends on its structure only."""
     seen: set[int] = set()
-    memories = [memory for layers in prepared.memories for memory in layers if memory is not None]
-    every = [tensor for memory in memories for tensor in (memory.keys, memory.values, memory.bias)]
+    key_values = [kv for layers in prepared.key_values for kv in layers if kv is not None]
+    every = [tensor for kv in key_values for tensor in (kv.keys, kv.values, kv.bias)]
     for tensor in [*every, prepared.film]:
         if tensor is not None and id(tensor) not in seen:
             seen.add(id(tensor))
@@ -217,13 +217,13 @@ def replaced(prepared: PreparedConditioning, change: Callable[[Tensor], Tensor])
     """A conditioning with each tensor changed; those that were one tensor are one again."""
     new = {id(tensor): change(tensor) for tensor in tensors(prepared)}
 
-    def of(memory: Memory | None) -> Memory | None:
-        if memory is None:
+    def of(kv: KeyValue | None) -> KeyValue | None:
+        if kv is None:
             return None
-        return Memory(new[id(memory.keys)], new[id(memory.values)], new.get(id(memory.bias)))
+        return KeyValue(new[id(kv.keys)], new[id(kv.values)], new.get(id(kv.bias)))
 
-    memories = tuple(tuple(of(memory) for memory in layers) for layers in prepared.memories)
-    return PreparedConditioning(prepared.rows, memories, new.get(id(prepared.film)))
+    key_values = tuple(tuple(of(kv) for kv in layers) for layers in prepared.key_values)
+    return PreparedConditioning(prepared.rows, key_values, new.get(id(prepared.film)))
 
 
 def _copy(sources: Iterable[Tensor | None], targets: Iterable[Tensor | None]) -> None:

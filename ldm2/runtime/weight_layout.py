@@ -26,4 +26,4 @@ def for_tensor_cores(module: nn.Module) -> None:
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for part in module.modules():
         if isinstance(part, Attention):
-            part.join_projections()
+            part.fuse_qkv()

@@ -32,13 +32,13 @@ class Sampler:
 
     solve:      the generator. timesteps: the points of a schedule that it visits.
     scheduler:  the scheduler class of diffusers that computes the same, whose options it follows
-    exploding:  whether its state is x_0 + sigma * noise. stochastic: whether it always draws noise.
+    variance_exploding: whether its state is x_0 + sigma * noise. stochastic: whether it always draws noise.
     """
 
     solve: Callable[[Epsilon, Run, Tensor], Solver]
     timesteps: Callable[[Schedule, int], tuple[float, ...]]
     scheduler: str
-    exploding: bool = False
+    variance_exploding: bool = False
     stochastic: bool = False
 
 
@@ -46,12 +46,13 @@ SAMPLERS = {
     "ddim": Sampler(ddim, Schedule.timesteps, "DDIMScheduler"),
     "ddpm": Sampler(ddpm, Schedule.timesteps, "DDPMScheduler", stochastic=True),
     "pndm": Sampler(pndm, Schedule.timesteps, "PNDMScheduler"),
-    "lms": Sampler(lms, Schedule.sigma_timesteps, "LMSDiscreteScheduler", exploding=True),
-    "euler": Sampler(euler, Schedule.sigma_timesteps, "EulerDiscreteScheduler", exploding=True),
+    "lms": Sampler(lms, Schedule.sigma_timesteps, "LMSDiscreteScheduler", variance_exploding=True),
+    "euler": Sampler(euler, Schedule.sigma_timesteps, "EulerDiscreteScheduler", variance_exploding=True),
     "euler-ancestral": Sampler(
-        euler_ancestral, Schedule.sigma_timesteps, "EulerAncestralDiscreteScheduler", exploding=True, stochastic=True
+        euler_ancestral, Schedule.sigma_timesteps, "EulerAncestralDiscreteScheduler", variance_exploding=True,
+        stochastic=True,
     ),
-    "heun": Sampler(heun, Schedule.sigma_timesteps, "HeunDiscreteScheduler", exploding=True),
+    "heun": Sampler(heun, Schedule.sigma_timesteps, "HeunDiscreteScheduler", variance_exploding=True),
     "dpmpp-2m": Sampler(dpmpp_2m, Schedule.interval_timesteps, "DPMSolverMultistepScheduler"),
     "dpmpp-2m-sde": Sampler(
         dpmpp_2m_sde, Schedule.interval_timesteps, "DPMSolverMultistepScheduler", stochastic=True
@@ -128,7 +129,9 @@ def sample(
     if start == steps:
         return x0.float()
     options = schedule.options(method.scheduler)
-    run = Run(schedule, method.timesteps(schedule, steps), method.exploding, int(start), noise, float(eta), options)
+    run = Run(
+        schedule, method.timesteps(schedule, steps), method.variance_exploding, int(start), noise, float(eta), options
+    )
     x = run.begin(x_T.float(), None if x0 is None else x0.float())
     solver = method.solve(Epsilon(denoiser, schedule, options), run, x)
     step, total = next(solver), steps - start

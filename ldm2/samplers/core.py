@@ -44,7 +44,7 @@ class Run:
     """The points that a sampler visits, and what else it needs to know.
 
     timesteps: (S,), one for each step, descending
-    exploding: the state is x_0 + sigma * noise (Euler, Heun, LMS), else alpha * x_0 + sqrt(1 - alpha^2) * noise
+    variance_exploding: the state is x_0 + sigma * noise (Euler, Heun, LMS), else that, scaled to variance one
     start:     the first step that is taken; 0 is pure noise
     noise:     draws standard normal float32 numbers like its argument. eta: see ddim
     options:   those of the solver
@@ -52,7 +52,7 @@ class Run:
 
     schedule: Schedule
     timesteps: tuple[float, ...]
-    exploding: bool
+    variance_exploding: bool
     start: int
     noise: Noise | None
     eta: float
@@ -80,7 +80,7 @@ class Run:
     def levels(self, index: int) -> tuple[float, float]:
         """(signal, sigma) of x_t before step `index`, in the sampler's coordinates."""
         sigma = self.sigmas[index]
-        return (1.0, sigma) if self.exploding else preserving(sigma)
+        return (1.0, sigma) if self.variance_exploding else variance_preserving(sigma)
 
     def step(self, index: int, x: Tensor) -> Step:
         """The step `index` from x."""
@@ -93,7 +93,7 @@ class Run:
             return signal * x0 + sigma * x_T
         # The variance of x_t for data of variance one. diffusers leaves the data's one out for spacings that begin at
         # the last timestep, where it hardly counts beside sigma.
-        if self.exploding and self.schedule.timestep_spacing != "leading":
+        if self.variance_exploding and self.schedule.timestep_spacing != "leading":
             return sigma * x_T
         return math.hypot(signal, sigma) * x_T
 
@@ -123,14 +123,14 @@ class Epsilon:
         eps = self.unlimited(prediction, x, t)
         if not self.options.limits:
             return eps
-        alpha, sigma = preserving(self.schedule.sigma(t))
+        alpha, sigma = variance_preserving(self.schedule.sigma(t))
         return (x - alpha * self.limit((x - sigma * eps) / alpha)) / sigma
 
     def unlimited(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
         """A prediction -> eps at (x, t), whatever x_0 it leads to: limits of x_0 are not applied."""
         if self.schedule.prediction_type == "epsilon":
             return prediction
-        alpha, sigma = preserving(self.schedule.sigma(t))
+        alpha, sigma = variance_preserving(self.schedule.sigma(t))
         if self.schedule.prediction_type == "v_prediction":
             return alpha * prediction + sigma * x
         return (x - alpha * prediction) / sigma
@@ -145,7 +145,7 @@ class Epsilon:
         return x0.clamp(-bound, bound) / bound
 
 
-def preserving(sigma: float) -> tuple[float, float]:
+def variance_preserving(sigma: float) -> tuple[float, float]:
     """Noise over signal -> (alpha, sigma) with alpha^2 + sigma^2 = 1."""
     alpha = 1 / math.hypot(1, sigma)
     return alpha, alpha * sigma

@@ -22,7 +22,7 @@ from ldm2.fields import short
 from ldm2.options import check_text
 from ldm2.runtime.inference import inference
 from ldm2.text.encoders import ClapText, T5Text
-from ldm2.text.gpt2 import GPT2, Projection, continue_sequence
+from ldm2.text.gpt2 import GPT2, Projection, generate_vectors
 from ldm2.text.phonemes import PhonemeText
 
 __all__ = ["Conditioning", "TextEncoder"]
@@ -101,7 +101,7 @@ class TextEncoder(nn.Module):
         num_vectors = self.num_vectors if num_vectors is None else num_vectors
         if self.reference == "diffusers":
             return _once(lines, lambda distinct: self._together(distinct, num_vectors))
-        return _once(lines, lambda distinct: self._each_alone(distinct, num_vectors))
+        return _once(lines, lambda distinct: self._encode_unpadded(distinct, num_vectors))
 
     @inference
     def encode_unconditional(
@@ -125,7 +125,7 @@ class TextEncoder(nn.Module):
         if any(negative.strip() for negative in negatives):
             lines = self._lines(negatives, transcription, phonemes)
         lines = [line if line.prompt.strip() else UNCONDITIONAL for line in lines]
-        return _once(lines, lambda distinct: self._each_alone(distinct, num_vectors))
+        return _once(lines, lambda distinct: self._encode_unpadded(distinct, num_vectors))
 
     @inference
     def unconditional(self, rows: int) -> Conditioning:
@@ -139,7 +139,7 @@ class TextEncoder(nn.Module):
     def generate(self, clap: Tensor, states: Tensor, mask: Tensor, num_vectors: int) -> Tensor:
         """clap (B, D0), states (B, L, D1) of T5 or phonemes, mask (B, L) bool -> GPT-2's (B, num_vectors, D)."""
         sequence, places = self.projection(clap, states, mask)
-        return continue_sequence(self.gpt2, sequence, places, num_vectors)
+        return generate_vectors(self.gpt2, sequence, places, num_vectors)
 
     def _lines(
         self, prompts: Sequence[str], transcription: str | Sequence[str] | None, phonemes: str | Sequence[str] | None
@@ -162,7 +162,7 @@ class TextEncoder(nn.Module):
         ids = {text: read(text) for text in dict.fromkeys(words)}
         return [Line(prompt, ids[text]) for prompt, text in zip(prompts, words)]
 
-    def _each_alone(self, lines: list[Line], num_vectors: int) -> Conditioning:
+    def _encode_unpadded(self, lines: list[Line], num_vectors: int) -> Conditioning:
         """One row for each line (no two equal), none of which changes another.
 
         Phonemes always fill the same number of places, so lines to say can share a batch without sharing padding.

@@ -191,7 +191,7 @@ def load_gpt2(
     return weights.load(gpt2, tensors, table=WITHOUT_HEAD, dtype=dtype, device=device, source=source)
 
 
-def continue_sequence(gpt2: GPT2, sequence: Tensor, mask: Tensor, num_vectors: int) -> Tensor:
+def generate_vectors(gpt2: GPT2, sequence: Tensor, mask: Tensor, num_vectors: int) -> Tensor:
     """sequence (B, L, D) with mask (B, L) bool -> the next `num_vectors` vectors (B, num_vectors, D).
 
     Each vector is the last output of GPT-2 (after its final norm) and the next input; no token is ever chosen.

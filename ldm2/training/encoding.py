@@ -121,7 +121,7 @@ def own_sounds(
         report("making sounds to keep", number, len(prompts))
         example = Example(key_of("own", *basis, prompt, number, frames), (key_of("text", *basis, prompt, None),))
         if not store.has(example.latents):
-            seconds = frames * pipe.frame_samples / pipe.sample_rate
+            seconds = frames * pipe.samples_per_latent_frame / pipe.sample_rate
             latents = pipe.generate(prompt, seed=number, seconds=seconds).latents.float().cpu()
             mean = latents[0] / pipe.vae.config.scaling_factor
             store.put(example.latents, {"mean": mean, "logvar": torch.full_like(mean, EXACT)})
@@ -154,7 +154,7 @@ def encode_sound(pipe: Stages, path: Path, frames: int, basis: list, store: Stor
     if not store.has(key):
         channels, rate = audio.read_channels(path, MAX_SECONDS)
         waveform = audio.resample(audio.mix(channels).astype(np.float32), rate, pipe.sample_rate)
-        missing = max(0, frames * pipe.frame_samples - len(waveform))
+        missing = max(0, frames * pipe.samples_per_latent_frame - len(waveform))
         posterior = pipe.posterior(np.pad(waveform, (0, missing)), pipe.sample_rate)
         if not torch.isfinite(posterior.mean).all():
             raise ValueError(f"{path}: its latents are not finite")

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm2 import weights
 from ldm2.attention import Transformer2D
 from ldm2.checkpoints.adapter import FILE
-from ldm2.checkpoints.convert import convert, licence_notice, licence_of
+from ldm2.checkpoints.convert import convert, license_notice, license_of
 from ldm2.checkpoints.writer import write_safetensors
 from ldm2.fields import read_json
 from ldm2.layers import ResnetBlock
@@ -90,7 +90,7 @@ def write(trained: Trained, model: str, load: Mapping[str, Any], path: Path, fol
         return _write_checkpoint(trained.module, model, load, path, folder, settings)
     file = folder.out / FILE
     trained.lora.adapter("unet", base_model=model, steps=steps).save(file, overwrite=True)
-    said = " ".join(licence_notice(licence_of(model, path)))
+    said = " ".join(license_notice(license_of(model, path)))
     words = f"--model {model} --lora {folder.out}{_words(settings)}"
     return f"{said}\nThe LoRA is {file}; try: ldm2 generate \"...\" {words}"
 

@@ -88,7 +88,7 @@ class Teacher:
 
     def bytes_needed(self) -> int:
         """Disk for the states of all runs."""
-        shape = self.pipe.latent_shape_of(self.frames * self.pipe.vae.config.downsampling)
+        shape = self.pipe.latent_shape_for_frames(self.frames * self.pipe.vae.config.downsampling)
         return 2 * math.prod(shape) * (self.student + 1) * (self.options.runs or 1)
 
     def prepare(self, place: str | Path | None, report: Report) -> Runs:
@@ -198,7 +198,7 @@ class Teacher:
             return step.x_t
 
         noise = SeededNoise(range(seed, seed + sides[0].batch_size))
-        shape = self.pipe.latent_shape_of(self.frames * self.pipe.vae.config.downsampling)
+        shape = self.pipe.latent_shape_for_frames(self.frames * self.pipe.vae.config.downsampling)
         x_0 = None if sounds is None else torch.stack(list(sounds)).to(self.pipe.device)
         x_T = noise.draw(*shape).to(self.pipe.device)
         sampling: Any = {"sampler": "dpmpp-2m", "steps": self.steps, "spacing": "trailing"}

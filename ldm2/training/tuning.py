@@ -203,7 +203,7 @@ def step_seconds(learner: Learner, optimizer: torch.optim.Optimizer, frames: int
 def noise_for(pipe: AudioLDM2, frames: int, rows: int) -> tuple[Tensor, Conditioning]:
     """Latents (rows, C, T, F) and captions that are noise, to measure with."""
     generator, config = torch.Generator().manual_seed(0), pipe.unet.config
-    shape = rows, *pipe.latent_shape_of(frames * pipe.vae.config.downsampling)
+    shape = rows, *pipe.latent_shape_for_frames(frames * pipe.vae.config.downsampling)
     contexts = tuple(torch.randn(rows, TOKENS, width, generator=generator) for width in config.context_widths)
     film = None if config.film_dim is None else torch.randn(rows, config.film_dim, generator=generator)
     return torch.randn(shape, generator=generator), Conditioning(contexts, (None,) * len(contexts), film)
@@ -244,7 +244,7 @@ def dtype_of(options: Training, device: torch.device) -> torch.dtype:
 
 def frames_of(pipe: AudioLDM2, options: Training) -> int:
     """Latent frames of a crop."""
-    return pipe.own_frames if options.seconds is None else pipe.latent_shape(options.seconds)[1]
+    return pipe.native_latent_frames if options.seconds is None else pipe.latent_shape(options.seconds)[1]
 
 
 def _check_count(clips: Sized, options: Training) -> None:

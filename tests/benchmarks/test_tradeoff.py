@@ -102,13 +102,13 @@ def test_calls_are_counted_by_branches_and_depth(pipe, settings, calls):
 @pytest.mark.parametrize("settings", [{"sampler": "heun"}, {"guidance_interval": (0.3, 0.8), "cache_interval": 2}])
 def test_the_counted_calls_are_those_that_the_unet_gets(pipe, monkeypatch, settings):
     made = Counter()
-    with_features = UNet.with_features
+    forward_cached = UNet.forward_cached
 
     def watched(self, x_t, t, conditioning, time=None, features=None):
         made[conditioning.rows // len(x_t), features is None] += 1
-        return with_features(self, x_t, t, conditioning, time, features)
+        return forward_cached(self, x_t, t, conditioning, time, features)
 
-    monkeypatch.setattr(UNet, "with_features", watched)
+    monkeypatch.setattr(UNet, "forward_cached", watched)
     pipe.generate("x", seed=0, **REFERENCE | settings)
     assert made == calls_of(pipe, REFERENCE | settings)
 

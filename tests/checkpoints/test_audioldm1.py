@@ -73,7 +73,7 @@ def test_the_default_length_is_made_in_one_piece_as_it_was_trained(saved, tmp_pa
     config = changed / "unet/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": sample_size}))
     ours = ldm2.load(changed)
-    assert ours.own_frames == 256                          # 10.24 s, the authors' latent_t_size
+    assert ours.native_latent_frames == 256                          # 10.24 s, the authors' latent_t_size
     assert ours.windows(256) is None
     theirs = oracle(PROMPT, audio_length_in_s=0.8, num_inference_steps=2, guidance_scale=1.0,
                     generator=torch.Generator().manual_seed(3)).audios

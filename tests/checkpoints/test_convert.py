@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import ldm2
 from benchmarks import checkpoints
 from ldm2.checkpoints import convert as conversion
-from ldm2.checkpoints.convert import convert, licence_notice
+from ldm2.checkpoints.convert import convert, license_notice
 from tests import authors
 from tests.helpers import PROMPT
 
@@ -161,11 +161,11 @@ def test_the_licence_of_an_authors_file_is_told_by_the_table_of_models(made, tmp
 
 
 def test_an_unknown_licence_is_said_to_be_unknown():
-    assert "not known" in licence_notice(None)[0]
+    assert "not known" in license_notice(None)[0]
 
 
 def test_other_licences_do_not_forbid_to_share():
-    assert not any("yourself" in sentence for sentence in licence_notice("CC-BY-NC-4.0"))
+    assert not any("yourself" in sentence for sentence in license_notice("CC-BY-NC-4.0"))
 
 
 # Precision

@@ -23,7 +23,7 @@ KERNELS = [
       for last in (False, True) for shift in ({"SHIFT": True}, PLAIN)],
     *[(group_norm._moments, {"CHANNELS_LAST": last, **shift, **PART})
       for last in (False, True) for shift in ({"SHIFT": True}, PLAIN)],
-    *[(group_norm._normalise, {"CHANNELS_LAST": last, **shift, **PART, "SILU": False, "PARTS": 128})
+    *[(group_norm._normalize, {"CHANNELS_LAST": last, **shift, **PART, "SILU": False, "PARTS": 128})
       for last in (False, True) for shift in ({"SHIFT": True}, PLAIN)],
     *[(convolution._add, {"BLOCK": convolution.BLOCK, "CHANNELS": 640, "LAST": last}) for last in (False, True)],
     (layer_norm._kernel, {"ROWS": 4, "BLOCK": 1024}),

@@ -31,13 +31,13 @@ def pipe(tiny_checkpoint):
 def calls(monkeypatch):
     """Of each model call with features: (timestep, latents' rows, conditioning's rows, computes the deep part)."""
     seen = []
-    with_features = UNet.with_features
+    forward_cached = UNet.forward_cached
 
     def watched(self, x_t, t, conditioning, time=None, features=None):
         seen.append((t, len(x_t), conditioning.rows, features is None))
-        return with_features(self, x_t, t, conditioning, time, features)
+        return forward_cached(self, x_t, t, conditioning, time, features)
 
-    monkeypatch.setattr(UNet, "with_features", watched)
+    monkeypatch.setattr(UNet, "forward_cached", watched)
     return seen
 
 
@@ -52,8 +52,8 @@ def test_the_first_level_on_the_features_of_the_same_call_is_the_whole_unet(kind
     unet = our_unet(checkpoints.unet(**UNETS[kind]))
     x_t, conditioning = draw(2, 4, 10, 7), condition(unet.config, 4)
     plain = unet(x_t, 501, conditioning)
-    result, features = unet.with_features(x_t, 501, conditioning)
-    again, same = unet.with_features(x_t, 501, conditioning, features=features)
+    result, features = unet.forward_cached(x_t, 501, conditioning)
+    again, same = unet.forward_cached(x_t, 501, conditioning, features=features)
     assert torch.equal(result, plain) and torch.equal(again, plain)
     assert same is features
 
@@ -62,18 +62,18 @@ def test_the_first_level_on_the_features_of_the_same_call_is_the_whole_unet(kind
 def test_features_of_another_timestep_give_another_result(unet):
     conditioning, x_t = condition(unet.config, 2), draw(2, 4, 10, 8)
     plain = unet(x_t, 480, conditioning)
-    _, features = unet.with_features(x_t, 501, conditioning)
-    reused, _ = unet.with_features(x_t, 480, conditioning, features=features)
+    _, features = unet.forward_cached(x_t, 501, conditioning)
+    reused, _ = unet.forward_cached(x_t, 480, conditioning, features=features)
     assert not torch.allclose(reused, plain, atol=1e-4)
 
 
 @torch.no_grad()
 def test_with_features_only_the_first_level_is_computed(unet, monkeypatch):
     conditioning, x_t = condition(unet.config, 2), draw(2, 4, 10, 8)
-    _, features = unet.with_features(x_t, 501, conditioning)
+    _, features = unet.forward_cached(x_t, 501, conditioning)
     ran = []
     hooks = [part.register_forward_hook(lambda part, *_: ran.append(part)) for part in unet._blocks()]
-    unet.with_features(x_t, 481, conditioning, features=features)
+    unet.forward_cached(x_t, 481, conditioning, features=features)
     for hook in hooks:
         hook.remove()
     assert ran == [unet.down_blocks[0], unet.up_blocks[-1]]
@@ -107,7 +107,7 @@ def test_calls_at_one_timestep_are_treated_alike(unet, calls, name):
 
 
 def test_the_ends_of_a_guidance_interval_begin_a_new_count(unet, calls):
-    guided = guidance(unet, acts_at=lambda t: 300 <= t < 700)
+    guided = guidance(unet, active_at=lambda t: 300 <= t < 700)
     samplers.sample("ddim", guided.denoiser(deepcache.reusing(unet, 3)), draw(2, 4, 6, 8), SCHEDULE, 10)
     assert [(rows, fresh) for _, _, rows, fresh in calls] == [
         (2, True), (2, False), (2, False),
@@ -149,14 +149,14 @@ def test_a_batch_agrees_with_each_row_alone(pipe):
 
 def test_each_window_gets_back_the_features_that_it_left(pipe, monkeypatch):
     seen = []
-    with_features = UNet.with_features
+    forward_cached = UNet.forward_cached
 
     def watched(self, x_t, t, conditioning, time=None, features=None):
-        result = with_features(self, x_t, t, conditioning, time, features)
+        result = forward_cached(self, x_t, t, conditioning, time, features)
         seen.append((features, result[1]))
         return result
 
-    monkeypatch.setattr(UNet, "with_features", watched)
+    monkeypatch.setattr(UNet, "forward_cached", watched)
     pipe.generate(PROMPT, seconds=1.0, steps=2, seed=1, window=0.4, reuse=2)
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert len(first) > 1

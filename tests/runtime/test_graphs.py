@@ -18,7 +18,7 @@ from ldm2.config import UNetConfig, VAEConfig
 from ldm2.runtime import graphs
 from ldm2.runtime.compilation import compile_step
 from ldm2.runtime.deepcache import reusing
-from ldm2.runtime.graphs import GraphedUNet, Graphs, accelerated, lengthened, tensors
+from ldm2.runtime.graphs import GraphedUNet, Graphs, accelerated, pad_to_bucket, tensors
 from ldm2.unet import UNet
 from ldm2.vae import VAE
 from tests.helpers import UNETS, Tape, condition, draw, our_unet
@@ -136,9 +136,9 @@ def test_lengthened_contexts_do_not_change_the_prediction():
     unet = our_unet(checkpoints.unet())
     conditioning = condition(unet.config, 2)
     conditioning.masks[1][1] = 0                           # a row that keeps nothing attends to all it has
-    plain, long = unet.prepare(conditioning), lengthened(unet.prepare(conditioning))
-    assert {memory.keys.shape[2] for layers in plain.memories for memory in layers if memory is not None} == {8, 5}
-    assert {memory.keys.shape[2] for layers in long.memories for memory in layers if memory is not None} == {8}
+    plain, long = unet.prepare(conditioning), pad_to_bucket(unet.prepare(conditioning))
+    assert {kv.keys.shape[2] for layers in plain.key_values for kv in layers if kv is not None} == {8, 5}
+    assert {kv.keys.shape[2] for layers in long.key_values for kv in layers if kv is not None} == {8}
     x_t = draw(1, 4, 8, 8)
     torch.testing.assert_close(unet(x_t, 500, long), unet(x_t, 500, plain), atol=5e-5, rtol=0)
 
@@ -168,7 +168,7 @@ def test_attention_of_published_sizes_is_fused_on_cuda(reference, monkeypatch):
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_dict(fields["unet"], reference=reference)).half()
         contexts = [torch.empty(2, tokens, width).half() for tokens, width in ((8, 768), (13, 1024))]
-        conditioning = lengthened(unet.prepare(Conditioning(tuple(contexts), (None, None))))
+        conditioning = pad_to_bucket(unet.prepare(Conditioning(tuple(contexts), (None, None))))
         unet(torch.empty(1, 8, 250, 16).half(), 5.0, conditioning)
         VAE(VAEConfig.from_dict(fields["vae"])).half().decode(torch.empty(1, 8, 250, 16).half())
     for args in calls:
@@ -184,14 +184,14 @@ def test_a_bias_is_aligned_for_cuda_however_long_the_prompt(tokens):
     mask = torch.arange(tokens) < torch.tensor([[tokens], [tokens // 2]])
     contexts = short.contexts[0], draw(2, tokens, unet.config.context_widths[1])
     conditioning = unet.prepare(replace(short, contexts=contexts, masks=(None, mask)))
-    memories = [memory for layers in lengthened(conditioning).memories for memory in layers if memory is not None]
-    biases = [memory.bias for memory in memories if memory.bias is not None]
+    key_values = [kv for layers in pad_to_bucket(conditioning).key_values for kv in layers if kv is not None]
+    biases = [kv.bias for kv in key_values if kv.bias is not None]
     assert biases and all(bias.stride()[:3] == (bias.shape[3],) * 3 and bias.shape[3] % 8 == 0 for bias in biases)
 
 
 @torch.no_grad()
 def test_layers_that_share_a_bias_share_it_when_lengthened(unet):
-    biases = {id(memory.bias) for layers in lengthened(prepared(unet)).memories for memory in layers if memory}
+    biases = {id(kv.bias) for layers in pad_to_bucket(prepared(unet)).key_values for kv in layers if kv}
     assert len(biases - {id(None)}) <= 1
 
 

@@ -246,11 +246,11 @@ def test_elsewhere_weights_stay_where_they_lie(tiny_checkpoint, files, monkeypat
     for pipe in (one, other):
         pipe.load_lora(files[2])
     assert graphs.graphs_of(one.unet, one.device) is recorded
-    joint = attention._joint()
+    joint = attention._fused_qkv()
     assert torch.equal(joint, torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]))
     assert same(state(one), state(other)) and not same(state(one), before)
     one.unload_lora()
-    assert same(before, state(one)) and attention._joint() is not None
+    assert same(before, state(one)) and attention._fused_qkv() is not None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -16,7 +16,7 @@ from tests.helpers import UNETS, condition, draw, our_unet, our_vae
 @pytest.fixture(scope="module")
 def attention():
     attention = checkpoints.randomise(Attention(32, 4), seed=4)
-    attention.join_projections()
+    attention.fuse_qkv()
     return attention
 
 
@@ -86,12 +86,12 @@ def test_a_self_attention_has_one_product_where_its_weights_lie_together(attenti
 def test_weights_that_are_written_to_or_replaced_count(attention):
     x = draw(2, 9, 32)
     changed, plain = copy.deepcopy(attention), checkpoints.randomise(Attention(32, 4), seed=5)
-    changed.join_projections()
+    changed.fuse_qkv()
     changed.load_state_dict(plain.state_dict())
-    assert changed._joint() is not None
+    assert changed._fused_qkv() is not None
     torch.testing.assert_close(changed(x), plain(x), atol=1e-6, rtol=1e-6)
     changed.to_k.weight = torch.nn.Parameter(attention.to_k.weight.clone())
-    assert changed._joint() is None
+    assert changed._fused_qkv() is None
 
 
 def test_gradients_reach_all_three(attention):
@@ -102,7 +102,7 @@ def test_gradients_reach_all_three(attention):
 
 def test_projections_of_a_context_stay_apart():
     attention = Attention(32, 4, 24)
-    attention.join_projections()
+    attention.fuse_qkv()
     assert not attention.joined
 
 

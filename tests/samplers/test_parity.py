@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ldm2 import samplers
 from ldm2.noise import SeededNoise
 from ldm2.samplers import SAMPLERS, sample
-from ldm2.samplers.core import preserving
+from ldm2.samplers.core import variance_preserving
 from ldm2.schedules import Schedule
 from tests.helpers import PUBLISHED
 from tests.samplers.toy import SCHEDULE, SHAPE, STOCHASTIC, diffusers_walk, draw_latents, error, model
@@ -154,7 +154,7 @@ def test_multistep_samplers_that_start_late_begin_without_history(name):
         return model(x, t)
 
     late = sample(name, denoiser, draw_latents(2), SCHEDULE, 10, x0=x0, start=9)
-    alpha, sigma = preserving(SCHEDULE.sigma(1))
+    alpha, sigma = variance_preserving(SCHEDULE.sigma(1))
     x_t = alpha * x0 + sigma * draw_latents(2)
     one_step = (x_t - sigma * model(x_t, 1)) / alpha
     if name == "pndm":                                    # which ends at alphas_cumprod[0]

@@ -10,7 +10,7 @@ from ldm2 import samplers
 from ldm2.noise import SeededNoise
 from ldm2.samplers import SAMPLERS, Cancelled, sample
 from ldm2.samplers.consistency import boundary
-from ldm2.samplers.core import preserving
+from ldm2.samplers.core import variance_preserving
 from ldm2.samplers.ode import adams_bashforth
 from tests.samplers.toy import SCHEDULE, SHAPE, STOCHASTIC, draw_latents, error, knowing, model
 
@@ -46,7 +46,7 @@ def test_a_model_of_the_unit_normal_keeps_the_noise(name):
 
 def two_points(x, t):
     """The exact denoiser of data that is -1 or +1 everywhere, E[x_0 | x_t] = tanh(alpha x_t / sigma^2)."""
-    alpha, sigma = preserving(SCHEDULE.sigma(t))
+    alpha, sigma = variance_preserving(SCHEDULE.sigma(t))
     return (x - alpha * torch.tanh(alpha * x / sigma**2)) / sigma
 
 
@@ -104,7 +104,7 @@ def test_ddim_in_one_step_is_the_closed_form():
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "pndm"])   # its history holds v itself
 def test_v_prediction_gives_what_eps_prediction_gives(name):
     def velocity(x, t):                                   # v = (eps - sigma x) / alpha
-        alpha, sigma = preserving(SCHEDULE.sigma(t))
+        alpha, sigma = variance_preserving(SCHEDULE.sigma(t))
         return (model(x, t) - sigma * x) / alpha
 
     schedule = replace(SCHEDULE, prediction_type="v_prediction")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from benchmarks import checkpoints
 from ldm2 import weights
-from ldm2.text.gpt2 import ProjectionConfig, continue_sequence, load_gpt2, load_projection
+from ldm2.text.gpt2 import ProjectionConfig, generate_vectors, load_gpt2, load_projection
 
 DATA = Path(__file__).parents[1] / "data" / "conditioning"
 WIDTHS = {"text_encoder_dim": 512, "text_encoder_1_dim": 1024, "langauge_model_dim": 768}
@@ -60,7 +60,7 @@ def test_projection_equals_the_authors(golden, projection):
 
 @torch.no_grad()
 def test_generated_vectors_equal_the_authors(golden, gpt2):
-    vectors = continue_sequence(gpt2, golden["seq.input_embeds"], golden["seq.input_mask"].bool(), 8)
+    vectors = generate_vectors(gpt2, golden["seq.input_embeds"], golden["seq.input_mask"].bool(), 8)
     torch.testing.assert_close(vectors, golden["seq.generated"], atol=5e-5, rtol=0)
 
 
@@ -76,30 +76,30 @@ def test_cached_loop_equals_transformers_computing_everything_again(padded):
     for _ in range(20):
         output = model(inputs_embeds=expected, attention_mask=grown, use_cache=False).last_hidden_state
         expected, grown = torch.cat([expected, output[:, -1:]], dim=1), F.pad(grown, (0, 1), value=True)
-    torch.testing.assert_close(continue_sequence(gpt2, sequence, mask, 20), expected[:, 7:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(generate_vectors(gpt2, sequence, mask, 20), expected[:, 7:], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_padding_inside_the_sequence_moves_positions():
     """Why prompts are encoded alone: the mask hides padding, but later positions still count it."""
     gpt2, sequence = tiny_gpt2(), torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(0))
-    alone = continue_sequence(gpt2, sequence, torch.ones(1, 5, dtype=torch.bool), 2)
+    alone = generate_vectors(gpt2, sequence, torch.ones(1, 5, dtype=torch.bool), 2)
     padded = torch.cat([sequence[:, :4], torch.zeros(1, 3, 24), sequence[:, 4:]], dim=1)
     mask = torch.tensor([[True] * 4 + [False] * 3 + [True]])
-    assert (continue_sequence(gpt2, padded, mask, 2) - alone).abs().max() > 1e-2
+    assert (generate_vectors(gpt2, padded, mask, 2) - alone).abs().max() > 1e-2
 
 
 @torch.no_grad()
 def test_sequence_longer_than_the_positions_is_an_error():
     mask = torch.ones(1, 250, dtype=torch.bool)
     with pytest.raises(ValueError, match="exceed GPT-2's 256 positions"):
-        continue_sequence(tiny_gpt2(), torch.zeros(1, 250, 24), mask, 8)
+        generate_vectors(tiny_gpt2(), torch.zeros(1, 250, 24), mask, 8)
 
 
 @torch.no_grad()
 def test_last_position_can_be_used():
     mask = torch.ones(1, 250, dtype=torch.bool)
-    assert continue_sequence(tiny_gpt2(), torch.zeros(1, 250, 24), mask, 7).shape == (1, 7, 24)
+    assert generate_vectors(tiny_gpt2(), torch.zeros(1, 250, 24), mask, 7).shape == (1, 7, 24)
 
 
 def test_gpt2_with_word_head_loads_as_one_without():

@@ -20,7 +20,7 @@ from ldm2.conditioning import Conditioning
 from ldm2.text.configs import read_config
 from ldm2.text.encoder import NUM_VECTORS
 from ldm2.text.encoders import ClapText, T5Text
-from ldm2.text.gpt2 import GPT2, GPT2Config, Projection, ProjectionConfig, continue_sequence
+from ldm2.text.gpt2 import GPT2, GPT2Config, Projection, ProjectionConfig, generate_vectors
 from ldm2.text.roberta import RobertaConfig
 from ldm2.text.t5 import T5Config
 from ldm2.text.tokenizers import TextTokenizer
@@ -101,7 +101,7 @@ class TextSide(nn.Module):
         states, mask = self.t5(prompts)
         with torch.no_grad():
             clap = self.clap(prompts)
-        vectors = continue_sequence(self.gpt2, *self.projection(clap, states, mask), NUM_VECTORS)
+        vectors = generate_vectors(self.gpt2, *self.projection(clap, states, mask), NUM_VECTORS)
         if zeroed is not None:
             vectors = torch.where(zeroed[:, None, None], torch.zeros_like(vectors), vectors)
         return Conditioning((vectors, states), (None, mask))
