@@ -97,7 +97,7 @@ def is_offline(words: list[str]) -> bool:
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=ids(WITH_COMMANDS))
 def test_commands_with_the_bundled_model_run(page, folder, monkeypatch, capsysbinary):
     for words in filter(is_offline, commands_of(page)):
-        monkeypatch.setattr("sys.stdin", io.StringIO("a low bell"))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a low bell")))
         assert commands.main(words) == 0, words
 
 

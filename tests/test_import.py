@@ -36,6 +36,8 @@ import ldm2, ldm2_kernels
 names = [module.name for package in (ldm2, ldm2_kernels)
          for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
 for name in names:
+    if name.startswith(("ldm2.serve.page", "ldm2.serve.ray")):     # what gradio and Ray change is theirs
+        continue
     if not name.endswith("__main__") and "triton" not in open(importlib.util.find_spec(name).origin).read():
         importlib.import_module(name)
 after = state()

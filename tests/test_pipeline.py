@@ -329,7 +329,7 @@ def test_bad_arguments_are_refused_in_one_line(pipe, arguments, message):
     ({"reference": "nobody"}, "authors, diffusers"),
     ({"device": "gpu"}, "cuda"),
     ({"device": "cuda:99"}, "CUDA devices"),
-    ({"dtype": "int8"}, "float32, float16, bfloat16"),
+    ({"dtype": "int4"}, "float32, float16, bfloat16"),
 ])
 def test_bad_places_to_load_are_refused_with_the_valid_ones(tiny_checkpoint, arguments, message):
     with pytest.raises(ValueError, match=message):

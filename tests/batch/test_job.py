@@ -293,7 +293,12 @@ def test_a_part_that_cannot_be_is_refused(monkeypatch, told, words):
 def _start(tmp_path, *arguments):
     command = [sys.executable, "-m", "ldm2", "batch", "rows.jsonl", "-o", "out", "--model", "tiny", "--batch", "1"]
     return subprocess.Popen([*command, *arguments], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                            stderr=subprocess.PIPE, text=True)
+                            stderr=subprocess.PIPE, text=True, preexec_fn=_hears_ctrl_c)
+
+
+def _hears_ctrl_c():
+    """What is started in the background of a shell does not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _wait_for(condition, process):

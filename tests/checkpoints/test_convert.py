@@ -199,7 +199,7 @@ def test_a_weight_beyond_float16_is_an_error_that_names_it(tmp_path):
 
 def test_an_unknown_dtype_lists_the_known_ones(made, tmp_path):
     with pytest.raises(ValueError, match="choose from float32, float16, bfloat16"):
-        convert(made("t5")[0], tmp_path / "x", "int8")
+        convert(made("t5")[0], tmp_path / "x", "int4")
 
 
 # Interruptions and what is in the way

@@ -129,7 +129,7 @@ def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(generate, refu
     (("--reuse", 0), ("cache_interval", "0")),
     (("--spacing", "karras"), ("karras", "leading", "trailing", "linspace")),
     (("--reuse", "often"), ("--reuse", "often")),
-    (("--dtype", "int8"), ("int8", "float16")),
+    (("--dtype", "int4"), ("int4", "float16")),
     (("--device", "gpu"), ("gpu", "cuda")),
     (("--device", "cuda:42"), ("cuda:42",)),
     (("--reference", "nobody"), ("nobody", "authors", "diffusers")),

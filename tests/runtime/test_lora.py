@@ -18,23 +18,11 @@ from ldm2.checkpoints import lora_files
 from ldm2.checkpoints.adapter import Adapter, LowRank, combined
 from ldm2.runtime import graphs, lora
 from ldm2.runtime.weight_layout import for_tensor_cores
-from ldm2.training.lora import TARGETS, add_lora
 from tests import authors
 from tests.helpers import Tape, draw, noise, relative
+from tests.loras import PARTS, make
 
 SETTINGS = {"steps": 1, "seconds": 0.1, "seed": 4}
-PARTS = {"unet": "unet", "language_model": "gpt2", "projection_model": "projection"}
-
-
-def make(pipe, path, seed: int = 0, parts=("unet",)) -> str:
-    """A LoRA of all kinds of layers of the parts, drawn."""
-    layers = {}
-    for part in parts:
-        module = pipe.unet if part == "unet" else getattr(pipe.text, PARTS[part])
-        added = add_lora(copy.deepcopy(module), 2, targets=tuple(TARGETS))
-        for number, (name, layer) in enumerate(added.adapter(part).layers.items()):
-            layers[name] = LowRank(layer.down, 0.3 * draw(*layer.up.shape, seed=seed + number))
-    return str(Adapter(layers).save(path))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import soundfile
 
 from ldm2 import audio
 from tests.helpers import tone
-from tests.runtime.test_lora import make
+from tests.loras import make
 from tests.serve.client import serving
 
 SHORT = {"prompt": "a low hum", "steps": 2, "seconds": 0.4}
