@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -46,6 +47,12 @@ def check_file(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is not readable ({error})") from None
     raise ValueError(f"{path} is not a file" if there else f"{path} is missing")
+
+
+def sha256_of(path: str | PathLike) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

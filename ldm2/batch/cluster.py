@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ldm2.batch.columns import READY, ready
+from ldm2.batch.local import Folder
 from ldm2.batch.pool import AT_ONCE, JobError, chunks
-from ldm2.batch.remote import of_one_process, opened
+from ldm2.batch.remote import Remote, of_one_process, opened
 from ldm2.batch.rows import Row
 from ldm2.fields import one_line
 
@@ -44,7 +45,7 @@ def on_ray(
     The records are the lines of a manifest: id path status error seed seconds sample_rate score ms bytes line asked
     prompt. Raises ValueError for workers that the cluster has no room for.
     """
-    _check_shared(out)
+    check_shared(opened(out))
     share = Share.of(workers, cpus, gpus)
     arguments = {"model": model, "out": out, "batch": batch, "format": format, "load": dict(load or {}),
                  "form": dict(form or {}), "defaults": dict(defaults or {}), "allow_extra": allow_extra}
@@ -167,7 +168,7 @@ class Share:
         return f"{self.workers} workers of {self.cpus} CPUs{cards}"
 
 
-def _check_shared(out: str) -> None:
+def check_shared(place: Folder | Remote) -> None:
     """Raise ValueError for a place that the actors would each have their own of."""
-    if of_one_process(opened(out)):
-        raise ValueError(f"{out} is of one process: the actors of Ray are others")
+    if of_one_process(place):
+        raise ValueError(f"{place} is of one process: the actors of Ray are others")

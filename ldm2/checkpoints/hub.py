@@ -7,7 +7,6 @@ HF_HUB_OFFLINE count. A checkpoint that is complete in the cache is used without
 from __future__ import annotations
 
 import glob
-import hashlib
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ldm2.checkpoints import known
 from ldm2.checkpoints.known import Model
-from ldm2.fields import first_line, named, one_line, read_json, short
+from ldm2.fields import first_line, named, one_line, read_json, sha256_of, short
 from ldm2.schedules import CLASSES as SCHEDULERS
 
 if TYPE_CHECKING:
@@ -369,18 +368,13 @@ def _check_download(folder: Path, names: list[str], tree: dict[str, RepoFile | R
         digest = getattr(getattr(entry, "lfs", None), "sha256", None)
         if size is not None and found != size:
             problem = f"has {found} bytes, the hub lists {size}"
-        elif digest is not None and _sha256(file) != digest:
+        elif digest is not None and sha256_of(file) != digest:
             problem = "has another SHA-256 than the hub lists"
         else:
             continue
         file.resolve().unlink()                            # else it would pass for complete at the next call
         file.unlink(missing_ok=True)
         raise OSError(f"{name} {problem}: it came damaged and was removed, run `ldm2 download {model}` again")
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ldm2 import weights
 from ldm2.checkpoints.adapter import CONFIG, FILE, PARTS, Adapter, LowRank
-from ldm2.fields import check_file, read_json, short
-from ldm2.options import names_a_lora
+from ldm2.fields import check_file, read_json, sha256_of, short
+from ldm2.options import is_number, names_a_lora
 from ldm2.settings import INSTANT
 
 PEFT_CONFIG = "adapter_config.json"
@@ -81,11 +81,7 @@ class File:
 
     def digest(self) -> str:
         """SHA-256 of the tensors' file; with a configuration, of the digests of both."""
-        both = []
-        for each in (self.tensors, self.config):
-            if each is not None:
-                with open(each, "rb") as file:
-                    both.append(hashlib.file_digest(file, "sha256").hexdigest())
+        both = [sha256_of(each) for each in (self.tensors, self.config) if each is not None]
         return both[0] if len(both) == 1 else hashlib.sha256("".join(both).encode()).hexdigest()
 
     def read(self) -> Adapter:
@@ -234,9 +230,9 @@ def _checked(config: dict[str, Any], source: str) -> dict[str, Any]:
         raise ValueError(f"{source}: {init} changes the weights that the LoRA is added to: save it as a plain one "
                          "(path_initial_model_for_weight_conversion of peft's save_pretrained)")
     alphas = config.get("alpha_pattern") or {}
-    if not isinstance(alphas, Mapping) or not all(_is_number(value) for value in alphas.values()):
+    if not isinstance(alphas, Mapping) or not all(_is_finite(value) for value in alphas.values()):
         raise ValueError(f"{source}: alpha_pattern must hold numbers, got {short(alphas)}")
-    if "lora_alpha" in config and not _is_number(config["lora_alpha"]):
+    if "lora_alpha" in config and not _is_finite(config["lora_alpha"]):
         raise ValueError(f"{source}: lora_alpha must be a number, got {short(config['lora_alpha'])}")
     return config
 
@@ -270,5 +266,5 @@ def _matches(pattern: str, module: str, source: str) -> bool:
         raise ValueError(f"{source}: alpha_pattern {short(pattern)} is no pattern ({error})") from None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,16 +20,13 @@ from ldm2.batch.remote import of_one_process
 from ldm2.batch.tuner import Tuner
 from ldm2.cli import options
 from ldm2.cli.output import say
+from ldm2.cli.signals import exit_code
 from ldm2.options import from_word, options_of, refuse_unknown
 from ldm2.runtime import machine
 from ldm2.settings import PER_PROMPT, Output, Settings
 
 FORMATS = ("flac", "wav", "ogg", "opus", "mp3")
 SECONDS_BETWEEN_LINES = 10.0
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM."""
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -81,11 +77,11 @@ def batch(args: argparse.Namespace) -> int:
         found = jobs.survey(job, manifest.settled(job.place))
         status = Status(found, None if args.quiet else sys.stderr)
         try:
-            with _sigterm(), status:
+            with status:
                 _run(job, args.workers, share, found, status)
         except KeyboardInterrupt as stop:
             say(f"stopped after {status.made} of {found.rows} rows: run the same command again to go on")
-            return 143 if isinstance(stop, Terminated) else 130
+            return exit_code(stop)
         except pool.JobError as error:
             say(f"error: {error}; run the same command again to go on")
             return 1
@@ -123,8 +119,7 @@ def _on_ray(job: Job, args: argparse.Namespace, stack: ExitStack) -> tuple[Job, 
     """The job as the machines of a cluster are to do it, and what it takes of the cluster."""
     stack.enter_context(cluster.connected(args.ray))
     share = cluster.Share.of(args.workers, gpus=0 if args.device == "cpu" else None)
-    if of_one_process(job.place):
-        raise ValueError(f"{job.place} is of one process: the actors of Ray are others")
+    cluster.check_shared(job.place)
     device = "cuda" if share.gpus else "cpu"
     out = job.out if "://" in job.out else os.path.abspath(os.path.expanduser(job.out))
     return replace(job, out=out, load=dict(job.load) | {"device": device}, elsewhere=device), share
@@ -280,20 +275,6 @@ class Status:
         """How fast, and how many failures."""
         minutes = max(time.monotonic() - self._start, 1e-9) / 60
         return f"{self._now / minutes:.0f} rows a minute, {self.failed} failed"
-
-
-@contextmanager
-def _sigterm():
-    """SIGTERM raises Terminated inside the block."""
-
-    def stop(*_: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _batch(text: str) -> int:

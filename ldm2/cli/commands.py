@@ -6,16 +6,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from ldm2 import __version__
 from ldm2.audio import recorded
 from ldm2.cli import batch, doctor, edit, evaluate, options, output, profile, replay, serve, train, verify
+from ldm2.cli.signals import exit_code, terminable
 from ldm2.settings import GENERATE, Settings
 
 _LESS_MEMORY = {"low_memory": "--low-memory", "dtype": "--dtype bfloat16", "batch": "a smaller --batch",
@@ -147,26 +144,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: as Ctrl-C, so that what was begun is cleaned up."""
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises inside, if nobody else waits for it."""
-    def stop(*_: object) -> None:
-        raise _Terminated
-
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def _take_less(args: argparse.Namespace) -> str:
     """The options of a command that would save memory, for an error message."""
     known = {name: words for name, words in _LESS_MEMORY.items() if hasattr(args, name)}
@@ -188,11 +165,11 @@ def main(argv: list[str] | None = None) -> int:
         parse.print_help()
         return 0
     try:
-        with _terminable():
+        with terminable():
             return args.run(args) or 0
     except KeyboardInterrupt as stop:
         print("ldm2: stopped, nothing was written", file=sys.stderr)
-        return 143 if isinstance(stop, _Terminated) else 130
+        return exit_code(stop)
     except (ValueError, OSError, ImportError) as error:
         print(f"ldm2: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ import numpy as np
 from ldm2 import audio
 from ldm2.audio import recorded
 from ldm2.cli import options, output
+from ldm2.fields import sha256_of
 from ldm2.options import default_value, from_word, names_a_lora, options_of, refuse_unknown
 from ldm2.settings import GENERATE, ORIGIN, PRESETS, RECONSTRUCT, SUBTYPES, Output, Settings
 
@@ -116,8 +116,7 @@ def _input(path: Path, told: Mapping[str, Any], changes: Mapping[str, Any]) -> P
     if not source.is_file():
         raise FileNotFoundError(f"the input {told['input']} is missing: say where it is with --set input=FILE")
     digest = told.get("input_sha256")
-    with open(source, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(source)
     if digest is not None and found != digest:
         raise ValueError(f"the input {source} has changed: its SHA-256 was {digest:.12}..., is {found:.12}...; to use "
                          f"it as it is, give --set input={source}")

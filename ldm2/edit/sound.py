@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ldm2 import audio
+from ldm2.fields import sha256_of
 from ldm2.runtime.host import usual_numpy
 from ldm2.settings import MAX_SECONDS
 
@@ -72,8 +72,7 @@ def _read(path: Path, channel: int | None) -> Sound:
     """A sound from a file, with a digest of the bytes that it was made of."""
     about = audio.describe(path)                           # refuses what is no regular file, which could not be hashed
     before = _state(path)
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = sha256_of(path)
     channels, rate = audio.read_channels(path, MAX_SECONDS)
     if _state(path) != before:
         raise ValueError(f"{path} has changed while it was read")

@@ -172,12 +172,12 @@ class Adapters:
         """
         if getattr(self._mine, "held", False):
             if asked is not None and _key(self.entries(asked)) != _key(self._merged):
-                raise ValueError("LoRAs cannot be changed inside a request that is running")
+                self._refuse_inside()
             yield
             return
         with self._free:
-            self._free.wait_for(lambda: not self._users or _key(self.entries(asked)) == _key(self._merged))
-            wanted = self.entries(asked)
+            while _key(wanted := self.entries(asked)) != _key(self._merged) and self._users:
+                self._free.wait()
             if _key(wanted) != _key(self._merged):
                 self._merge(wanted)
             self._users += 1

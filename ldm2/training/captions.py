@@ -1,14 +1,8 @@
-"""Captions without sounds: lines of a file, or common ones, for a teacher that makes the sounds itself."""
+"""Captions without sounds: common ones, for a teacher that makes the sounds itself."""
 
 from __future__ import annotations
 
 from itertools import product
-from pathlib import Path
-
-from ldm2.fields import check_file
-from ldm2.options import check_text
-
-SUFFIX = ".txt"
 
 SOURCES = (
     "a dog barking", "a cat meowing", "birds singing", "a rooster crowing", "crickets chirping", "frogs croaking",
@@ -36,17 +30,3 @@ PLACES = ("", "{}, loud and close", "{}, quiet and far away", "{} in a large hal
 def common() -> list[str]:
     """Captions of common sounds and music."""
     return [(place or "{}").format(source) for source, place in product(SOURCES, PLACES)]
-
-
-def read(path: str | Path) -> list[str]:
-    """The lines of a text file that are not empty. Raises ValueError or OSError, one line."""
-    path = Path(path).expanduser()
-    check_file(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        found = list(dict.fromkeys(check_text("a caption", line.strip()) for line in lines if line.strip()))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not found:
-        raise ValueError(f"{path} holds no caption")
-    return found

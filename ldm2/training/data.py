@@ -67,18 +67,23 @@ def read(place: str | Path, sounds: str | Path | None = None, strict: bool = Fal
     return data
 
 
-def prompts(path: str | Path) -> list[str]:
-    """The prompts in a file, one a line. Raises ValueError or OSError."""
+def texts(path: str | Path, what: str) -> list[str]:
+    """The lines of a text file that are not empty, each a `what`. Raises ValueError or OSError, one line."""
     path = Path(path).expanduser()
     check_file(path)
+    found = _lines(path, what)
+    if not found:
+        raise ValueError(f"{path} holds no {what}")
+    return found
+
+
+def _lines(path: Path, what: str) -> list[str]:
+    """The lines of a text file that are not empty, maybe none. Raises ValueError naming the file."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
+        return [check_text(f"a {what}", line.strip()) for line in lines if line.strip()]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    found = [check_text("a prompt", line.strip()) for line in lines if line.strip()]
-    if not found:
-        raise ValueError(f"{path} holds no prompt")
-    return found
 
 
 def _tables_in(folder: Path) -> list[Path]:
@@ -96,10 +101,9 @@ def _from_folder(folder: Path) -> Data:
             continue
         text = path.with_suffix(".txt")
         try:
-            lines = text.read_text(encoding="utf-8-sig").splitlines() if text.is_file() else []
-            captions = tuple(check_text("a caption", line.strip()) for line in lines if line.strip())
+            captions = tuple(_lines(text, "caption")) if text.is_file() else ()
         except ValueError as error:
-            data.skipped.append(f"{text}: {error}")
+            data.skipped.append(str(error))
             continue
         if captions:
             data.clips.append(Clip(path, captions))

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -26,7 +25,7 @@ from ldm2.runtime.memory import gigabytes, peak_bytes
 from ldm2.runtime.progress import shown
 from ldm2.samplers import timesteps
 from ldm2.schedules import Schedule
-from ldm2.training import outcome, tuning
+from ldm2.training import tuning
 from ldm2.training.encoding import Store, conditioning, model_digest
 from ldm2.training.folder import Folder
 from ldm2.training.loop import generator_for, processes, rank
@@ -149,7 +148,7 @@ def train(job: Job) -> str:
     options = job.options.resolved()
     asked = {"options": options.plain(), "model": model_digest(tuning.model_path(job))}
     folder = Folder(job.out)
-    store = Store(folder.inside / "cache" if options.cache is None else Path(options.cache).expanduser())
+    store = tuning.store_of(folder, options)
     with tuning.together(job) as device:
         if rank() == 0:
             folder.check(asked, job.overwrite)
@@ -194,11 +193,7 @@ def estimate(job: Job) -> str:
                                                else 2)
     making = evaluation * branches * (options.runs or 1)
     student = _student(job, options, device)
-    with student.pipe.stages["unet"]:
-        trained = outcome.prepare(student.unet, options)
-        optimizer = torch.optim.AdamW([p for p in trained.module.parameters() if p.requires_grad])
-        each = min(tuning.step_seconds(student, optimizer, frames) for _ in range(2)) * (options.accumulate or 1)
-        needed = outcome.bytes_needed(trained, options)
+    trained, each, needed = tuning.measured(student, frames)
     learning = each * (options.steps or 1)
     times = [str(timedelta(seconds=round(seconds))) for seconds in (making, learning, making + learning)]
     return (f"{trained.numbers:,} numbers are trained, {str(student.dtype)[6:]} on {device}\n"

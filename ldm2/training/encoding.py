@@ -6,7 +6,6 @@ and the settings. So a changed sound is encoded again, and equal ones are not.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from ldm2 import atomic, audio
 from ldm2.batch.rows import canonical, digest
 from ldm2.conditioning import Conditioning
+from ldm2.fields import sha256_of
 from ldm2.pipeline import AudioLDM2
 from ldm2.settings import MAX_SECONDS
 from ldm2.stages import Stages
@@ -93,18 +93,14 @@ def encode(
     continued with silence. strict: raise for a clip that cannot be read.
     Raises ValueError or OSError, one line.
     """
-    basis = [VERSION, model, pipe.reference, str(pipe.dtype)]
+    basis = basis_of(pipe, model)
     examples: list[Example] = []
     skipped: list[str] = []
     with pipe.stages["vae"]:
         for done, clip in enumerate(data.clips):
             report("encoding sounds", done, len(data.clips))
-            try:
-                latents = encode_sound(pipe, clip.path, frames, basis, store)
-            except (ValueError, OSError) as error:
-                if strict or is_of_the_store(error, store):
-                    raise
-                skipped.append(str(error) if str(clip.path) in str(error) else f"{clip.path}: {error}")
+            latents = encode_sound(pipe, clip.path, frames, basis, store, None if strict else skipped)
+            if latents is None:
                 continue
             keys = [key_of("text", *basis, caption, clip.transcription) for caption in clip.captions]
             examples.append(Example(latents, tuple(keys)))
@@ -115,7 +111,7 @@ def own_sounds(
     pipe: AudioLDM2, model: str, prompts: Sequence[str], frames: int, store: Store, report: Report
 ) -> list[Example]:
     """What the model itself makes of prompts, as examples; from the store where it is there."""
-    basis = [VERSION, model, pipe.reference, str(pipe.dtype)]
+    basis = basis_of(pipe, model)
     found = []
     for number, prompt in enumerate(prompts):
         report("making sounds to keep", number, len(prompts))
@@ -146,11 +142,30 @@ def conditioning(store: Store, key: str) -> Conditioning:
     return Conditioning(contexts, tuple(tensors.get(f"mask{i}") for i in range(count)), tensors.get("film"))
 
 
-def encode_sound(pipe: Stages, path: Path, frames: int, basis: list, store: Store) -> str:
-    """The key of a sound's latents: mean and log variance (C, T/f, F/f), at least `frames` long, not scaled."""
-    with open(path, "rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    key = key_of("latents", *basis, content, frames)
+def basis_of(pipe: Stages, model: str) -> list[object]:
+    """What every key depends on. model: a digest of the files that the pipe is made from."""
+    return [VERSION, model, pipe.reference, str(pipe.dtype)]
+
+
+def encode_sound(
+    pipe: Stages, path: Path, frames: int, basis: list, store: Store, skipped: list[str] | None
+) -> str | None:
+    """The key of a sound's latents: mean and log variance (C, T/f, F/f), at least `frames` long, not scaled.
+
+    skipped: takes a line for a sound that cannot be read, whose key is None; without it ValueError or OSError is
+    raised. What the store cannot keep is raised anyway.
+    """
+    try:
+        return _encode_sound(pipe, path, frames, basis, store)
+    except (ValueError, OSError) as error:
+        if skipped is None or str(store.folder) in str(error):
+            raise
+        skipped.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+        return None
+
+
+def _encode_sound(pipe: Stages, path: Path, frames: int, basis: list, store: Store) -> str:
+    key = key_of("latents", *basis, sha256_of(path), frames)
     if not store.has(key):
         channels, rate = audio.read_channels(path, MAX_SECONDS)
         waveform = audio.resample(audio.mix(channels).astype(np.float32), rate, pipe.sample_rate)
@@ -195,8 +210,3 @@ def keep(store: Store, key: str, row: Conditioning) -> None:
 
 def key_of(*values: object) -> str:
     return digest(canonical(list(values)))
-
-
-def is_of_the_store(error: Exception, store: Store) -> bool:
-    """Whether it was not the sound that could not be read, but the result that could not be kept."""
-    return str(store.folder) in str(error)

@@ -23,13 +23,12 @@ from ldm2.stages import Init, Stages
 from ldm2.training import captions, data
 from ldm2.training.data import Clip, Data
 from ldm2.training.encoding import (
-    VERSION,
     Report,
     Store,
+    basis_of,
     conditioning,
     encode_sound,
     encode_text,
-    is_of_the_store,
     keep,
     key_of,
 )
@@ -84,7 +83,7 @@ class Teacher:
         settings = Sampling(guidance_scale=scale).resolved(self.pipe.defaults)
         self.scale = settings.guidance_scale or 1.0
         self.student, self.steps = self.options.evaluations or 1, self.options.teacher_steps or 1
-        self._basis = [VERSION, self.model, self.pipe.reference, str(self.pipe.dtype)]
+        self._basis = basis_of(self.pipe, self.model)
 
     def bytes_needed(self) -> int:
         """Disk for the states of all runs."""
@@ -111,8 +110,8 @@ class Teacher:
 
     def _read(self, place: str | Path | None) -> Data:
         """Clips; those without a path are captions alone."""
-        if place is None or str(place).endswith(captions.SUFFIX):
-            lines = self._common() if place is None else captions.read(place)
+        if place is None or str(place).endswith(".txt"):
+            lines = self._common() if place is None else dict.fromkeys(data.texts(place, "caption"))
             return Data([Clip(Path(), (line,)) for line in lines])
         return data.read(place, self.options.sounds, self.options.strict)
 
@@ -132,14 +131,11 @@ class Teacher:
             for done, clip in enumerate(found.clips):
                 report("encoding sounds", done, len(found.clips))
                 latents = None
-                try:
-                    if clip.path != Path():
-                        latents = encode_sound(self.pipe, clip.path, self.frames, self._basis, self.store)
-                except (ValueError, OSError) as error:
-                    if self.options.strict or is_of_the_store(error, self.store):
-                        raise
-                    skipped.append(str(error) if str(clip.path) in str(error) else f"{clip.path}: {error}")
-                    continue
+                if clip.path != Path():
+                    latents = encode_sound(self.pipe, clip.path, self.frames, self._basis, self.store,
+                                           None if self.options.strict else skipped)
+                    if latents is None:
+                        continue
                 subjects += [Subject(caption, clip.transcription or caption if speaks else None, latents)
                              for caption in clip.captions]
         if not subjects:

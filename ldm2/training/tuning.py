@@ -117,12 +117,12 @@ def train(job: Job) -> str:
     options = job.options.resolved()
     asked: dict[str, Any] = {"options": options.plain(), "model": model_digest(model_path(job))}
     folder = Folder(job.out)
-    store = Store(folder.inside / "cache" if options.cache is None else Path(options.cache).expanduser())
+    store = store_of(folder, options)
     with together(job) as device:
         if rank() == 0:
             folder.check(asked, job.overwrite)
         found = data.read(job.data, options.sounds, options.strict)
-        prompts = [] if options.keep is None else data.prompts(options.keep)
+        prompts = [] if options.keep is None else data.texts(options.keep, "prompt")
         pipe = load_model(job, device, torch.float32)
         frames = frames_of(pipe, options)
         if rank() == 0:
@@ -174,13 +174,8 @@ def estimate(job: Job) -> str:
     _check_count(found.clips, options)
     pipe = load_model(job, choose_device(job.load.get("device", "auto")), torch.float32)
     learner = _learner(job, options, pipe)
-    with learner.pipe.stages["unet"]:
-        trained = outcome.prepare(learner.unet, options)
-        optimizer = torch.optim.AdamW([p for p in trained.module.parameters() if p.requires_grad])
-        seconds = min(step_seconds(learner, optimizer, frames_of(pipe, options)) for _ in range(2))
-        needed = outcome.bytes_needed(trained, options)
+    trained, each, needed = measured(learner, frames_of(pipe, options))
     peak = gigabytes(peak_bytes(pipe.device))
-    each = seconds * (options.accumulate or 1)
     total = timedelta(seconds=round(each * (options.steps or 1)))
     return (f"{len(found.clips)} clips, {len(found.skipped)} left out; {trained.numbers:,} numbers are trained, "
             f"{str(learner.dtype)[6:]} on {pipe.device}\n"
@@ -188,7 +183,17 @@ def estimate(job: Job) -> str:
             f"time: {each:.2f} s a step, {total} for {options.steps} steps, and a little to encode the clips first")
 
 
-def step_seconds(learner: Learner, optimizer: torch.optim.Optimizer, frames: int) -> float:
+def measured(learner: Learner, frames: int) -> tuple[outcome.Trained, float, int]:
+    """What is trained, the seconds of a step of it, and the bytes of disk that the training needs."""
+    options = learner.options
+    with learner.pipe.stages["unet"]:
+        trained = outcome.prepare(learner.unet, options)
+        optimizer = torch.optim.AdamW([p for p in trained.module.parameters() if p.requires_grad])
+        seconds = min(_step_seconds(learner, optimizer, frames) for _ in range(2))
+        return trained, seconds * (options.accumulate or 1), outcome.bytes_needed(trained, options)
+
+
+def _step_seconds(learner: Learner, optimizer: torch.optim.Optimizer, frames: int) -> float:
     """The seconds that one batch takes, with latents and captions that are noise."""
     batch = learner.example(*noise_for(learner.pipe, frames, learner.options.batch_size or 1))
     began = time.perf_counter()
@@ -215,6 +220,11 @@ def _previews(learner: Learner, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         sound = learner.pipe.generate(prompt, seed=learner.options.seed, **learner.settings)
         sound.save(folder / f"step-{learner.step:06d}-{number}.wav", overwrite=True)
+
+
+def store_of(folder: Folder, options: Training) -> Store:
+    """Where what is computed once is kept."""
+    return Store(folder.inside / "cache" if options.cache is None else Path(options.cache).expanduser())
 
 
 def model_path(job: Job) -> Path:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from ldm2.training.data import prompts, read
+from ldm2.training.data import read, texts
 
 
 def sound(path, seconds=0.1):
@@ -104,7 +104,7 @@ def test_places_without_clips(tmp_path):
 
 def test_prompts_stand_one_a_line(tmp_path):
     (tmp_path / "keep.txt").write_text("a siren\n\n wind \n")
-    assert prompts(tmp_path / "keep.txt") == ["a siren", "wind"]
+    assert texts(tmp_path / "keep.txt", "prompt") == ["a siren", "wind"]
     (tmp_path / "none.txt").write_text("\n")
     with pytest.raises(ValueError, match="holds no prompt"):
-        prompts(tmp_path / "none.txt")
+        texts(tmp_path / "none.txt", "prompt")
