@@ -22,7 +22,6 @@ from ldm2.batch.rows import Rules
 from ldm2.batch.worker import Worker
 from ldm2.checkpoints.adapter import Adapter, LowRank
 from ldm2.checkpoints.lora_files import File
-from ldm2.cli.commands import main
 from ldm2.compat import AudioLDM2Pipeline
 from ldm2.options import parse_lora
 from ldm2.settings import PRESETS, Settings
@@ -52,18 +51,6 @@ def source(pipe, tmp_path_factory) -> Path:
 @pytest.fixture
 def lora(source, tmp_path) -> Path:
     return Path(shutil.copy(source, tmp_path / "x.safetensors"))
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Run `ldm2 ARGUMENTS` in this process, in an empty folder -> exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def test_generate_replay_and_info_know_it(run, tiny_checkpoint, lora):

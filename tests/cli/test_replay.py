@@ -11,22 +11,9 @@ import soundfile
 
 import ldm2
 from ldm2 import audio
-from ldm2.cli.commands import main
 from tests.helpers import tone
 
 MADE = ("--model", "tiny", "--steps", "2", "--seconds", "0.4", "--seed", "5", "-q")
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Run `ldm2 ARGUMENTS` in this process, in an empty folder -> exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def comment(path) -> dict:

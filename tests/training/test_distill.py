@@ -1,11 +1,5 @@
 """`ldm2 train distill` on the bundled model: what the teacher leaves, what the student learns, resuming, results."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import diffusers
@@ -26,6 +20,7 @@ from ldm2.training.encoding import Store
 from ldm2.training.options import DISTILL, Training
 from ldm2.weights import read_safetensors
 from tests.helpers import PUBLISHED
+from tests.training.runs import killed, losses
 
 ROOT = Path(__file__).parents[2]
 LORA_FILE, STATE = "pytorch_lora_weights.safetensors", "training/distill.pt"
@@ -142,10 +137,6 @@ def test_a_student_is_a_lora_that_is_sampled_without_guidance(undisturbed, capsy
     assert np.isfinite(made.waveforms).all() and not np.array_equal(made.waveforms, plain.waveforms)
 
 
-def losses(out):
-    return [json.loads(line)["loss"] for line in (out / "training/log.jsonl").read_text().splitlines()]
-
-
 def test_the_loss_falls(run):
     found = losses(run("--rank", "16", "--steps", "12", "--rate", "0.01", "--seed", "3"))
     assert np.mean(found[-4:]) < 0.9 * np.mean(found[:4])
@@ -155,13 +146,7 @@ def test_a_distillation_that_was_killed_ends_as_one_that_was_not(run, undisturbe
     out = tmp_path / "killed"
     words = ["train", "distill", str(place / "captions.txt"), "-o", str(out), "--cache", str(place / "cache"), *SHORT,
              "--rank", "2", "--steps", "6", "--save-minutes", "0"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "ldm2", *words], env=environment)
-    while process.poll() is None and not (out / STATE).exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 0 < torch.load(out / STATE, weights_only=True)["step"] < 6
+    assert 0 < killed(words, out / STATE) < 6
     run("--rank", "2", "--steps", "6", "--save-minutes", "0", out="killed")
     assert losses(out) == losses(undisturbed)
     before, after = (read_safetensors(folder / LORA_FILE) for folder in (undisturbed, out))

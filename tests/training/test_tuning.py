@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from ldm2.training import loop, tuning
 from ldm2.training.options import LORA, Training
 from ldm2.training.tiny.sounds import sounds
 from ldm2.weights import read_safetensors
+from tests.training.runs import killed, losses
 
 ROOT = Path(__file__).parents[2]
 LORA_FILE, STATE = "pytorch_lora_weights.safetensors", "training/lora.pt"
@@ -63,12 +63,6 @@ def undisturbed(clips, cache, tmp_path_factory):
     return out
 
 
-def losses(out):
-    """The loss of each step."""
-    lines = [json.loads(line) for line in (out / "training/log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "held_out" not in line]
-
-
 def test_a_lora_is_trained_and_fits_its_model(run, capsys):
     out = run("--steps", "3", "--rate", "0.01")
     assert f"--lora {out}" in capsys.readouterr().out
@@ -93,13 +87,7 @@ def test_a_training_that_was_killed_ends_as_one_that_was_not(run, undisturbed, c
     out = tmp_path / "killed"
     words = ["train", "lora", str(clips), "-o", str(out), "--cache", str(cache), *SHORT, "--steps", "6",
              "--save-minutes", "0"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "ldm2", *words], env=environment)
-    while process.poll() is None and not (out / STATE).exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 0 < torch.load(out / STATE, weights_only=True)["step"] < 6
+    assert 0 < killed(words, out / STATE) < 6
     assert not (out / LORA_FILE).exists()
     run("--steps", "6", "--save-minutes", "0", out="killed")
     assert losses(out) == losses(undisturbed)
