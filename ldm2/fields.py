@@ -38,15 +38,21 @@ def read_json(path: str | PathLike) -> dict[str, Any]:
     return fields
 
 
-def check_file(path: Path) -> None:
-    """Raise ValueError unless there is a file to read: a pipe or a device would never end."""
+def check_file(path: Path, name: str | None = None) -> None:
+    """Raise ValueError unless there is a file to read: a pipe or a device would never end. name: default the path."""
     try:
         if path.is_file():
             return
         there = path.exists()
     except (OSError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is not readable ({error})") from None
-    raise ValueError(f"{path} is not a file" if there else f"{path} is missing")
+        raise ValueError(f"{name or repr(str(path))} is not readable ({error})") from None
+    raise ValueError(f"{name or path} {'is not a file' if there else 'is missing'}")
+
+
+def check_folder(path: Path) -> None:
+    """Raise ValueError unless there is a folder."""
+    if not path.is_dir():
+        raise ValueError(f"{path} {'is not a folder' if path.exists() else 'is missing'}")
 
 
 def sha256_of(path: str | PathLike) -> str:
@@ -82,10 +88,15 @@ def named(source: str | PathLike, passing: tuple[type[Exception], ...] = ()) -> 
 
 def one_line(error: BaseException, most: int = 200) -> str:
     """The message of an error in one line, after its type where that is not plain."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= most else f"{text[:most]} ..."
+    text = flat(error, most)
     plain = isinstance(error, (ValueError, OSError)) and text
     return text if plain else f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def flat(text: object, most: int = 2000) -> str:
+    """A text in one line, cut after some letters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= most else f"{line[:most]} ..."
 
 
 def first_line(error: BaseException) -> str:

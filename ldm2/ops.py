@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ldm2.fields import flat
+
 try:
     import ldm2_kernels
 except ModuleNotFoundError:                                # ldm2 runs from a folder without being installed
@@ -96,7 +98,7 @@ def _loaded(device_type: str) -> dict[str, Callable | None]:
         return {} if ldm2_kernels is None else ldm2_kernels.load(device_type)
     except (ImportError, OSError, RuntimeError) as error:
         logger.warning("the kernels for %s cannot be loaded (%s): plain PyTorch takes over", device_type,
-                       " ".join(str(error).split())[:200])
+                       flat(error, 200))
         return {}
 
 

@@ -154,16 +154,6 @@ def _built_if_asked() -> Path | None:
         return None
 
 
-def _constant(function: Callable) -> Callable:
-    """Marks a function whose result torch.compile may take for a constant.
-
-    As `torch.compiler.assume_constant_result` does, without the import of torch._dynamo, which takes a second.
-    """
-    function._dynamo_marked_constant = True
-    return function
-
-
-@_constant
 def _bfloat16() -> str:
     """What this machine has for it: "matrices" (AMX, many times as fast as float32), "products" (AVX-512, twice) or "".
 
@@ -173,6 +163,10 @@ def _bfloat16() -> str:
         return ""
     matrices = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") and not os.environ.get("LDM2_CPU_ISA")
     return "matrices" if matrices else "products"
+
+
+# For torch.compile, as `torch.compiler.assume_constant_result` does, which would import torch._dynamo, for a second.
+_bfloat16._dynamo_marked_constant = True
 
 
 def _kernel(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:

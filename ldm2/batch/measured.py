@@ -7,7 +7,6 @@ of the UNet for a second of sound.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -103,7 +102,7 @@ def estimate(model: str, load: Mapping[str, Any], left: Mapping[Kind, int]) -> E
 
 def _path() -> Path:
     """Where it is kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm2" / "measured.json"
+    return machine.cache_folder() / "measured.json"
 
 
 def _read(path: Path) -> dict[str, Any]:

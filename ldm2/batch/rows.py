@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ldm2.fields import one_line
+from ldm2.fields import check_file, one_line
 from ldm2.options import check_text, default_value, from_word, names_a_lora, options_of
 from ldm2.settings import EDITS, GENERATE, PER_PROMPT, RECONSTRUCT, TASKS, Output, Settings
 
@@ -276,8 +276,7 @@ def _checked_input(task: str, source: Any) -> int | None:
         raise ValueError(f"{task} needs input, the path of a sound file, got {source!r:.200}")
     try:
         path = Path(source)
-        if not path.is_file():
-            raise ValueError(f"the input {source!r:.200} does not exist")
+        check_file(path, f"the input {source!r:.200}")
         return path.stat().st_size
     except OSError as error:
         raise ValueError(f"the input {source!r:.200} cannot be read: {error.strerror}") from None

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ldm2.batch.measured import work
+from ldm2.runtime.machine import memory
 
 PORTION = 8                                # rows that a process is handed at once, while measuring
 PORTIONS = 2                               # that are measured of each process, after one that is not
@@ -90,12 +90,6 @@ class Tuner:
 def room_for(number: int, pid: int) -> bool:
     """Whether there is memory for so many processes like one; where that cannot be told, there is not."""
     try:
-        free = _kilobytes(Path("/proc/meminfo"), "MemAvailable")
-        return 1.3 * number * _kilobytes(Path(f"/proc/{pid}/status"), "VmHWM") < free
+        return 1.3 * number * memory("VmHWM", pid) < memory("MemAvailable")
     except (OSError, StopIteration, ValueError):
         return False
-
-
-def _kilobytes(path: Path, name: str) -> int:
-    """A number of a file in /proc."""
-    return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(f"{name}:"))

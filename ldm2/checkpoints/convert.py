@@ -30,7 +30,7 @@ from ldm2.checkpoints.original import configs
 from ldm2.checkpoints.parts import Checkpoint, Part
 from ldm2.checkpoints.writer import write_safetensors
 from ldm2.config import UNetConfig
-from ldm2.fields import read_json
+from ldm2.fields import check_folder, read_json
 from ldm2.ops import dense
 from ldm2.options import loras
 from ldm2.runtime.device import DTYPES
@@ -206,8 +206,7 @@ def _files(folder: Path) -> list[Path]:
     Raises ValueError for a link that leads out of the checkpoint: what it points to would be copied. In the hub's cache
     every file is a link into the folder of its repository.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is missing")
+    check_folder(folder)
     whole = folder if (folder / "model_index.json").exists() else folder.parent
     root = whole.resolve()
     if root.parent.name == "snapshots":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ldm2.checkpoints import known
 from ldm2.checkpoints.known import Model
-from ldm2.fields import first_line, named, one_line, read_json, sha256_of, short
+from ldm2.fields import check_folder, first_line, named, one_line, read_json, sha256_of, short
 from ldm2.schedules import CLASSES as SCHEDULERS
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ def weight_files(folder: str | Path, variant: str | None = None) -> list[Path]:
     Raises ValueError if there is none of both, if a shard is missing, or if the index cannot be read.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is missing")
+    check_folder(folder)
     names = [path.name for path in folder.iterdir()]
     chosen = choose_weights(names, variant)
     if not chosen:

@@ -13,6 +13,7 @@ from ldm2 import __version__
 from ldm2.audio import recorded
 from ldm2.cli import batch, doctor, edit, evaluate, options, output, profile, replay, serve, train, verify
 from ldm2.cli.signals import exit_code, terminable
+from ldm2.fields import flat
 from ldm2.settings import GENERATE, Settings
 
 _LESS_MEMORY = {"low_memory": "--low-memory", "dtype": "--dtype bfloat16", "batch": "a smaller --batch",
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         print("ldm2: stopped, nothing was written", file=sys.stderr)
         return exit_code(stop)
     except (ValueError, OSError, ImportError) as error:
-        print(f"ldm2: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"ldm2: error: {flat(error)}", file=sys.stderr)
         return 2
     except ArithmeticError as error:
         print(f"ldm2: error: {error}", file=sys.stderr)

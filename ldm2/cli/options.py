@@ -50,8 +50,8 @@ def add_output(command: argparse.ArgumentParser, source: str) -> None:
     """Where the result goes, how it is written, and how much is said. source: what names the file by default."""
     section = command.add_argument_group(HEADINGS["output"])
     section.add_argument("-o", "--output", metavar="FILE", help="file to write, whose suffix names the format; a "
-                         f"folder, for a name made from the {source} in it; or - for WAV on stdout (default: a name "
-                         f"made from the {source}, .wav, in the current folder)")
+                         f"folder, for a name made from the {source} in it (FOLDER/ is made); or - for WAV on stdout "
+                         f"(default: a name made from the {source}, .wav, in the current folder)")
     section.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     for name, each in options_of(Output).items():
         add_option(section, Output, name, each, "")

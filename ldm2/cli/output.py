@@ -9,13 +9,13 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm2 import audio
+from ldm2 import atomic, audio
 from ldm2.cli import options
 from ldm2.result import output_paths
 from ldm2.settings import Output
@@ -55,10 +55,13 @@ class Target:
     chosen: str | None = None
 
     @classmethod
-    def of(cls, args: argparse.Namespace, text: str, count: int, **sound: Any) -> Target:
+    def of(
+        cls, args: argparse.Namespace, text: str, count: int, *, inputs: Sequence[str | Path] = (), **sound: Any
+    ) -> Target:
         """The place that the options of a command name, checked. text: what names the file by default; count: files.
 
-        sound: what is known of it, as of audio.check_output. Raises ValueError or OSError for a place that does not do.
+        inputs, sound: what is known of it, as of audio.check_output. FOLDER/ need not exist, but its parent must:
+        `make_folder` makes it. Raises ValueError or OSError for a place that does not do.
         """
         if args.output == "-":
             if count > 1:
@@ -70,12 +73,22 @@ class Target:
             target = cls(given, args.overwrite, count)
         else:
             target = cls(free_name(folder or Path(), text, count, args.overwrite), args.overwrite, count, text)
+        if folder is not None and not folder.is_dir():
+            atomic.check_place(folder)
+            audio.check_format(target.path, **sound)
+            return target
         for path in output_paths(target.path, count):
-            audio.check_output(path, args.overwrite, **sound)
+            audio.check_output(path, args.overwrite, inputs=inputs, **sound)
         return target
+
+    def make_folder(self) -> None:
+        """Make the folder of a name that was made from a text, now that there is something to put into it."""
+        if self.chosen is not None:
+            self.path.parent.mkdir(exist_ok=True)
 
     def save(self, result: Result, **form: Any) -> list[Path]:
         """Write the result; under another name if a chosen one has been taken in the meantime."""
+        self.make_folder()
         while True:
             try:
                 return result.save(self.path, self.overwrite, **form)
@@ -119,6 +132,7 @@ def write_sound(
     form = Output(**options.given(args, Output))
     samples, rate = finish(channels, sample_rate, form)
     encoding = form.encoding or audio.nearest_encoding(target.path, encoding)
+    target.make_folder()
     audio.write(target.path, samples, rate, overwrite=args.overwrite, encoding=encoding)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from ldm2 import audio
 from ldm2.audio import recorded
 from ldm2.cli import options, output
-from ldm2.fields import sha256_of
+from ldm2.fields import check_file, sha256_of
 from ldm2.options import default_value, from_word, names_a_lora, options_of, refuse_unknown
 from ldm2.settings import GENERATE, ORIGIN, PRESETS, RECONSTRUCT, SUBTYPES, Output, Settings
 
@@ -112,9 +112,10 @@ def _input(path: Path, told: Mapping[str, Any], changes: Mapping[str, Any]) -> P
     if not told.get("input"):
         raise ValueError(f"{path} does not name its input: give it with --set input=FILE")
     source = Path(told["input"])
-    source = source if source.is_file() else path.parent / source.name
-    if not source.is_file():
+    source = source if source.exists() else path.parent / source.name
+    if not source.exists():
         raise FileNotFoundError(f"the input {told['input']} is missing: say where it is with --set input=FILE")
+    check_file(source)
     digest = told.get("input_sha256")
     found = sha256_of(source)
     if digest is not None and found != digest:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm2.checkpoints import known
-from ldm2.fields import few
+from ldm2.fields import few, flat
 
 if TYPE_CHECKING:
     from ldm2.checkpoints.verify import Compared
@@ -85,7 +85,7 @@ def report(model: known.Model, local_files_only: bool = False) -> dict:
     except (FileNotFoundError, ConnectionError) as error:
         return told | {"outcome": SKIPPED, "reason": str(error)}
     except (ValueError, OSError, ArithmeticError) as error:
-        return told | {"outcome": FAILED, "reason": " ".join(str(error).split())}
+        return told | {"outcome": FAILED, "reason": flat(error)}
 
 
 def _checks(model: known.Model, path: Path) -> dict:
@@ -103,7 +103,7 @@ def _checks(model: known.Model, path: Path) -> dict:
         pins = [pin for pin in verify.PINS if pin.model == model.name]
         compared = [verify.compare(pin, pipe, verify.scheduler(path)) for pin in pins]
     except (ValueError, OSError, ArithmeticError) as error:
-        return told | {"outcome": FAILED, "reason": " ".join(str(error).split())}
+        return told | {"outcome": FAILED, "reason": flat(error)}
     agree = all(pin.agrees for pin in compared)
     return told | {"pins": [_plain(pin) for pin in compared], "outcome": DONE if agree else FAILED,
                    "reason": None if agree else "the samples differ"}

@@ -13,7 +13,7 @@ import torch
 
 from ldm2 import __version__, audio, weights
 from ldm2.checkpoints import build, hub, known, reading
-from ldm2.fields import read_json
+from ldm2.fields import flat, read_json
 from ldm2.text.encoders import ClapText
 from ldm2.text.ranking import ClapAudio, Ranker
 from ldm2.text.tokenizers import from_pretrained, read_folder
@@ -123,8 +123,8 @@ def _fetch(name: str, revision: str | None, patterns: Sequence[str], local_files
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns),
                                       local_files_only=local_files_only))
     except (OSError, errors.HTTPError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise OSError(f"{name} is not in the cache and cannot be fetched ({type(error).__name__}: {reason})") from None
+        raise OSError(f"{name} is not in the cache and cannot be fetched ({type(error).__name__}: {flat(error, 200)})"
+                      ) from None
 
 
 def _digest(files: Sequence[Path]) -> str:

@@ -78,10 +78,11 @@ class Report:
 def sound_files(place: str | Path) -> list[Path]:
     """The sound files in a folder and its sub-folders, by name; or the one file. Raises ValueError if there is none."""
     place = Path(place).expanduser()
-    if place.is_file():
-        return [place]
-    if not place.is_dir():
+    if not place.exists():
         raise FileNotFoundError(f"no such file or folder: {place}")
+    if not place.is_dir():
+        fields.check_file(place)
+        return [place]
     found = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not found:
         raise ValueError(f"{place} holds no sound file ({', '.join(SUFFIXES)})")

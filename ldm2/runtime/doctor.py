@@ -15,6 +15,7 @@ import torch
 from ldm2 import __version__, ops
 from ldm2.checkpoints import known
 from ldm2.checkpoints.hub import is_cached
+from ldm2.fields import flat
 from ldm2.runtime import machine, profiling
 from ldm2.runtime.device import multiplies_bfloat16
 
@@ -117,7 +118,7 @@ def _loaded(device_type: str) -> tuple[dict[str, Callable | None], str | None]:
     try:
         found = ops.ldm2_kernels.load(device_type)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        return {}, f"they cannot be loaded: {' '.join(str(error).split())[:200]}"
+        return {}, f"they cannot be loaded: {flat(error, 200)}"
     return found, None if found else ops.HINTS[device_type]
 
 
@@ -164,7 +165,7 @@ def _answer() -> str:
     except errors.HfHubHTTPError as error:
         return f"answers, and refuses {ASKED} (HTTP {error.response.status_code})"
     except (OSError, errors.HTTPError) as error:
-        return f"does not answer ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        return f"does not answer ({type(error).__name__}: {flat(error, 200)})"
     return "answers"
 
 

@@ -28,6 +28,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cache_folder() -> Path:
+    """The user's cache of ldm2. As its specification asks, an XDG_CACHE_HOME that is empty or relative is ignored."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "ldm2"
+
+
+def memory(name: str, process: int | str | None = None) -> int:
+    """A line of Linux's account in bytes: of the machine, such as MemAvailable, or of a process ("self" is this one),
+    such as VmRSS. Raises OSError on other systems."""
+    path = Path("/proc/meminfo" if process is None else f"/proc/{process}/status")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
 def version(package: str) -> str | None:
     """The version of an installed package, None if it is not installed."""
     try:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ldm2 import weights
 from ldm2.runtime import weight_layout
 from ldm2.runtime.inference import check_precision, ordinary
+from ldm2.runtime.machine import memory
 
 logger = logging.getLogger(__name__)
 
@@ -141,19 +141,13 @@ def peak_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):                                # Linux, where the peak below is at least that of the process
-        return process_bytes("VmHWM")                      # which started this one
+        return memory("VmHWM", "self")                     # which started this one
     try:
         import resource
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def process_bytes(name: str) -> int:
-    """A line of Linux's account of this process, such as VmRSS, in bytes. Raises OSError on other systems."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def gigabytes(count: int | None) -> str:

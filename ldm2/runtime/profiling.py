@@ -22,7 +22,7 @@ from ldm2.conditioning import Conditioning
 from ldm2.guidance import guide
 from ldm2.noise import SeededNoise
 from ldm2.runtime.graphs import accelerated
-from ldm2.runtime.memory import process_bytes
+from ldm2.runtime.machine import memory
 from ldm2.settings import Settings
 from ldm2.stages import Stages
 
@@ -161,12 +161,12 @@ def memory_of(run: Callable[[], object], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     try:
         Path("/proc/self/clear_refs").write_text("5")      # forget the peak: proc_pid_clear_refs(5)
-        before = process_bytes("VmRSS")
+        before = memory("VmRSS", "self")
     except OSError:
         run()
         return None
     run()
-    return max(0, process_bytes("VmHWM") - before)         # memory is given back in between as well
+    return max(0, memory("VmHWM", "self") - before)         # memory is given back in between as well
 
 
 def measure(work: Work, device: torch.device, repeats: int = 3) -> Measured:

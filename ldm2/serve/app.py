@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from ldm2 import __version__
+from ldm2.fields import flat
 from ldm2.serve import compatible, reference
 from ldm2.serve.api import JSON, Api, router
 from ldm2.serve.errors import Refused
@@ -103,7 +104,7 @@ async def _http(request: Request, error: HTTPException) -> Response:
     """What the framework refuses: unknown paths, methods, broken forms."""
     words = {404: f"there is nothing at {request.url.path!r:.200}",
              405: f"{request.method:.20} is not what {request.url.path!r:.200} takes"}
-    message = words.get(error.status_code, " ".join(str(error.detail).split())[:500])
+    message = words.get(error.status_code, flat(error.detail, 500))
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     return told(Refused(error.status_code, message, code, headers=error.headers))
 

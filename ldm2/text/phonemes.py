@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm2 import weights
+from ldm2.fields import flat
 from ldm2.text.configs import transformers_config
 
 if TYPE_CHECKING:
@@ -125,8 +126,7 @@ class PhonemeText(nn.Module):
         except ImportError as error:
             raise ValueError(f"a transcription needs the package phonemizer: {INSTALL}") from error
         except RuntimeError as error:                                            # phonemizer's own, espeak is missing
-            reason = " ".join(str(error).split())
-            raise ValueError(f"no phonemes for this transcription ({reason}): {INSTALL}") from error
+            raise ValueError(f"no phonemes for this transcription ({flat(error)}): {INSTALL}") from error
         return self._fit(ids, transcription)
 
     def spell(self, phonemes: str) -> tuple[int, ...]:

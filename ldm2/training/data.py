@@ -50,10 +50,11 @@ def read(place: str | Path, sounds: str | Path | None = None, strict: bool = Fal
     """
     place = Path(place).expanduser()
     root = None if sounds is None else Path(sounds).expanduser()
-    if place.is_file():
-        data = _from_tables([place], root)
-    elif not place.is_dir():
+    if not place.exists():
         raise FileNotFoundError(f"no such file or folder: {place}")
+    if not place.is_dir():
+        check_file(place)
+        data = _from_tables([place], root)
     elif found := _tables_in(place):
         data = _from_tables(found, root)
     else:
@@ -160,8 +161,7 @@ def _clip(row: Mapping[str, Any] | str, root: Path) -> Clip | None:
     if not isinstance(named, str) or "\0" in named:
         raise ValueError(f"no path of a sound under one of {', '.join(PATHS)}, got {named!r:.100}")
     path = root / Path(named).expanduser()
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
+    check_file(path)
     captions = tuple(dict.fromkeys(_captions(row)))
     if not captions:
         raise ValueError(f"no caption for {named}")

@@ -88,7 +88,7 @@ def test_other_columns_are_carried_through():
     ({"prompt": "x", "task": "dance"}, "unknown task 'dance'"), ({"prompt": "x", "task": 3}, "unknown task 3"),
     ({"prompt": "x", "task": ["generate"]}, "unknown task"), ({"prompt": "x", "task": "reconstruct"}, "reconstruct"),
     ({"prompt": "x", "task": "transfer"}, "transfer needs input"), ({"prompt": "x", "input": "a.wav"}, "no input"),
-    ({"prompt": "x", "task": "transfer", "input": "gone.wav"}, "the input 'gone.wav' does not exist"),
+    ({"prompt": "x", "task": "transfer", "input": "gone.wav"}, "the input 'gone.wav' is missing"),
     ({"prompt": "x", "task": "transfer", "input": "a\0b"}, "needs input"),
     ({"prompt": "x", "task": "transfer", "input": "a" * 5000}, "input"),
     ({"prompt": "x", "strength": 0.5}, "generate has no option 'strength'"),

@@ -169,3 +169,10 @@ def test_a_dry_run_says_how_long_by_what_earlier_rows_took(tmp_path, monkeypatch
     about = measured.estimate("tiny", {}, {Rules({}).row(1, {"prompt": "x", "steps": 2, "seconds": 0.4}).kind: 900})
     assert about.seconds == pytest.approx(900 * record["ms"] / 1e3) and about.bytes == 900 * record["bytes"]
     assert f"and {about.bytes / 1e6:.1f} MB to go in 1 process, by what rows like them took on this machine" in out
+
+
+@pytest.mark.parametrize("place", ["", "relative", "."])
+def test_a_cache_that_is_named_by_no_whole_path_counts_as_not_set(monkeypatch, tmp_path, place):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", place)
+    assert measured._path() == tmp_path / ".cache" / "ldm2" / "measured.json"

@@ -150,6 +150,23 @@ def test_an_empty_prompt_is_refused(refuse):
     refuse(("generate", " "), ("empty",))
 
 
+def test_a_folder_is_made_where_one_is_named(run, tmp_path):
+    fast = ("--model", "tiny", "--steps", 1, "--seconds", 0.2, "-q")
+    assert run("generate", "rain", *fast, "-o", "new/")[0] == 0
+    assert run("reconstruct", "new/rain.wav", "--model", "tiny", "-q", "-o", "other/")[0] == 0
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.wav"))
+    assert found == ["new/rain.wav", "other/rain-reconstruct.wav"]
+
+
+@pytest.mark.parametrize("place, words", [
+    ("gone/new/", ("folder gone ", "does not exist")), ("gone/x.wav", ("folder gone ", "does not exist")),
+    ("a.txt/", ("a.txt", "exists")),
+])
+def test_a_folder_is_made_in_one_that_exists(refuse, tmp_path, place, words):
+    (tmp_path / "a.txt").write_text("")
+    refuse(("generate", PROMPT, "-o", place), words)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_write_permission_is_refused(refuse, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
