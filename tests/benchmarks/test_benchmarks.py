@@ -16,21 +16,16 @@ from ldm2_kernels.cases import FULL, SMALL, TALL, cases
 
 import ldm2
 from benchmarks import __main__ as benchmarks
-from benchmarks import kernels as kernel_rows
 from benchmarks import on_gpu, parity, report, rows, timing
 from benchmarks.bench import Bench
 from benchmarks.flop import Flop
 from benchmarks.kernels import kernels
 from benchmarks.timing import Row, Timed
 from ldm2 import ops
-from ldm2.checkpoints import random_models
 from ldm2.pipeline import NonFiniteError
-from ldm2.runtime import graphs, profiling
-from ldm2.runtime.compilation import is_compiled
-from ldm2.runtime.graphs import GraphedUNet
+from ldm2.runtime import profiling
 from ldm2.runtime.profiling import Limits
 from ldm2.settings import Settings
-from tests.helpers import Tape
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -51,13 +46,6 @@ def test_variants_alternate_and_the_first_round_does_not_count():
     found = timing.measure(row, CPU, repeats=2)
     assert calls == list("ababab")
     assert [(one.variant, len(one.seconds), len(one.memory)) for one in found] == [("a", 2, 2), ("b", 2, 2)]
-
-
-def test_short_runs_are_repeated_until_they_can_be_told(monkeypatch):
-    monkeypatch.setattr(profiling, "seconds_of", lambda run, device: 0.125)
-    row = Row("x", "x", {"a": lambda: lambda: None})
-    [found] = timing.measure(row, CPU, repeats=2, at_least=1.0)
-    assert len(found.seconds) == 8
 
 
 def test_several_calls_make_one_measurement_and_the_seconds_are_those_of_one(monkeypatch):
@@ -153,108 +141,19 @@ def test_there_is_a_row_for_each_kernel(device, calls, monkeypatch):
     assert {row.calls for row in kernels(bench)} == {calls}
 
 
-@pytest.mark.parametrize("device, dtype, last", [
-    ("cuda", torch.float16, True), ("cuda", torch.float32, False), ("cpu", torch.bfloat16, False)])
-def test_maps_of_kernels_lie_as_those_of_the_models(device, dtype, last, monkeypatch):
-    monkeypatch.setattr("ldm2_kernels.cases.cases", lambda device, *rest: made.update(cases(META, *rest)) or made)
-    made = {}
-    bench = SimpleNamespace(device=SimpleNamespace(type=device), ours=SimpleNamespace(dtype=dtype))
-    assert [*kernels(bench)]
-    x, weight, _, residual = made["conv3x3"]()
-    assert {t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight, residual)} == {last}
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_on_cuda_a_row_of_kernels_times_the_replay_of_a_graph(device, monkeypatch):
-    ran, replayed = [], []
-
-    def capture(device):
-        return lambda run: (lambda: replayed.append(run()), None)
-
-    monkeypatch.setattr(kernel_rows, "CudaCapture", capture)
-    monkeypatch.setattr(ops, "geglu", lambda *arguments: ran.append(ops.asked()))
-    variants = kernel_rows._variants("geglu", (), SimpleNamespace(type=device))
-    assert list(variants) == ["fused", "plain PyTorch"]
-    for make, backend in zip(variants.values(), ("fused", "reference")):
-        run = make()
-        run()
-        assert ran == [backend] * kernel_rows.REPEAT and len(replayed) == (device == "cuda")
-        ran.clear()
-        replayed.clear()
-
-
-@pytest.fixture
-def on_cuda(pipe, oracle, monkeypatch):
-    """A Bench that takes itself for one on CUDA, with graphs that are recorded by stand-ins; and these."""
-    tapes = []
-
-    def capture(device):
-        tapes.append(Tape())
-        return tapes[-1]
-
-    monkeypatch.setattr(graphs, "CudaCapture", capture)
-    monkeypatch.setattr(graphs, "_graphs", type(graphs._graphs)())           # without those of other tests
-    monkeypatch.setattr(rows, "accelerated", lambda unet: GraphedUNet(unet, graphs.graphs_of(unet, CPU)))
-    monkeypatch.setattr(Bench, "device", torch.device("cuda"))
-    return Bench(pipe, lambda: oracle, None, 0.16, 1, 1, torch.float32), tapes
-
-
-def test_on_cuda_the_step_is_measured_without_anything_compiled_several_times_over(on_cuda):
-    bench, tapes = on_cuda
-    found = list(rows.unet(bench))
-    assert [(row.name, row.calls) for row in found] == [("UNet step, 0.16 s", 10), ("UNet step, 8 x 0.16 s", 10)]
-    for row, count in zip(found, (1, 8)):
-        assert list(row.variants) == ["ldm2", "ldm2, no CUDA graph", "ldm2, plain PyTorch", "diffusers"]
-        for make in list(row.variants.values())[:3]:
-            step = make()
-            assert [step().shape for _ in range(4)][-1] == (count, *bench.ours.latent_shape(0.16))
-    assert [tape.recorded for tape in tapes] == [2]        # ldm2 in both rows, and nothing else
-
-
-def test_on_cuda_a_compiled_step_has_a_graph_of_its_own(on_cuda):
-    bench, tapes = on_cuda
-    [row] = rows.ldm2_compiled(bench)
-    assert list(row.variants) == ["ldm2, compiled", "ldm2, compiled, no CUDA graph", "ldm2"]
-    with torch.compiler.set_stance("force_eager"):         # compiling takes long
-        for make in row.variants.values():
-            step = make()
-            for _ in range(4):
-                step()
-    assert [tape.recorded for tape in tapes] == [1, 1]
-    assert not is_compiled(bench.ours.unet)
-
-
-@pytest.mark.parametrize("subject", [rows.diffusers_compiled, rows.generation_compiled])
-def test_a_compiled_diffusers_is_what_ldm2_is_compared_with_and_not_there_without_it(subject, pipe, oracle):
+def test_a_compiled_diffusers_is_what_ldm2_is_compared_with_and_not_there_without_it(pipe, oracle):
     bench = Bench(pipe, lambda: oracle, None, 0.16, 1, 1, torch.float32)
-    [row] = subject(bench)
+    [row] = rows.generation_compiled(bench)
     assert list(row.variants) == ["ldm2", "diffusers, torch.compile"]
     with torch.compiler.set_stance("force_eager"):
         found = timing.measure(row, CPU, repeats=1)
     assert [one.error for one in found] == [None, None]
-    assert list(subject(Bench(pipe, None, None, 0.16, 1, 1, torch.float32))) == []
+    assert list(rows.generation_compiled(Bench(pipe, None, None, 0.16, 1, 1, torch.float32))) == []
 
 
 def test_what_is_compiled_is_measured_where_it_is_asked_for_by_name():
     asked = benchmarks.options().parse_args([]).rows.split(",")
     assert set(benchmarks.ROWS) - set(asked) == {"diffusers-compiled", "generation-compiled", "ldm2-compiled"}
-
-
-def test_a_compiled_diffusers_shares_all_but_its_unet_and_makes_the_same_sound(pipe, oracle):
-    bench = Bench(pipe, lambda: oracle, None, 0.16, 1, 1, torch.float32)
-    plain = oracle.unet
-    with torch.compiler.set_stance("force_eager"):
-        compiled, theirs = (rows._their_sound(bench, 1, 0.16, 1, how)().audios for how in (True, False))
-    assert (compiled == theirs).all() and theirs.any()
-    assert oracle.unet is plain and bench.theirs_compiled.unet._orig_mod is plain
-    assert bench.theirs_compiled.vae is oracle.vae
-
-
-def test_a_step_of_several_sounds_is_measured_on_both_sides(tiny_checkpoint, oracle):
-    pipe = ldm2.load(tiny_checkpoint, device="cpu", reference="diffusers")
-    bench = Bench(pipe, lambda: oracle, None, 0.16, 1, 1, torch.float32)
-    shapes = {run().shape for run in (rows._our_step(bench, 3, pipe.unet), rows._their_step(bench, 3))}
-    assert shapes == {(3, *pipe.latent_shape(0.16))}
 
 
 def test_the_plot_shows_length_and_batch(tmp_path):
@@ -329,25 +228,6 @@ def test_a_run_that_is_stopped_has_told_what_it_measured(tmp_path, monkeypatch, 
     assert re.search(r"^\| first \| ldm2 \| \d+\.\d\d", capsys.readouterr().err, re.MULTILINE)
 
 
-def test_the_processes_of_their_own_get_their_dtypes_and_the_threads(tmp_path, monkeypatch, capsys):
-    commands, ran = [], []
-
-    def run(command, **options):
-        commands.append(command[3:])
-        return subprocess.CompletedProcess(command, 0, stdout="2500000000\n")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(profiling, "limits", lambda device, dtype: Limits(1e9, 1e9))
-    benchmarks.main(["--rows", "memory", "--size", "tiny", "--their-dtype", "bfloat16", "--threads", "1",
-                     "--out", str(tmp_path)])
-    assert "| ldm2, low_memory | 2.50 |\n| diffusers, bfloat16 | 2.50 |" in capsys.readouterr().out
-    monkeypatch.setattr(benchmarks, "alone", lambda name, seconds, folder, device, dtype: ran.append((name, dtype)))
-    for command in commands:
-        assert command[command.index("--threads") + 1] == "1"
-        benchmarks.main(command)
-    assert ran == [("ldm2", torch.float32), ("ldm2, low_memory", torch.float32), ("diffusers", torch.bfloat16)]
-
-
 def test_a_process_of_its_own_that_fails_costs_the_others_nothing(tmp_path, monkeypatch, capfd):
     def run(command, **options):
         code = "raise SystemExit(3)" if "diffusers" in command else "print(2500000000)"
@@ -362,20 +242,6 @@ def test_a_process_of_its_own_that_fails_costs_the_others_nothing(tmp_path, monk
     assert "| diffusers | failed with exit code 3 |\n| ldm2 | 2.50 |" in told.out and "why" in told.err
     assert json.loads((tmp_path / "x.json").read_text())["processes"] == {
         "diffusers": "failed with exit code 3", "ldm2": 2.5e9}
-
-
-@pytest.mark.parametrize("name", benchmarks.PROCESSES)
-def test_a_process_of_its_own_makes_steps_enough_for_a_cuda_graph(name, tmp_path, monkeypatch):
-    steps = []
-    ours = SimpleNamespace(generate=lambda prompt, **settings: steps.append(settings["steps"]))
-    monkeypatch.setattr(ldm2, "load", lambda folder, **settings: ours)
-    monkeypatch.setattr(benchmarks, "diffusers_pipeline", lambda *arguments: theirs)
-
-    def theirs(prompt, **settings):
-        steps.append(settings["num_inference_steps"])
-
-    assert benchmarks.alone(name, 0.2, tmp_path, CPU, torch.float32) > 0
-    assert steps == [4] and graphs.WARM_UP < 4
 
 
 def test_a_subject_that_fails_between_its_rows_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
@@ -404,35 +270,6 @@ def test_diffusers_that_cannot_be_loaded_fails_by_itself(tmp_path, monkeypatch):
     assert [(row["subject"], row["variant"], row.get("error")) for row in found] == [
         (subject, variant, None if variant == "ldm2" else "ImportError: another version of transformers is needed")
         for subject in ("unet", "text", "load") for variant in ("ldm2", "diffusers")]
-
-
-def test_diffusers_that_cannot_write_the_checkpoint_leaves_ldm2_alone(tmp_path, monkeypatch, capsys):
-    def fail(*arguments):
-        raise TypeError("unexpected keyword")
-
-    full_size = pytest.importorskip("benchmarks.full_size")
-    monkeypatch.setattr(full_size, "save", fail)
-    args = benchmarks.options().parse_args(["--folder", str(tmp_path / "none")])
-    assert benchmarks.checkpoint(args) is None
-    assert "TypeError: unexpected keyword" in capsys.readouterr().err
-
-
-def test_diffusers_can_be_left_out_and_cudnn_may_choose(tmp_path, monkeypatch, capsys):
-    def pipeline(*arguments, **settings):
-        chosen.append(torch.backends.cudnn.benchmark)
-        return real(*arguments, **settings)
-
-    chosen, real = [], random_models.pipeline
-    monkeypatch.setattr(random_models, "pipeline", pipeline)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    monkeypatch.setattr(profiling, "limits", lambda device, dtype: Limits(1e9, 1e9))
-    for options in ([], ["--cudnn-benchmark"]):
-        assert benchmarks.main(["--rows", "text,memory", "--size", "tiny", "--repeats", "1", "--no-diffusers", *options,
-                                "--out", str(tmp_path), "--name", "x"]) == 0
-        assert "diffusers is left out" in capsys.readouterr().out
-        found = json.loads((tmp_path / "x.json").read_text())
-        assert [row["variant"] for row in found["rows"]] == ["ldm2"] and not found["processes"]
-    assert chosen == [False, True]
 
 
 def test_without_diffusers_ldm2_runs_alone(tmp_path, monkeypatch, capsys):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,10 +14,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import ldm2
 from benchmarks import checkpoints
 from ldm2.checkpoints import verify
+from ldm2.cli.commands import main
 from tests import authors
 from tests.hub import Hub
 
@@ -40,6 +44,7 @@ def expected(checkpoint):
     pipe = checkpoints.diffusers_pipeline(checkpoint)
     config = pipe.scheduler.config
 
+    @functools.cache
     def sound(scheduler: str, steps: int) -> np.ndarray:
         pipe.scheduler = getattr(diffusers, scheduler).from_config(config)
         latents = torch.from_numpy(np.random.RandomState(0).standard_normal((1, 8, 128, 16))).float()
@@ -54,11 +59,58 @@ def pipe(checkpoint):
     return ldm2.load(checkpoint, dtype="float32", device="cpu", reference="diffusers")
 
 
+def clean(**settings):
+    """An environment with no other hub settings."""
+    others = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return others | {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"} | settings
+
+
 def verify_weights(*arguments, timeout=300, **settings):
-    """Run the command in a process of its own, with no other hub settings."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    """Run the command in a process of its own."""
     return subprocess.run([sys.executable, "-m", "ldm2", "verify-weights", *arguments], capture_output=True, text=True,
-                          env=clean | {"HF_HUB_DISABLE_XET": "1"} | settings, timeout=timeout)
+                          env=clean(**settings), timeout=timeout)
+
+
+# Runs the command for each line of JSON with its arguments, the pins in three steps, with an empty cache each time.
+WORKER = """
+import contextlib, io, json, os, shutil, sys
+from dataclasses import replace
+from ldm2.checkpoints import verify
+from ldm2.cli.commands import main
+
+verify.PINS = tuple(replace(pin, steps=3) for pin in verify.PINS)
+for line in sys.stdin:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(["verify-weights", *json.loads(line)])
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A hub and the process that asks it: the client reads the address when it is imported."""
+    with Hub() as hub:
+        home = tmp_path_factory.mktemp("home")
+        worker = subprocess.Popen([sys.executable, "-c", WORKER], env=clean(HF_ENDPOINT=hub.url, HF_HOME=str(home)),
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        yield hub, worker
+        worker.communicate()
+
+
+@pytest.fixture
+def verified(server):
+    """Publish a folder as cvssp/audioldm2, and run the command -> commit, exit code, stdout, stderr."""
+    hub, worker = server
+
+    def run(folder, *arguments, **options):
+        hub.clear()
+        commit = hub.add("cvssp/audioldm2", folder, **options)
+        worker.stdin.write(json.dumps(["--model", "audioldm2", *arguments]) + "\n")
+        worker.stdin.flush()
+        return commit, *json.loads(worker.stdout.readline())
+
+    return run
 
 
 def test_the_pinned_samples_are_those_of_diffusers_tests():
@@ -135,13 +187,11 @@ def test_a_tokenizer_of_another_speech_model_is_told(symbols, verdict, tmp_path)
     assert told == f"{verdict}: {symbols} symbols, the model knows 183"
 
 
-def test_the_command_on_a_hub_prints_expected_found_and_distance(checkpoint, expected, tmp_path):
-    with Hub() as hub:
-        commit = hub.add("cvssp/audioldm2", checkpoint)
-        done = verify_weights("--model", "audioldm2", "--json", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
-    assert done.returncode == 1, done.stderr               # these are not the published weights
-    assert done.stderr.splitlines()[-1] == "ldm2: error: 1 of 1 checkpoints are not as they should be: audioldm2"
-    [report] = json.loads(done.stdout)
+def test_the_command_on_a_hub_prints_expected_found_and_distance(checkpoint, expected, verified):
+    commit, code, out, err = verified(checkpoint, "--json")
+    assert code == 1, err                                  # these are not the published weights
+    assert err.splitlines()[-1] == "ldm2: error: 1 of 1 checkpoints are not as they should be: audioldm2"
+    [report] = json.loads(out)
     assert (report["commit"], report["outcome"], report["reason"]) == (commit, "failed", "the samples differ")
     lms = report["pins"][1]
     sound = expected("LMSDiscreteScheduler", 3)[31390:31400]
@@ -161,35 +211,27 @@ def test_without_a_network_each_checkpoint_is_skipped_with_a_line(tmp_path):
     assert "audioldm-48k" in done.stderr                   # what was not looked at is named
 
 
-def test_a_checkpoint_with_an_unknown_key_fails_and_says_which(checkpoint, tmp_path):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
+def test_a_checkpoint_with_an_unknown_key_fails_and_says_which(checkpoint, verified, tmp_path):
     folder = tmp_path / "changed"
     shutil.copytree(checkpoint, folder)
     [file] = (folder / "unet").glob("*.safetensors")
     save_file(load_file(file) | {"surprise.weight": torch.zeros(1)}, file)
-    with Hub() as hub:
-        hub.add("cvssp/audioldm2", folder)
-        done = verify_weights("--model", "audioldm2", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"))
-    assert done.returncode == 1
-    assert "surprise.weight" in done.stdout
-    assert 'scheduler says _class_name "DDIMScheduler"' in done.stdout
+    _, code, out, _ = verified(folder)
+    assert code == 1
+    assert "surprise.weight" in out
+    assert 'scheduler says _class_name "DDIMScheduler"' in out
 
 
-def test_a_refusal_of_the_hub_is_no_lack_of_network(checkpoint, tmp_path):
-    with Hub() as hub:
-        hub.add("cvssp/audioldm2", checkpoint, token="hf_secret")
-        done = verify_weights("--model", "audioldm2", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
-    assert done.returncode == 1
-    assert "failed: cvssp/audioldm2 is gated" in done.stdout
+def test_a_refusal_of_the_hub_is_no_lack_of_network(checkpoint, verified):
+    _, code, out, _ = verified(checkpoint, token="hf_secret")
+    assert code == 1
+    assert "failed: cvssp/audioldm2 is gated" in out
 
 
-def test_an_unknown_name_is_refused_before_anything_is_fetched():
-    done = verify_weights("--model", "audioldm3")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "unknown model 'audioldm3'" in done.stderr
+def test_an_unknown_name_is_refused_before_anything_is_fetched(capsys):
+    assert main(["verify-weights", "--model", "audioldm3"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and "unknown model 'audioldm3'" in err
 
 
 @pytest.mark.network

@@ -1,4 +1,4 @@
-"""The command line as a subprocess: what is written, printed and refused."""
+"""The command line: what is written, printed and refused; once as a process of its own."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ def _raise(error: Exception):
     raise error
 
 
+def short(model):
+    """Options for one step of a short sound."""
+    return ("--model", model, "--steps", 1, "--seconds", 0.2)
+
+
 @pytest.fixture
-def generate(tiny_checkpoint, tmp_path):
-    """Run `ldm2 generate` on the tiny checkpoint with one step, in an empty folder."""
-    def run(*arguments, prompt=PROMPT):
-        fixed = ("--model", tiny_checkpoint, "--steps", 1, "--seconds", 0.2)
-        return run_ldm2("generate", prompt, *fixed, *arguments, cwd=tmp_path)
-    return run
+def generate(tiny_checkpoint, run):
+    """Run `ldm2 generate` on the tiny checkpoint with one step, in an empty folder -> exit code, stdout, stderr."""
+    return lambda *arguments: run("generate", PROMPT, *short(tiny_checkpoint), *arguments)
 
 
 @pytest.fixture
@@ -55,8 +57,8 @@ def refuse(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_generate_writes_the_file_and_prints_its_path_last(generate, tmp_path):
-    done = generate("-o", "dog.flac", "--seed", 3)
+def test_generate_writes_the_file_and_prints_its_path_last(tiny_checkpoint, tmp_path):
+    done = run_ldm2("generate", PROMPT, *short(tiny_checkpoint), "-o", "dog.flac", "--seed", 3, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "dog.flac"
     assert "0.20 s" in done.stderr and "seed 3" in done.stderr
@@ -66,10 +68,10 @@ def test_generate_writes_the_file_and_prints_its_path_last(generate, tmp_path):
 
 
 def test_without_a_name_the_prompt_names_the_file_and_nothing_is_overwritten(generate, tmp_path):
-    names = [generate("--seed", seed).stdout.strip() for seed in (1, 2)]
+    names = [generate("--seed", seed)[1].strip() for seed in (1, 2)]
     assert names == ["a-dog-barking-in-the-rain.wav", "a-dog-barking-in-the-rain-2.wav"]
     assert (tmp_path / names[0]).read_bytes() != (tmp_path / names[1]).read_bytes()
-    assert generate("--seed", 2, "--overwrite").stdout.strip() == names[0]
+    assert generate("--seed", 2, "--overwrite")[1].strip() == names[0]
     assert (tmp_path / names[0]).read_bytes() == (tmp_path / names[1]).read_bytes()
 
 
@@ -91,13 +93,12 @@ def test_an_interval_is_read_from_one_word(text, expected):
 
 
 def test_several_waveforms_become_several_files(generate, tmp_path):
-    done = generate("-o", "x.wav", "--num-waveforms", 2)
-    assert done.stdout.split() == ["x-1.wav", "x-2.wav"]
+    assert generate("-o", "x.wav", "--num-waveforms", 2)[1].split() == ["x-1.wav", "x-2.wav"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x-1.wav", "x-2.wav"]
 
 
-def test_bad_input_is_one_line_and_exit_code_2(generate, tmp_path):
-    done = generate("--sampler", "magic")
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    done = run_ldm2("generate", PROMPT, "--sampler", "magic", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "magic" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -107,7 +108,7 @@ def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(generate, refu
     (tmp_path / "x.wav").write_text("precious")
     refuse(("generate", PROMPT, "-o", "x.wav"), ("x.wav", "--overwrite"))
     assert (tmp_path / "x.wav").read_text() == "precious"
-    assert generate("-o", "x.wav", "--overwrite").returncode == 0
+    assert generate("-o", "x.wav", "--overwrite")[0] == 0
     assert soundfile.info(tmp_path / "x.wav").frames == 3200
 
 
@@ -202,10 +203,14 @@ def test_ctrl_c_ends_with_130_and_leaves_no_file(tiny_checkpoint, tmp_path, monk
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no signals of this kind")
 def test_sigterm_ends_with_143_and_leaves_no_file(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(audio.files, "_encode", lambda *_: signal.raise_signal(signal.SIGTERM))
-    code = main(["generate", PROMPT, "--model", str(tiny_checkpoint), "--steps", "1", "--seconds", "0.2",
-                 "-o", str(tmp_path / "x.wav"), "--num-waveforms", "3"])
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)                   # Ray leaves a handler of its own
+    try:
+        code = main(["generate", PROMPT, "--model", str(tiny_checkpoint), "--steps", "1", "--seconds", "0.2",
+                     "-o", str(tmp_path / "x.wav"), "--num-waveforms", "3"])
+    finally:
+        after = signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     assert code == 143 and "stopped" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert list(tmp_path.iterdir()) == [] and after == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("fail", [
@@ -268,18 +273,15 @@ def test_the_samplers_and_spacings_of_a_request_are_those_that_exist():
     assert settings.SPACINGS == schedules.SPACINGS
 
 
-def test_info_tells_parts_parameters_and_heads(tiny_checkpoint, tmp_path):
-    done = run_ldm2("info", tiny_checkpoint, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for word in ("unet", "vae", "vocoder", "float32", "heads"):
-        assert word in done.stdout
+def test_info_tells_parts_parameters_and_heads(tiny_checkpoint, run):
+    code, out, _ = run("info", tiny_checkpoint)
+    assert code == 0 and all(word in out for word in ("unet", "vae", "vocoder", "float32", "heads"))
 
 
-def test_models_lists_the_published_checkpoints(tmp_path):
-    done = run_ldm2("models", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for name in ("audioldm2", "audioldm2-large", "audioldm2-music", "cvssp/audioldm2", "tiny"):
-        assert name in done.stdout
+def test_models_lists_the_published_checkpoints(run):
+    code, out, _ = run("models")
+    assert code == 0
+    assert all(name in out for name in ("audioldm2", "audioldm2-large", "audioldm2-music", "cvssp/audioldm2", "tiny"))
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
