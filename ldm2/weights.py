@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from ldm2 import pickle_file
 from ldm2.checkpoints import int8
-from ldm2.checkpoints.hub import weight_files
+from ldm2.checkpoints.hub_folder import weight_files
 from ldm2.fields import check_file, few, first_line, named
 from ldm2.ops import Int8, Weight, dense
 from ldm2.runtime import int8_layers

@@ -8,7 +8,7 @@ import pytest
 from ldm2 import fields
 from ldm2.batch.rows import Rules
 from ldm2.checkpoints.convert import convert
-from ldm2.checkpoints.hub import weight_files
+from ldm2.checkpoints.hub_folder import weight_files
 from ldm2.metrics.evaluation import sound_files
 from ldm2.training import data
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ldm2.audio.files import resample
 from ldm2.audio.loudness import gain_to
+from ldm2.audio.samples import resample
 from ldm2.settings import Output
 
 QUIET = 10 ** (-60 / 20)                   # of full scale: what counts as silence at the ends

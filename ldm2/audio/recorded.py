@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm2 import fields
-from ldm2.audio.files import read_metadata
+from ldm2.audio.reading import read_metadata
 
 _FOREIGN_TO_EDITS = ("loop", "seconds")    # of version 0.1.0: written for every edit, though none took them
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm2.checkpoints import hub, int8, known, reading
+from ldm2.checkpoints import hub, hub_folder, int8, known, reading
 from ldm2.checkpoints.adapter import Adapter, combined
 from ldm2.checkpoints.build import config_of
 from ldm2.checkpoints.lora_files import find
@@ -249,7 +249,7 @@ def _write_part(
     tensors |= combined(tensors, name, [pair for pair in adapters if name in pair[0].parts], kind)
     fields = _fields(name, checkpoint, reference)
     for file in files:
-        if file.suffix in hub.SMALL and ".index." not in file.name and file.name != "config.json":
+        if file.suffix in hub_folder.SMALL and ".index." not in file.name and file.name != "config.json":
             shutil.copyfile(file, folder / file.name)
     stem = "diffusion_pytorch_model" if name in DIFFUSERS_PARTS else "model"
     _write_tensors(folder / f"{stem}.safetensors", tensors, dtype, part.source)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm2 import weights
-from ldm2.checkpoints import hub, original
+from ldm2.checkpoints import hub_folder, original
 from ldm2.checkpoints.parts import Checkpoint, Part, Tensors
 from ldm2.fields import named, read_json, short
 from ldm2.options import options_of
@@ -23,7 +23,7 @@ def read(
 ) -> Checkpoint:
     """The parts of a checkpoint.
 
-    variant: of a folder's weight files, see `hub.weight_files`; config, tokenizers, local_files_only: of an authors'
+    variant: of a folder's weight files, see `hub_folder.weight_files`; config, tokenizers, local_files_only: of an authors'
     file, see `original.components`. Raises ValueError, one line that names the file.
     """
     if path.is_dir():
@@ -37,7 +37,7 @@ def read_hub_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     Raises ValueError naming the file.
     """
     path = Path(path)
-    parts = {name: _part(path / name, kind, variant) for name, kind in hub.parts(path).items()}
+    parts = {name: _part(path / name, kind, variant) for name, kind in hub_folder.parts(path).items()}
     extractor: Callable[[], Any] | None = None
     if "feature_extractor" in parts:
         extractor = functools.partial(read_extractor, path / "feature_extractor")
@@ -51,7 +51,7 @@ def _part(folder: Path, kind: str, variant: str | None) -> Part:
     """A part of a folder in the hub's layout; schedulers, tokenizers and the like have no tensors."""
 
     def read_tensors(to_copy: bool) -> Tensors:
-        return {} if hub.WITHOUT_WEIGHTS.fullmatch(kind) else weights.read_tensors(folder, variant, to_copy)
+        return {} if hub_folder.WITHOUT_WEIGHTS.fullmatch(kind) else weights.read_tensors(folder, variant, to_copy)
 
     config = folder / ("scheduler_config.json" if folder.name == "scheduler" else "config.json")
     return Part(str(folder), str(config), functools.partial(read_json, config), read_tensors, kind, folder)

@@ -13,6 +13,7 @@ import torch
 
 from ldm2 import __version__, audio, weights
 from ldm2.checkpoints import build, hub, known, reading
+from ldm2.checkpoints.hub_folder import weight_files
 from ldm2.fields import flat, read_json
 from ldm2.text.encoders import ClapText
 from ldm2.text.ranking import ClapAudio, Ranker
@@ -83,7 +84,7 @@ def _weight_files(path: Path) -> list[Path]:
     """The files that hold the weights of CLAP: an authors' file holds all."""
     if path.is_file():
         return [path]
-    return hub.weight_files(path / "text_encoder" if (path / "model_index.json").is_file() else path)
+    return weight_files(path / "text_encoder" if (path / "model_index.json").is_file() else path)
 
 
 def _clap(folder: Path, device: torch.device | str) -> Ranker:

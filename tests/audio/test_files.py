@@ -15,7 +15,8 @@ import pytest
 import scipy.io.wavfile
 import soundfile
 
-from ldm2.audio import files as audio
+from ldm2 import audio
+from ldm2.audio import writing
 from ldm2.edit import paste
 from tests.helpers import noise, tone
 
@@ -249,7 +250,7 @@ def test_a_file_that_cannot_be_created_is_called_by_its_own_name(tmp_path, monke
     def refuse(path, *arguments):
         raise OSError(28, "No space left on device", path)
 
-    monkeypatch.setattr(audio.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(OSError, match=r"No space left on device: '.*/a\.wav'"):
         audio.write(tmp_path / "a.wav", noise(10), 16_000)
 
@@ -360,13 +361,13 @@ def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(tmp_path):
 @pytest.mark.parametrize("hard_links", [True, False])
 def test_a_file_that_appears_while_writing_is_kept(tmp_path, monkeypatch, hard_links):
     path = tmp_path / "a.wav"
-    encode = audio._encode
+    encode = writing._encode
 
     def slow_encode(*args):
         encode(*args)
         path.write_text("somebody else's")
 
-    monkeypatch.setattr(audio, "_encode", slow_encode)
+    monkeypatch.setattr(writing, "_encode", slow_encode)
     if not hard_links:
         monkeypatch.setattr(os, "link", _no_links)
     with pytest.raises(FileExistsError):
@@ -411,7 +412,7 @@ def test_nothing_is_left_after_an_interruption(tmp_path, monkeypatch, error):
     def interrupted(*args):
         raise error
 
-    monkeypatch.setattr(audio, "_as_stored", interrupted)
+    monkeypatch.setattr(writing, "_as_stored", interrupted)
     with pytest.raises(error):
         audio.write(tmp_path / "a.wav", noise(100_000), 16_000)
     assert os.listdir(tmp_path) == []
@@ -423,7 +424,7 @@ def test_an_interrupted_overwriting_keeps_the_old_file(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(audio, "_as_stored", interrupted)
+    monkeypatch.setattr(writing, "_as_stored", interrupted)
     with pytest.raises(KeyboardInterrupt):
         audio.write(tmp_path / "a.wav", noise(20), 16_000, overwrite=True)
     assert len(audio.read(tmp_path / "a.wav")[0]) == 10

@@ -248,7 +248,7 @@ def test_a_table_that_does_not_do_is_refused(batch, tmp_path, content, words):
 
 
 def test_a_full_disk_ends_the_job_in_one_line_and_a_rerun_completes(batch, tmp_path, monkeypatch):
-    write, left = audio.files._encode, [2]
+    write, left = audio.writing._encode, [2]
 
     def full(*arguments):
         left[0] -= 1
@@ -256,7 +256,7 @@ def test_a_full_disk_ends_the_job_in_one_line_and_a_rerun_completes(batch, tmp_p
             raise OSError("x.flac: writing failed (System error): is the disk full?")
         return write(*arguments)
 
-    monkeypatch.setattr(audio.files, "_encode", full)
+    monkeypatch.setattr(audio.writing, "_encode", full)
     code, _, err = batch("out", rows=some(5))
     assert code == 1 and err.count("\n") == 1 and "is the disk full?" in err and len(sounds(tmp_path / "out")) == 2
     left[0] = 99

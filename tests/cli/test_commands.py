@@ -202,7 +202,7 @@ def test_ctrl_c_ends_with_130_and_leaves_no_file(tiny_checkpoint, tmp_path, monk
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no signals of this kind")
 def test_sigterm_ends_with_143_and_leaves_no_file(tiny_checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(audio.files, "_encode", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(audio.writing, "_encode", lambda *_: signal.raise_signal(signal.SIGTERM))
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)                   # Ray leaves a handler of its own
     try:
         code = main(["generate", PROMPT, "--model", str(tiny_checkpoint), "--steps", "1", "--seconds", "0.2",
