@@ -23,8 +23,8 @@ def read(
 ) -> Checkpoint:
     """The parts of a checkpoint.
 
-    variant: of a folder's weight files, see `hub_folder.weight_files`; config, tokenizers, local_files_only: of an authors'
-    file, see `original.components`. Raises ValueError, one line that names the file.
+    variant: of a folder's weight files, see `hub_folder.weight_files`; config, tokenizers, local_files_only: of an
+    authors' file, see `original.components`. Raises ValueError, one line that names the file.
     """
     if path.is_dir():
         return read_hub_folder(path, variant)
