@@ -148,8 +148,9 @@ struct WinogradConvolution {
     int64_t vs = v_stride(tiles), ms = m_stride(tiles), us = padded_stride(in_words() * out_channels);
     const float* scales = v + transform.points * vs;
     for (int64_t point = 0; point < transform.points; point++) {
-      dtype.gemm(tiles, in_words(), count / PANEL, v + point * vs, in_words(),
-                 u + point * us + first * in_words(), m + point * ms, GROUP * PANEL);
+      const float* b = u + point * us + first * in_words();
+      dtype.gemm(tiles, in_words(), count / PANEL, v + point * vs, in_words(), b, m + point * ms, GROUP * PANEL,
+                 point + 1 < transform.points ? b + us : nullptr);
     }
     for (int64_t n = 0; n < tiles; n++) {
       output(begin + n, {m + n * GROUP * PANEL, scales + n, u_scales + first, ms, tiles, out_channels}, first, count);

@@ -49,9 +49,10 @@ struct WinogradTransform {
 struct WinogradKernels {
   int per_word;                                            // channels in a word of an operand
   WinogradTransform conv3x3, conv3x3_narrow, conv3, conv7, conv11;
-  // c (rows, 16 * panels; ldc apart) = a (rows, depth words; lda apart) x packed b (panels, depth, 16).
+  // c (rows, 16 * panels; ldc apart) = a (rows, depth words; lda apart) x packed b (panels, depth, 16). next: null, or
+  // the b of the next product, which is fetched meanwhile.
   void (*gemm)(int64_t rows, int64_t depth, int64_t panels, const float* a, int64_t lda, const float* b, float* c,
-               int64_t ldc);
+               int64_t ldc, const float* next);
 };
 
 // y (rows, width) = x (rows, depth; x_stride apart) w^T + bias, w (width, depth), width a multiple of PANEL.

@@ -75,6 +75,14 @@ void lay_out(const ldm2::Linear& job, int64_t row, float* panel) {
   }
 }
 
+// `count` rows of weights from `row`, where there are so many, to be fetched.
+template <class Type>
+Ahead rows_ahead(const ldm2::Linear& job, int64_t row, int64_t count, int64_t limit) {
+  int64_t bytes = job.depth * (job.factors != nullptr ? 1 : sizeof(typename Type::element));
+  auto w = static_cast<const char*>(job.w);
+  return row + count > limit ? Ahead{} : Ahead{w + row * bytes, w + (row + count) * bytes};
+}
+
 template <class Type>
 void linear(const ldm2::Linear& job, int64_t first, int64_t end, float* scratch) {
   constexpr bool WIDE = WIDENED && Type::PER_WORD == 2;
@@ -92,6 +100,9 @@ void linear(const ldm2::Linear& job, int64_t first, int64_t end, float* scratch)
       int64_t columns[] = {column, job.gated ? job.width + column : column + PANEL};
       int64_t panels = job.gated ? 2 : std::min<int64_t>(2, end - column / PANEL);
       for (int64_t p = 0; p < panels; p++) lay_out<Type, Product>(job, columns[p], weights + p * PANEL * depth);
+      Ahead ahead[] = {rows_ahead<Type>(job, columns[0] + (job.gated ? PANEL : PAIR), PANEL, end * PANEL),
+                       rows_ahead<Type>(job, columns[1] + (job.gated ? PANEL : PAIR), PANEL,
+                                        (job.gated ? job.width : 0) + end * PANEL)};
       for (int64_t tile = 0; tile < tiles; tile++) {
         int64_t row = begin + rows * tile / tiles, count = begin + rows * (tile + 1) / tiles - row;
         const float* a = x + row * stride;
@@ -99,7 +110,7 @@ void linear(const ldm2::Linear& job, int64_t first, int64_t end, float* scratch)
           widen_row(static_cast<const uint16_t*>(job.x) + (row + i) * job.x_stride, depth, wide + i * depth);
         }
         product<Product, false>(count, depth, panels, WIDE ? wide : a, WIDE ? depth : stride, weights, depth * PANEL,
-                                sums, PAIR);
+                                sums, PAIR, ahead[0].next < ahead[0].end ? ahead[0] : ahead[1]);
         finish<Type>(job, row, count, columns, panels, sums);
       }
     }

@@ -52,29 +52,58 @@ struct Int16 {
   }
 };
 
+// Memory that a later product reads. It is fetched into the cache during this one: a line after each STRIDE words of the
+// depth of a tile.
+struct Ahead {
+  static constexpr int STRIDE = 4, LINE = 64;              // LINE: bytes
+  const char *next = nullptr, *end = nullptr;
+};
+
+// The same address, of unknown origin to the compiler: it keeps it in a register, where it would make it anew from
+// others at each use.
+inline const float* opaque(const float* address) {
+  asm("" : "+r"(address));
+  return address;
+}
+
 // c (ROWS, PANELS * 16) = a (ROWS, depth) x b (PANELS, depth, 16), or c += it. ldb: words from panel to panel.
 template <class Type, bool ADD, int ROWS, int PANELS>
-void register_tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc) {
-  constexpr int WIDTH = PANEL / LANES;
-  vec sums[ROWS][PANELS * WIDTH] = {};
+void register_tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                   const Ahead& ahead) {
+  constexpr int WIDTH = PANEL / LANES, COLUMNS = PANELS * WIDTH, GROUPS = (ROWS + 3) / 4;
+  vec sums[ROWS][COLUMNS] = {};
+  const float *rows[GROUPS], *panels[PANELS];              // every fourth row
+#pragma GCC unroll 8
+  for (int g = 0; g < GROUPS; g++) rows[g] = opaque(a + 4 * g * lda);
+#pragma GCC unroll 8
+  for (int p = 0; p < PANELS; p++) panels[p] = opaque(b + p * ldb);
+  bool any = ahead.next < ahead.end;
+  const char* line = any ? ahead.next : reinterpret_cast<const char*>(b);
+  int64_t step = any ? Ahead::LINE : 0;
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; k++) {
-    vec column[PANELS * WIDTH];
-#pragma GCC unroll 8
-    for (int j = 0; j < PANELS * WIDTH; j++) {
-      column[j] = load(b + (j / WIDTH) * ldb + k * PANEL + (j % WIDTH) * LANES);
+    if (k % Ahead::STRIDE == 0) {
+      __builtin_prefetch(line, 0, 2);
+      line += step;
     }
+    vec column[COLUMNS];
+#pragma GCC unroll 8
+    for (int j = 0; j < COLUMNS; j++) column[j] = load(panels[j / WIDTH] + j % WIDTH * LANES);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++) {
-      vec value = broadcast(a + i * lda + k);
+      vec value = broadcast(rows[i / 4] + i % 4 * lda);
 #pragma GCC unroll 8
-      for (int j = 0; j < PANELS * WIDTH; j++) sums[i][j] = Type::multiply_add(sums[i][j], value, column[j]);
+      for (int j = 0; j < COLUMNS; j++) sums[i][j] = Type::multiply_add(sums[i][j], value, column[j]);
     }
+#pragma GCC unroll 8
+    for (int g = 0; g < GROUPS; g++) rows[g]++;
+#pragma GCC unroll 8
+    for (int p = 0; p < PANELS; p++) panels[p] += PANEL;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; i++) {
 #pragma GCC unroll 8
-    for (int j = 0; j < PANELS * WIDTH; j++) {
+    for (int j = 0; j < COLUMNS; j++) {
       float* to = c + i * ldc + j * LANES;
       store(to, ADD ? load(to) + sums[i][j] : sums[i][j]);
     }
@@ -86,37 +115,46 @@ constexpr int TILE_PANELS = LANES == 16 ? 2 : 1;
 
 template <class Type, bool ADD, int ROWS, int PANELS>
 void register_tile_of(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-              int64_t ldc) {
+                      int64_t ldc, const Ahead& ahead) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
-      register_tile<Type, ADD, ROWS, PANELS>(depth, a, lda, b, ldb, c, ldc);
+      register_tile<Type, ADD, ROWS, PANELS>(depth, a, lda, b, ldb, c, ldc, ahead);
     } else {
-      register_tile_of<Type, ADD, ROWS - 1, PANELS>(rows, depth, a, lda, b, ldb, c, ldc);
+      register_tile_of<Type, ADD, ROWS - 1, PANELS>(rows, depth, a, lda, b, ldb, c, ldc, ahead);
     }
   }
 }
 
 template <class Type, bool ADD, int PANELS>
 void panel_columns(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                    int64_t ldc) {
+                   int64_t ldc, Ahead& ahead) {
   int64_t blocks = (rows + TILE_ROWS - 1) / TILE_ROWS;
   for (int64_t n = 0; n < blocks; n++) {                   // blocks of nearly equal height: no thin last one
     int64_t begin = rows * n / blocks, end = rows * (n + 1) / blocks;
     register_tile_of<Type, ADD, TILE_ROWS, PANELS>(end - begin, depth, a + begin * lda, lda, b, ldb, c + begin * ldc,
-                                                   ldc);
+                                                   ldc, ahead);
+    if (ahead.next < ahead.end) ahead.next += depth / Ahead::STRIDE * Ahead::LINE;
+  }
+}
+
+// Moves `ahead` on by what it has fetched.
+template <class Type, bool ADD>
+void product(int64_t rows, int64_t depth, int64_t panels, const float* a, int64_t lda, const float* b, int64_t ldb,
+             float* c, int64_t ldc, Ahead& ahead) {
+  int64_t p = 0;
+  for (; p + TILE_PANELS <= panels; p += TILE_PANELS) {
+    panel_columns<Type, ADD, TILE_PANELS>(rows, depth, a, lda, b + p * ldb, ldb, c + p * PANEL, ldc, ahead);
+  }
+  for (; p < panels; p++) {
+    panel_columns<Type, ADD, 1>(rows, depth, a, lda, b + p * ldb, ldb, c + p * PANEL, ldc, ahead);
   }
 }
 
 template <class Type, bool ADD>
 void product(int64_t rows, int64_t depth, int64_t panels, const float* a, int64_t lda, const float* b, int64_t ldb,
              float* c, int64_t ldc) {
-  int64_t p = 0;
-  for (; p + TILE_PANELS <= panels; p += TILE_PANELS) {
-    panel_columns<Type, ADD, TILE_PANELS>(rows, depth, a, lda, b + p * ldb, ldb, c + p * PANEL, ldc);
-  }
-  for (; p < panels; p++) {
-    panel_columns<Type, ADD, 1>(rows, depth, a, lda, b + p * ldb, ldb, c + p * PANEL, ldc);
-  }
+  Ahead nothing;
+  product<Type, ADD>(rows, depth, panels, a, lda, b, ldb, c, ldc, nothing);
 }
 
 // The columns [0, depth) of 16 rows to panel (depth, 16), as far as whole squares go. read(row, k) gives LANES words of

@@ -301,11 +301,16 @@ constexpr int64_t FLOAT_DEPTH = 256;
 
 template <class Operand>
 void gemm(int64_t rows, int64_t depth, int64_t panels, const float* a, int64_t lda, const float* b, float* c,
-          int64_t ldc) {
+          int64_t ldc, const float* next) {
   int64_t piece = Operand::PER_WORD == 1 ? FLOAT_DEPTH : depth;
-  product<Operand, false>(rows, std::min(depth, piece), panels, a, lda, b, depth * PANEL, c, ldc);
+  Ahead ahead;
+  if (next != nullptr) {
+    ahead = {reinterpret_cast<const char*>(next), reinterpret_cast<const char*>(next + depth * panels * PANEL)};
+  }
+  product<Operand, false>(rows, std::min(depth, piece), panels, a, lda, b, depth * PANEL, c, ldc, ahead);
   for (int64_t k = piece; k < depth; k += piece) {
-    product<Operand, true>(rows, std::min(depth - k, piece), panels, a + k, lda, b + k * PANEL, depth * PANEL, c, ldc);
+    product<Operand, true>(rows, std::min(depth - k, piece), panels, a + k, lda, b + k * PANEL, depth * PANEL, c, ldc,
+                           ahead);
   }
 }
 
