@@ -64,9 +64,7 @@ def load(
     path = hub.resolve(
         str(model), revision, local_files_only, cache_dir=cache_dir, token=token, variant=variant
     ).absolute()                                           # parts may be read later, from another current folder
-    tokenizers = None if tokenizers is None else Path(tokenizers).expanduser().absolute()
-    if path.is_dir() and tokenizers is not None:
-        raise ValueError(f"{path} brings its own tokenizers: leave out tokenizers={str(tokenizers)!r}")
+    tokenizers = _checked(tokenizers, path)
     if dtype == "auto" and place.type == "cpu" and int8.recorded(path):
         precision = torch.int8
     origin = {
@@ -89,6 +87,15 @@ def load(
     if compile:
         compile_step(pipe.unet)
     return pipe
+
+
+def _checked(tokenizers: str | Path | None, path: Path) -> Path | None:
+    """The folder of tokenizers for the checkpoint at `path`. Raises ValueError for one that has its own."""
+    if tokenizers is None:
+        return None
+    if path.is_dir():
+        raise ValueError(f"{path} brings its own tokenizers: leave out tokenizers={str(tokenizers)!r}")
+    return Path(tokenizers).expanduser().absolute()
 
 
 _loading = threading.Lock()

@@ -148,7 +148,7 @@ def pipeline(
     """All parts of a checkpoint as a pipeline.
 
     read: () -> the checkpoint. low_memory: it is read again each time that a part begins its stage, which has its
-    weights in memory until the stage ends. origin, load: see `Stages`. Raises ValueError, one line.
+    weights in memory until the stage ends. origin, load: see `Loaded`. Raises ValueError, one line.
     """
     checkpoint = read()
     again = read if low_memory else lambda: checkpoint

@@ -11,13 +11,39 @@ import time
 
 from ldm2 import __version__
 from ldm2.audio import recorded
-from ldm2.cli import batch, doctor, edit, evaluate, options, output, profile, replay, serve, train, verify
+from ldm2.cli import (
+    batch,
+    checkpoints,
+    doctor,
+    edit,
+    evaluate,
+    options,
+    output,
+    profile,
+    replay,
+    serve,
+    train,
+    verify,
+)
 from ldm2.cli.signals import exit_code, terminable
 from ldm2.fields import flat
 from ldm2.settings import GENERATE, Settings
 
 _LESS_MEMORY = {"low_memory": "--low-memory", "dtype": "--dtype bfloat16", "batch": "a smaller --batch",
                 "num_waveforms": "fewer --num-waveforms", "seconds": "shorter --seconds"}
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command `generate` to the parser's."""
+    command = commands.add_parser("generate", help="make sound from a prompt", description="Make sound from a prompt.")
+    options.add_prompt(command)
+    command.add_argument("--settings", metavar="FILE", help="take the options from a file .json or .toml, or from a "
+                         "sound file of ldm2; options on the command line take precedence")
+    options.add_settings(command, GENERATE)
+    options.add_output(command, "prompt")
+    options.add_model_options(command)
+    options.recorded_model(command)
+    command.set_defaults(run=generate)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -39,49 +65,6 @@ def generate(args: argparse.Namespace) -> None:
     output.write(result, target, args, time.perf_counter() - start)
 
 
-def models(args: argparse.Namespace) -> None:
-    """Table of known checkpoints."""
-    from ldm2.cli.models import table
-
-    print(table())
-
-
-def download(args: argparse.Namespace) -> None:
-    """Fetch a checkpoint into the hub's cache."""
-    from ldm2.checkpoints import hub
-
-    print(hub.resolve(args.model, revision=args.revision, variant=args.variant, force=args.force))
-
-
-def info(args: argparse.Namespace) -> None:
-    """Parts, parameters, dtypes and heads of a checkpoint, or what a sound file or a LoRA holds."""
-    if replay.is_sound(args.model):
-        print(replay.described(args.model))
-        return
-    from ldm2.checkpoints import hub, lora_files
-    from ldm2.checkpoints.describe import describe, describe_lora
-
-    if lora_files.is_lora(args.model):
-        print(describe_lora(args.model))
-        return
-    path = hub.resolve(args.model, args.revision, args.local_files_only, variant=args.variant)
-    with hub.opened(path, args.model):
-        print(describe(path, args.variant))
-
-
-def convert(args: argparse.Namespace) -> None:
-    """Checkpoint of any kind -> folder in the hub's layout."""
-    from ldm2.checkpoints.convert import convert
-
-    done = convert(
-        args.source, args.folder, args.dtype, args.overwrite, config=args.config, tokenizers=args.tokenizers,
-        reference=args.reference, revision=args.revision, local_files_only=args.local_files_only,
-        variant=args.variant, lora=args.lora,
-    )
-    print(done.notice, file=sys.stderr)
-    print(args.folder)
-
-
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     top = options.Parser(prog="ldm2", description="AudioLDM 2: text to sound effects, music and speech.",
@@ -89,59 +72,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"ldm2 {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=options.Parser)
 
-    command = commands.add_parser("generate", help="make sound from a prompt", description="Make sound from a prompt.")
-    options.add_prompt(command)
-    command.add_argument("--settings", metavar="FILE", help="take the options from a file .json or .toml, or from a "
-                         "sound file of ldm2; options on the command line take precedence")
-    options.add_settings(command, GENERATE)
-    options.add_output(command, "prompt")
-    options.add_model_options(command)
-    options.recorded_model(command)
-    command.set_defaults(run=generate)
-
-    edit.add(commands)
-    replay.add(commands)
-    batch.add(commands)
-    serve.add(commands)
-
-    command = commands.add_parser("models", help="list the known checkpoints")
-    command.set_defaults(run=models)
-
-    command = commands.add_parser("download", help="fetch a checkpoint, to work offline later")
-    command.add_argument("model", help="short name or hub name")
-    options.add_revision_options(command)
-    command.add_argument("--force", action="store_true", help="download it again even if it is in the cache")
-    command.set_defaults(run=download)
-
-    command = commands.add_parser("info", help="describe a checkpoint: parts, parameters, dtype, heads; a sound "
-                                  "file, with its settings; or a LoRA")
-    command.add_argument("model", help="short name, hub name or folder; a sound file; or a LoRA")
-    options.add_source_options(command)
-    command.set_defaults(run=info)
-
-    command = commands.add_parser("convert", help="write a checkpoint as a folder of safetensors")
-    command.add_argument("source", help="authors' .pth file, folder with pickles, or a name that ldm2 knows")
-    command.add_argument("folder", help="output folder; written as FOLDER.partial and renamed when complete; rerun to "
-                         "resume")
-    options.add_source_options(command)
-    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "int8"),
-                         help="default: as in the source")
-    command.add_argument("--config", metavar="FILE", help="the authors' configuration, YAML or JSON (default: "
-                         "recognised from the file)")
-    command.add_argument("--tokenizers", metavar="FOLDER", help="a folder with tokenizer and tokenizer_2 (default: "
-                         "their own hub repositories)")
-    command.add_argument("--reference", choices=("authors", "diffusers"), default="authors",
-                         help="what a single number of heads in a folder means (default: authors; see weights.md)")
-    command.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merge a LoRA into the "
-                         "weights; may be repeated")
-    command.add_argument("--overwrite", action="store_true", help="replace the folder if it is a checkpoint")
-    command.set_defaults(run=convert)
-
-    train.add(commands)
-    evaluate.add(commands)
-    profile.add(commands)
-    verify.add(commands)
-    doctor.add(commands)
+    add(commands)
+    for each in (edit, replay, batch, serve, checkpoints, train, evaluate, profile, verify, doctor):
+        each.add(commands)
     return top
 
 

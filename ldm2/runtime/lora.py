@@ -109,7 +109,7 @@ class Adapters:
         return tuple((each.word, each.scale, each.digest) for each in self.entries(asked))
 
     def load(self, path: str | os.PathLike[str], scale: float, name: str | None) -> str:
-        """See `Stages.load_lora`."""
+        """See `Loaded.load_lora`."""
         word = check_text("path", str(path) if isinstance(path, os.PathLike) else path)
         name = name_of(word) if name is None else check_text("name", name)
         if name in self.standing:
@@ -119,13 +119,13 @@ class Adapters:
         return name
 
     def unload(self, name: str | None) -> None:
-        """See `Stages.unload_lora`."""
+        """See `Loaded.unload_lora`."""
         kept = {} if name is None else {other: entry for other, entry in self.standing.items() if other != name}
         self._known(name)
         self._stand(kept)
 
     def rescale(self, scales: Mapping[str, float]) -> None:
-        """See `Stages.set_lora_scale`; several at once."""
+        """See `Loaded.set_lora_scale`; several at once."""
         changed = dict(self.standing)
         for name, scale in scales.items():
             self._known(name)

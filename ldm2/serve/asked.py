@@ -28,7 +28,7 @@ BESIDE = ("kind", "format", *ORIGIN)       # names in a body that are no options
 class About:
     """What is known of the model that is served.
 
-    origin, defaults: as of ldm2.stages.Stages; sample_rate: Hz
+    origin, defaults: as of ldm2.runtime.loaded.Loaded; sample_rate: Hz
     speaks: whether each prompt needs words to say; ranks: whether candidates are ranked; max_steps: of a sampler
     check:  looks at resolved settings of a sound without input as the model would. Raises ValueError.
     loras:  names that requests may give; files of the server are not for its clients

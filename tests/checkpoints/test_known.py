@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ldm2.checkpoints import hub, known
-from ldm2.cli.models import table
+from ldm2.cli.checkpoints import table
 
 COMMIT = "c8e7e189d324425c05c4c2f81214041ef4107983"
 

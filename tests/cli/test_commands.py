@@ -235,7 +235,7 @@ def test_no_memory_is_one_line_and_exit_code_1(tiny_checkpoint, tmp_path, monkey
 ])
 def test_without_memory_each_command_names_options_of_its_own(arguments, told, monkeypatch, capsys):
     monkeypatch.setattr("ldm2.checkpoints.random_models.pipeline", lambda *_, **__: _raise(MemoryError()))
-    monkeypatch.setattr("ldm2.cli.models.table", lambda: _raise(MemoryError()))
+    monkeypatch.setattr("ldm2.cli.checkpoints.table", lambda: _raise(MemoryError()))
     assert main(arguments) == 1
     assert capsys.readouterr().err == f"ldm2: error: out of memory{told}\n"
 
