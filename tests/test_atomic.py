@@ -99,7 +99,6 @@ def test_what_a_killed_process_left_is_gone_after_the_next_run(tmp_path):
     code = """
 import os, sys, pathlib
 from ldm2 import atomic
-from tests.helpers import ROOT
 with atomic.together([pathlib.Path(sys.argv[1]) / "x"]):
     os.kill(os.getpid(), 9)
 """

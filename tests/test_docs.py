@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from ldm2.checkpoints import reading
 from ldm2.cli import commands
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +68,9 @@ WITH_COMMANDS = [page for page in PAGES if commands_of(page)]
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty current folder but for the sound that the examples edit."""
+    """An empty current folder but for the sound that the examples edit. Who asks for no number of steps gets few."""
+    defaults = reading._defaults
+    monkeypatch.setattr(reading, "_defaults", lambda path: defaults(path) | {"steps": 4})
     monkeypatch.chdir(tmp_path)
     seconds = np.arange(1.5 * 16000) / 16000
     soundfile.write("bell.wav", 0.3 * np.exp(-3 * seconds) * np.sin(2 * np.pi * 440 * seconds), 16000)

@@ -80,15 +80,15 @@ def test_load_hands_the_cache_and_the_token_to_the_hub(tmp_path, tiny_checkpoint
 
 
 def diffusers_run(oracle, seed=7, **arguments):
-    """Latents and audio of diffusers' pipeline."""
-    audios = [
-        oracle(**arguments, generator=torch.Generator().manual_seed(seed), output_type=kind).audios
-        for kind in ("latent", "np")
-    ]
-    return audios[0], audios[1]
+    """Latents and audio of diffusers' pipeline, which decodes the former as its own call does."""
+    latents = oracle(**arguments, generator=torch.Generator().manual_seed(seed), output_type="latent").audios
+    with torch.no_grad():
+        mel = oracle.vae.decode(latents / oracle.vae.config.scaling_factor).sample
+        audio = oracle.mel_spectrogram_to_waveform(mel)
+    return latents, audio[:, : int(arguments["audio_length_in_s"] * oracle.vocoder.config.sampling_rate)].numpy()
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 13])
+@pytest.mark.parametrize("steps", [1, 2, 9])
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_every_sampler_gives_the_latents_and_audio_of_diffusers(oracle, monkeypatch, like_diffusers, sampler, steps):
     scheduler, arguments = SCHEDULERS[sampler]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,20 +23,25 @@ def modules(*folders: str) -> dict[str, Path]:
     return found
 
 
-def imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """The known modules that a file imports, anywhere in it."""
+@functools.cache
+def imported(path: Path) -> list[str]:
+    """What a file imports, anywhere in it, by its dotted name."""
+    names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            while name and name not in known:
-                name = name.rpartition(".")[0]
-            if name:
-                yield name
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """The known modules that a file imports, anywhere in it."""
+    for name in imported(path):
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        if name:
+            yield name
 
 
 def arrows(*folders: str) -> dict[str, set[str]]:

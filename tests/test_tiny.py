@@ -88,8 +88,7 @@ def test_any_prompt_works(say):
 
 @pytest.mark.parametrize("word", ["low", "high"])
 def test_tones_have_the_pitch_that_was_asked_for(say, word):
-    right = [is_right(say(f"a {word} tone", seed), f"{word} tone") for seed in range(3)]
-    assert sum(right) >= 1
+    assert any(is_right(say(f"a {word} tone", seed), f"{word} tone") for seed in range(3))
 
 
 def test_a_high_tone_is_higher_than_a_low_one(say):

@@ -6,6 +6,7 @@ The usages are those of diffusers' documentation and tests, of the blog post on 
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import json
 import logging
@@ -64,7 +65,10 @@ class Case:
     def __init__(self, folder, oracle, tmp_path, monkeypatch, caplog):
         self.folder, self.oracle, self.tmp = folder, oracle, tmp_path
         self.monkeypatch, self.caplog = monkeypatch, caplog
-        self.pipe = load(folder)
+
+    @functools.cached_property
+    def pipe(self):
+        return load(self.folder)
 
     def same(self, pipe=None, **changes):
         """The latents of both with the same arguments are the same, or what output_type asks for."""
@@ -574,12 +578,12 @@ def _(case):
     before = case.oracle.scheduler
     try:
         for name in ("DDIMScheduler", "HeunDiscreteScheduler", "PNDMScheduler", "EulerDiscreteScheduler"):
-            for every in (1, 2, 3):
+            for every in (1, 2):
                 calls = []
                 for pipe in (case.pipe, case.oracle):
                     pipe.scheduler = getattr(diffusers, name).from_config(before.config)
                     seen = []
-                    pipe(**(CALL | {"num_inference_steps": 5}), callback_steps=every,
+                    pipe(**(CALL | {"num_inference_steps": 3}), callback_steps=every,
                          callback=lambda step, t, x, seen=seen: seen.append((step, float(t), tuple(x.shape))))
                     calls.append(seen)
                 assert calls[0] == calls[1], (name, every)

@@ -296,8 +296,7 @@ def test_two_windows_at_once_have_their_own_sounds_and_see_the_queue(browser, se
     assert not first.players()
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width, dark", [(1280, True), (390, False)], ids=["wide and dark", "narrow and light"])
 def test_each_tab_fits_at_both_widths(browser, server, tmp_path, width, dark):
     seen = Page(browser, server, width, 844, dark)
     seen.first(".ldm2-make").click()
