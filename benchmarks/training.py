@@ -46,7 +46,7 @@ def batch() -> Batch:
     generator = torch.Generator().manual_seed(0)
     latents, eps = (torch.randn(1, 8, 256, 16, generator=generator) for _ in range(2))
     contexts = tuple(torch.randn(1, length, width, generator=generator) for length, width in ((8, 768), (TOKENS, 1024)))
-    return Batch(latents, eps, torch.tensor([500]), Conditioning(contexts, (None, None)))
+    return Batch(latents, eps, torch.tensor([500]), Conditioning(contexts, (None, None)), torch.tensor([False]))
 
 
 def theirs(unet: diffusers.AudioLDM2UNet2DConditionModel) -> Callable[[], float]:

@@ -24,12 +24,16 @@ _KEPT = 512                                # conditionings that stay in memory
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of a training step: scaled latents and noise (B, C, T, F), time steps (B,), what they are conditioned on."""
+    """Rows of a training step: scaled latents and noise (B, C, T, F), time steps (B,), what they are conditioned on.
+
+    kept: (B,) true where the model is to predict what it did before the training, whatever the noise is.
+    """
 
     x_0: Tensor
     eps: Tensor
     t: Tensor
     conditioning: Conditioning
+    kept: Tensor
 
 
 class Rows(Protocol):
@@ -45,7 +49,7 @@ class Batches:
 
     rows: of a whole step, over all processes. frames: latent frames of a crop. scaling: of the latents. total: time
     steps of the schedule. drop: share of the rows without a caption. own: examples that the model made itself, and the
-    share of the rows that come from them.
+    share of the rows that come from them; these are kept, and so is then what has no caption.
     """
 
     def __init__(
@@ -64,14 +68,14 @@ class Batches:
     def take(self, step: int, first: int, count: int) -> Batch:
         """Rows first .. first + count - 1 of a training step."""
         parts = [self._row(step, row) for row in range(first, first + count)]
-        x_0, eps, conditions = (list(column) for column in zip(*parts))
+        x_0, eps, conditions, kept = (list(column) for column in zip(*parts))
         return Batch(torch.stack(x_0), torch.stack(eps), self.steps(step)[first : first + count],
-                     Conditioning.join(conditions))
+                     Conditioning.join(conditions), torch.tensor(kept))
 
-    def _row(self, step: int, row: int) -> tuple[Tensor, Tensor, Conditioning]:
-        """Latents (C, T, F), noise of that shape, and conditioning of one row."""
+    def _row(self, step: int, row: int) -> tuple[Tensor, Tensor, Conditioning, bool]:
+        """Latents (C, T, F), noise of that shape, and conditioning of one row, and whether it is kept."""
         generator = generator_for(generator_for(self.seed, step).initial_seed(), 1 + row)
-        example = self._example(step, row, generator)
+        example, own = self._example(step, row, generator)
         kept = self.store.get(example.latents)
         spare = kept["mean"].shape[1] - self.frames
         at = int(torch.randint(spare + 1, (), generator=generator))
@@ -80,15 +84,16 @@ class Batches:
         dropped = bool(torch.rand((), generator=generator) < self.drop)
         latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
         key = self.nothing if dropped else example.conditions[chosen]
-        return self.scaling * latents, torch.randn(mean.shape, generator=generator), self._conditioning(key)
+        eps = torch.randn(mean.shape, generator=generator)
+        return self.scaling * latents, eps, self._conditioning(key), own or (dropped and bool(self.own))
 
-    def _example(self, step: int, row: int, generator: torch.Generator) -> Example:
-        """One of the clips, each of them once before any comes again; or one of the model's own sounds."""
+    def _example(self, step: int, row: int, generator: torch.Generator) -> tuple[Example, bool]:
+        """One of the clips, each of them once before any comes again; or one of the model's own sounds, and true."""
         if self.own and torch.rand((), generator=generator) < self.own_share:
-            return self.own[int(torch.randint(len(self.own), (), generator=generator))]
+            return self.own[int(torch.randint(len(self.own), (), generator=generator))], True
         epoch, place = divmod(step * self.rows + row, len(self.examples))
         order = torch.randperm(len(self.examples), generator=generator_for(self.seed + 1, epoch))
-        return self.examples[int(order[place])]
+        return self.examples[int(order[place])], False
 
 
 def split(examples: Examples, held_out: float, seed: int) -> tuple[list[Example], list[Example]]:

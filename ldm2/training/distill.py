@@ -8,7 +8,7 @@ computing it. It is sampled by ddim with trailing timesteps, and equal seeds giv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ldm2.conditioning import Conditioning
+from ldm2.guidance import guide
 from ldm2.pipeline import AudioLDM2
 from ldm2.runtime.device import choose_device, choose_dtype
 from ldm2.runtime.memory import gigabytes, peak_bytes
@@ -30,10 +31,10 @@ from ldm2.training.encoding import Store, conditioning, model_digest
 from ldm2.training.folder import Folder
 from ldm2.training.loop import generator_for, processes, rank
 from ldm2.training.options import Training
-from ldm2.training.teacher import AT_ONCE, Group, Teacher
+from ldm2.training.teacher import Group, Teacher, scale_of
 from ldm2.training.tuning import Job, Learner
 
-_KEPT = 64                                 # files of runs that stay in memory
+_KEPT = 1_000_000_000                      # bytes of runs that stay in memory
 
 
 @dataclass(frozen=True)
@@ -54,42 +55,54 @@ class Cuts:
 
 @dataclass(frozen=True)
 class Segments:
-    """Rows of a training step: states x (B, C, T, F) at the cuts `index` (B,), and those at the cuts after them."""
+    """Rows of a training step: states x (B, C, T, F) at the cuts `index` (B,), and those at the cuts after them.
+
+    first: (B,) the cut at which x is instead, where that is less than `index`: the student has to go on from there to
+    find its own state at `index`, and the teacher the state after it, with `unconditional` for guidance.
+    """
 
     x: Tensor
     x_next: Tensor
     index: Tensor
+    first: Tensor
     conditioning: Conditioning
+    unconditional: Conditioning
 
 
 class Batches:
     """Draws the rows of each step from the segments of runs; what is drawn hangs on seed, step and row alone.
 
-    rows: of a whole step, over all processes.
+    rows: of a whole step, over all processes. own_states: share of the rows that begin at a state of the student's own.
     """
 
-    def __init__(self, groups: Sequence[Group], store: Store, *, rows: int, evaluations: int, seed: int):
-        self.rows, self.seed = rows, seed
+    def __init__(
+        self, groups: Sequence[Group], store: Store, *, rows: int, evaluations: int, seed: int, own_states: float = 0
+    ):
+        self.rows, self.seed, self.own_states = rows, seed, own_states
         self._places = [(group, row, cut) for group in groups for row in range(len(group.texts))
                         for cut in range(evaluations - group.first)]
-        self._states = lru_cache(_KEPT)(lambda key: store.get(key)["states"])
-        self._conditioning = lru_cache(512)(lambda key: conditioning(store, key))
+        size = store.get(groups[0].key)["states"].nbytes if groups else 1
+        self._states = lru_cache(max(8, _KEPT // size))(lambda key: store.get(key)["states"])
+        self._conditioning = lru_cache(10_000)(lambda key: conditioning(store, key))
 
     def __len__(self) -> int:
         return len(self._places)
 
     def take(self, step: int, first: int, count: int) -> Segments:
         """Rows first .. first + count - 1 of a training step."""
-        x, x_next, index, conditions = [], [], [], []
+        own = torch.rand(self.rows, generator=generator_for(self.seed + 4, step)) < self.own_states
+        x, x_next, index, begin, sides = [], [], [], [], []
         for row in range(first, first + count):
             epoch, place = divmod(step * self.rows + row, len(self))
             group, run, cut = self._places[self._order(epoch)[place]]
-            states = self._states(group.key)[run].float()
-            x.append(states[cut])
+            states = self._states(group.key)[run]
+            begin.append(group.first + (0 if own[row] else cut))
+            x.append(states[0 if own[row] else cut])
             x_next.append(states[cut + 1])
             index.append(group.first + cut)
-            conditions.append(self._conditioning(group.texts[run]))
-        return Segments(torch.stack(x), torch.stack(x_next), torch.tensor(index), Conditioning.join(conditions))
+            sides.append([self._conditioning(keys[run]) for keys in (group.texts, group.nothing)])
+        return Segments(torch.stack(x).float(), torch.stack(x_next).float(), torch.tensor(index), torch.tensor(begin),
+                        *(Conditioning.join(side) for side in zip(*sides)))
 
     @lru_cache(2)                                          # noqa: B019
     def _order(self, epoch: int) -> list[int]:
@@ -105,34 +118,98 @@ class Student(Learner):
         count = self.options.evaluations or 1
         self.cuts = Cuts.of(self.schedule, count)
         self.settings = sampling_of(count)
+        self.ode = Ode(self.schedule, self.options.teacher_steps or count)
+        self.scale = scale_of(self.pipe, self.options)
 
     def example(self, latents: Tensor, conditioning: Conditioning) -> Segments:
         """A batch to measure with."""
-        index = torch.arange(len(latents)) % len(self.cuts.timesteps)
-        return Segments(latents, latents, index, conditioning)
+        rows = torch.arange(len(latents))
+        index = rows % len(self.cuts.timesteps)
+        first = torch.where(rows < (self.options.own_states or 0) * len(rows), 0, index)
+        return Segments(latents, latents, index, first, conditioning, conditioning)
 
     def error(self, batch: Segments) -> Tensor:
         """The mean squared error of the states after the step (B,): at its noise level, each counts about alike."""
-        device, levels = self.pipe.device, torch.tensor(self.cuts.alphas_cumprod)
-        x, index = batch.x.to(device), batch.index
-        t = torch.tensor(self.cuts.timesteps)[index].to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            predicted = self.unet(x, t, batch.conditioning.to(device))
-        a, a_next = (levels[i].to(device) for i in (index, index + 1))
-        reached = ddim_step(self.schedule.prediction_type, x, predicted.float(), a, a_next)
-        return ((reached - batch.x_next.to(device)) ** 2).mean(dim=(1, 2, 3))
+        x, x_next = batch.x.to(self.pipe.device), batch.x_next.to(self.pipe.device)
+        if rows := (batch.first < batch.index).nonzero()[:, 0].tolist():
+            x, x_next = x.clone(), x_next.clone()
+            x[rows], x_next[rows] = self._own(x[rows], batch.first[rows], batch.index[rows],
+                                              batch.conditioning.select(rows), batch.unconditional.select(rows))
+        return ((self._step(x, batch.index, batch.conditioning) - x_next) ** 2).mean(dim=(1, 2, 3))
+
+    def _step(self, x: Tensor, index: Tensor, conditioning: Conditioning) -> Tensor:
+        """The states at the cuts after those of `index`."""
+        predicted = self.predict(self.unet, x, torch.tensor(self.cuts.timesteps)[index], conditioning)
+        a, a_next = (torch.tensor(self.cuts.alphas_cumprod)[i].to(x.device) for i in (index, index + 1))
+        return ddim_step(self.schedule.prediction_type, x, predicted, a, a_next)
+
+    @torch.no_grad()
+    def _own(self, x: Tensor, first: Tensor, index: Tensor, conditioning: Conditioning,
+             unconditional: Conditioning) -> tuple[Tensor, Tensor]:
+        """The states that the student reaches at `index` from x at `first`, and where the teacher goes from there."""
+        for cut in range(int(first.min()), int(index.max())):
+            if rows := ((first <= cut) & (cut < index)).nonzero()[:, 0].tolist():
+                x[rows] = self._step(x[rows], torch.full((len(rows),), cut), conditioning.select(rows))
+        sides = conditioning if self.scale <= 1 else Conditioning.join([unconditional, conditioning])
+        count = self.ode.steps // len(self.cuts.timesteps)
+        with self.trained.untrained() as unet:
+
+            def predict(x: Tensor, t: Tensor) -> Tensor:
+                if self.scale <= 1:
+                    return self.predict(unet, x, t, sides)
+                return guide(self.predict(unet, torch.cat([x, x]), torch.cat([t, t]), sides), self.scale)
+
+            return x, self.ode.follow(predict, x, index * count, count)
+
+
+class Ode:
+    """Steps of DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2) with trailing timesteps, for rows at different ones."""
+
+    def __init__(self, schedule: Schedule, steps: int):
+        spaced = schedule.with_spacing("trailing")
+        times = timesteps("dpmpp-2m", spaced, steps)
+        self.steps, self.kind, self.timesteps = steps, schedule.prediction_type, torch.tensor(times)
+        self.alphas_cumprod = torch.tensor([*(spaced.alpha_cumprod(t) for t in times), 1.0])
+
+    def follow(self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, places: Tensor, count: int) -> Tensor:
+        """States x (B, C, T, F) before the steps `places` (B,) -> those `count` steps later.
+
+        predict: predict(x, t (B,)) -> what the schedule's prediction_type names.
+        """
+        before: tuple[Tensor, Tensor] | None = None        # x_0, and the last step in half the logarithm of the SNR
+        for place in (places + number for number in range(count)):
+            a, a_next = (self.alphas_cumprod[i].to(x.device) for i in (place, place + 1))
+            x_0, _ = clean(self.kind, x, predict(x, self.timesteps[place]), a)
+            h, last = 0.5 * (torch.logit(a_next) - torch.logit(a)), a_next == 1
+            slope = torch.zeros_like(x_0)
+            if before is not None:                         # the last step has no end, and goes straight to x_0
+                slope = _rows(torch.where(last, 0.0, 0.5 * h / before[1])) * (x_0 - before[0])
+            shrunk = _rows(torch.where(last, 0.0, (-h).exp()))
+            x = _rows(((1 - a_next) / (1 - a)).sqrt()) * x + _rows(a_next.sqrt()) * (1 - shrunk) * (x_0 + slope)
+            before = x_0, h
+        return x
 
 
 def ddim_step(prediction_type: str, x: Tensor, prediction: Tensor, a: Tensor, a_next: Tensor) -> Tensor:
     """x_t (B, C, T, F) -> the state at a_next, arXiv:2010.02502 equation 12 with sigma = 0. a, a_next: (B,)."""
-    a, a_next = (each[:, None, None, None] for each in (a, a_next))
+    x_0, eps = clean(prediction_type, x, prediction, a)
+    return _rows(a_next.sqrt()) * x_0 + _rows((1 - a_next).sqrt()) * eps
+
+
+def clean(prediction_type: str, x: Tensor, prediction: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """What a prediction for x_t (B, C, T, F) says of x_0 and of the noise. a: (B,) alphas_cumprod."""
+    a = _rows(a)
     if prediction_type == "epsilon":
-        x_0, eps = (x - (1 - a).sqrt() * prediction) / a.sqrt(), prediction
-    elif prediction_type == "sample":
-        x_0, eps = prediction, (x - a.sqrt() * prediction) / (1 - a).sqrt()
-    else:                                                  # v: arXiv:2202.00512, appendix D
-        x_0, eps = a.sqrt() * x - (1 - a).sqrt() * prediction, a.sqrt() * prediction + (1 - a).sqrt() * x
-    return a_next.sqrt() * x_0 + (1 - a_next).sqrt() * eps
+        return (x - (1 - a).sqrt() * prediction) / a.sqrt(), prediction
+    if prediction_type == "sample":
+        return prediction, (x - a.sqrt() * prediction) / (1 - a).sqrt()
+    # v: arXiv:2202.00512, appendix D
+    return a.sqrt() * x - (1 - a).sqrt() * prediction, a.sqrt() * prediction + (1 - a).sqrt() * x
+
+
+def _rows(values: Tensor) -> Tensor:
+    """(B,) as factors of rows (B, C, T, F)."""
+    return values[:, None, None, None]
 
 
 def sampling_of(evaluations: int) -> dict[str, Any]:
@@ -169,7 +246,8 @@ def train(job: Job) -> str:
             raise ValueError(f"held_out {options.held_out} leaves no runs to learn from: ask for more runs")
         rows = (options.batch_size or 1) * (options.accumulate or 1) * processes()
         common: dict[str, Any] = {"evaluations": options.evaluations or 1, "seed": options.seed or 0}
-        kept, held_out = (Batches(part, store, rows=rows, **common) for part in parts)
+        kept = Batches(parts[0], store, rows=rows, own_states=options.own_states or 0, **common)
+        held_out = Batches(parts[1], store, rows=rows, **common)
         held_out.rows = len(held_out)
         return tuning.run_training(job, folder, _student(job, options, device), kept, held_out)
 
@@ -188,7 +266,7 @@ def estimate(job: Job) -> str:
     device = choose_device(job.load.get("device", "auto"))
     teacher = tuning.load_model(job, device, choose_dtype("auto", device))
     frames = tuning.frames_of(teacher, options)
-    evaluation = _evaluation(teacher, frames)
+    evaluation = _evaluation(teacher, frames, options.together or 1)
     branches = (options.teacher_steps or 1) * (1 if options.guidance_scale is not None and options.guidance_scale <= 1
                                                else 2)
     making = evaluation * branches * (options.runs or 1)
@@ -202,13 +280,13 @@ def estimate(job: Job) -> str:
             f"student: {each:.2f} s a step, {times[1]} for {options.steps} steps\ntime: {times[2]} in all")
 
 
-def _evaluation(pipe: AudioLDM2, frames: int) -> float:
-    """The seconds of one evaluation of the teacher for one row, in a batch of AT_ONCE."""
-    x, conditions = tuning.noise_for(pipe, frames, AT_ONCE)
+def _evaluation(pipe: AudioLDM2, frames: int, rows: int) -> float:
+    """The seconds of one evaluation of the teacher for one row, in a batch."""
+    x, conditions = tuning.noise_for(pipe, frames, rows)
     with pipe.stages["unet"], torch.inference_mode():
         times = []
         for _ in range(2):
             began = perf_counter()
             pipe.unet(x.to(pipe.device, pipe.dtype), 500.0, conditions.to(pipe.device, pipe.dtype)).cpu()
             times.append(perf_counter() - began)
-    return min(times) / AT_ONCE
+    return min(times) / rows

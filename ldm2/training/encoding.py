@@ -6,7 +6,7 @@ and the settings. So a changed sound is encoded again, and equal ones are not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ldm2 import atomic, audio
 from ldm2.batch.rows import canonical, digest
 from ldm2.conditioning import Conditioning
 from ldm2.fields import sha256_of
+from ldm2.noise import SeededNoise
 from ldm2.pipeline import AudioLDM2
 from ldm2.settings import MAX_SECONDS
 from ldm2.stages import Stages
@@ -27,7 +28,9 @@ from ldm2.training.data import Clip, Data
 
 VERSION = 1                                # of what is in the files
 EXACT = -30.0                              # logarithm of the variance of latents that are known
+AT_ONCE = 8                                # sounds that a model makes together
 
+Text = tuple[str, "str | None"]            # a caption, and what is said
 Report = Callable[[str, int, int], object]
 
 
@@ -112,19 +115,42 @@ def own_sounds(
 ) -> list[Example]:
     """What the model itself makes of prompts, as examples; from the store where it is there."""
     basis = basis_of(pipe, model)
-    found = []
-    for number, prompt in enumerate(prompts):
-        report("making sounds to keep", number, len(prompts))
-        example = Example(key_of("own", *basis, prompt, number, frames), (key_of("text", *basis, prompt, None),))
-        if not store.has(example.latents):
-            seconds = frames * pipe.samples_per_latent_frame / pipe.sample_rate
-            latents = pipe.generate(prompt, seed=number, seconds=seconds).latents.float().cpu()
-            mean = latents[0] / pipe.vae.config.scaling_factor
-            store.put(example.latents, {"mean": mean, "logvar": torch.full_like(mean, EXACT)})
-        if not store.has(example.conditions[0]):
-            keep(store, example.conditions[0], pipe.encode(prompt))
-        found.append(example)
-    return found
+    keys = [key_of("own", *basis, prompt, number, frames) for number, prompt in enumerate(prompts)]
+    texts = encode_sides(pipe, [(prompt, None) for prompt in prompts], basis, store, report)
+    shape = pipe.latent_shape_for_frames(frames * pipe.vae.config.downsampling)
+    with pipe.stages["unet"]:
+        for first in range(0, len(keys), AT_ONCE):
+            report("making sounds to keep", first, len(keys))
+            numbers = range(first, min(first + AT_ONCE, len(keys)))
+            if all(store.has(keys[number]) for number in numbers):
+                continue
+            sides = [join_rows(store, [texts[prompts[number], None][side] for number in numbers]) for side in (0, 1)]
+            noise = SeededNoise(numbers)
+            latents = pipe.denoise(*sides, noise.draw(*shape), noise=noise).float().cpu()
+            for number, mean in zip(numbers, latents / pipe.vae.config.scaling_factor):
+                store.put(keys[number], {"mean": mean, "logvar": torch.full_like(mean, EXACT)})
+    return [Example(key, texts[prompt, None][:1]) for key, prompt in zip(keys, prompts)]
+
+
+def encode_sides(
+    pipe: Stages, texts: Iterable[Text], basis: list, store: Store, report: Report
+) -> dict[Text, tuple[str, str]]:
+    """The keys of the conditional and the unconditional side of captions with what is said, which are in the store."""
+    keys = {text: (key_of("text", *basis, *text), key_of("unconditional", *basis, *text)) for text in texts}
+    missing = [text for text, both in keys.items() if not all(map(store.has, both))]
+    if missing:
+        with pipe.stages["text"]:
+            for done, (caption, spoken) in enumerate(missing):
+                report("encoding captions", done, len(missing))
+                row = encode_text(pipe, caption, spoken, Clip(Path(caption), ()))
+                keep(store, keys[caption, spoken][0], row)
+                keep(store, keys[caption, spoken][1], pipe.encode_unconditional(row, transcription=spoken))
+    return keys
+
+
+def join_rows(store: Store, keys: Iterable[str]) -> Conditioning:
+    """What keys of texts stand for, a row each."""
+    return Conditioning.join([conditioning(store, key) for key in keys])
 
 
 def model_digest(path: Path) -> str:

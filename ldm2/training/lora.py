@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -32,10 +33,12 @@ TARGETS = {
     "attention": r"(?:.*\.)?attn\d?\.(?:to_[qkv]|to_out\.0|c_attn|c_proj)",
     "feed_forward": r".*\.ff\.net\.(?:0\.proj|2)|h\.\d+\.mlp\.(?:c_fc|c_proj)",
     "convolution": r"(?:.*\.)?(?:conv|conv[12]|conv_shortcut|conv_in|conv_out|proj_in|proj_out)",
+    "time": r"(?:.*\.)?(?:time_emb_proj|time_embedding\.linear_[12])",
     "projection": r"projection(?:_1)?",
 }
-# Layers whose weights the model reads without calling them: a fused GEGLU, a 1x1 convolution as a matrix product.
-READ = re.compile(r".*\.(?:net\.0\.proj|proj_in|proj_out)")
+# Layers whose weights the model reads without calling them: a fused GEGLU, a 1x1 convolution as a matrix product, and
+# the projections of all residual blocks at once.
+READ = re.compile(r".*\.(?:net\.0\.proj|proj_in|proj_out|time_emb_proj)")
 
 
 class Trained(nn.Module):
@@ -44,7 +47,7 @@ class Trained(nn.Module):
     def __init__(self, layer: nn.Module, rank: int, scale: float, generator: torch.Generator | None):
         super().__init__()
         weight: Any = layer.weight
-        self.transposed, self.scale = isinstance(layer, Conv1D), scale
+        self.transposed, self.scale, self.active = isinstance(layer, Conv1D), scale, True
         outs, *ins = reversed(weight.shape) if self.transposed else weight.shape
         ones = [1] * (len(ins) - 1)
         # As nn.Linear begins (and peft): uniform with a deviation of 1 / sqrt(3 fan_in). The product begins at zero.
@@ -54,11 +57,15 @@ class Trained(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight with the product added."""
+        if not self.active:
+            return weight
         product = self.up.flatten(1) @ self.down.flatten(1) * self.scale
         return weight + (product.T if self.transposed else product).reshape(weight.shape).to(weight.dtype)
 
     def added(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """A hook: the output of a layer with that of the product added."""
+        if not self.active:
+            return output
         x, down, up = inputs[0], self.down.to(inputs[0].dtype), self.up.to(inputs[0].dtype)
         if isinstance(layer, nn.Conv2d):
             more = F.conv2d(F.conv2d(x, down, stride=layer.stride, padding=layer.padding), up)
@@ -107,6 +114,17 @@ class Lora:
             for name, trained in self.parts.items():
                 trained.down.copy_(given[name].down)
                 trained.up.copy_(given[name].up * (given[name].scale / trained.scale))
+
+    @contextmanager
+    def off(self) -> Iterator[nn.Module]:
+        """The module as it was without these parts, for the time of a `with`."""
+        for part in self.parts.values():
+            part.active = False
+        try:
+            yield self.module
+        finally:
+            for part in self.parts.values():
+                part.active = True
 
     def remove(self) -> None:
         """Leave the module as it was."""

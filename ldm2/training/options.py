@@ -25,7 +25,7 @@ from ldm2.settings import MAX_SECONDS
 
 LORA, FINETUNE, DISTILL = TASKS = ("lora", "finetune", "distill")
 FROM_SOUNDS = (LORA, FINETUNE)
-LAYERS = ("attention", "feed_forward", "convolution")
+LAYERS = ("attention", "feed_forward", "convolution", "time")
 TEACHER_STEPS = 24                         # at least; a guided run in fewer of them is another sound
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -120,6 +120,13 @@ class Training:
     runs: int | None = option(
         integer(1), "sounds that the teacher makes for the student to learn from", group="teacher", default=2000,
         tasks=(DISTILL,), metavar="N")
+    together: int | None = option(
+        integer(1), "sounds that the teacher makes at once: more of them keep a large GPU busy", group="teacher",
+        default=8, tasks=(DISTILL,), metavar="N")
+    own_states: float | None = option(
+        number(0, 1), "share of the rows, beyond a run's first step, that begin where the student itself arrives in "
+        "place of the teacher, who goes on from there (arXiv:1011.0686)", group="teacher", default=0.0,
+        tasks=(DISTILL,), metavar="SHARE")
 
     seconds: float | None = option(
         number(above=0, maximum=MAX_SECONDS, unit="seconds"), "length of the crops (default: what the model was "
@@ -135,8 +142,8 @@ class Training:
 
     keep: str | None = option(
         path_text(), "file with a prompt a line that the model should go on answering as before: it makes a sound of "
-        "each first, and learns these along (prior preservation, arXiv:2208.12242)", group="data", tasks=FROM_SOUNDS,
-        metavar="FILE")
+        "each first, and learns to predict of them, and without a caption, what it did (arXiv:1606.09282)",
+        group="data", tasks=FROM_SOUNDS, metavar="FILE")
     keep_share: float | None = option(
         number(0, 0.99), "share of the rows that come from these sounds", group="data", default=0.5,
         tasks=FROM_SOUNDS, metavar="SHARE")
@@ -202,6 +209,11 @@ class Training:
     def low_rank(self) -> bool:
         """Whether a LoRA is trained, and not all weights."""
         return self.task == LORA or (self.task == DISTILL and not self.full)
+
+    @property
+    def asks_the_untrained(self) -> bool:
+        """Whether the training needs the predictions of the model as it was before."""
+        return self.keep is not None or bool(self.own_states)
 
     def plain(self) -> dict[str, Any]:
         """The options of the task as JSON has them."""

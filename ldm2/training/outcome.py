@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,15 +34,30 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 @dataclass
 class Trained:
-    """What is trained. module: holds all that is, and for a full training the rest of the UNet. lora: None for that."""
+    """What is trained. module: holds all that is, and for a full training the rest of the UNet. lora: None for that.
+
+    before: a copy of the UNet from before a full training, where one is needed.
+    """
 
     module: nn.Module
     lora: Lora | None
+    before: UNet | None = None
 
     @property
     def numbers(self) -> int:
         """How many numbers are trained."""
         return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+
+    @contextmanager
+    def untrained(self) -> Iterator[nn.Module]:
+        """The UNet as it was before the training, for the time of a `with`; what it computes takes no gradient."""
+        with torch.no_grad():
+            if self.lora is None:
+                assert self.before is not None
+                yield self.before
+            else:
+                with self.lora.off() as unet:
+                    yield unet
 
 
 def prepare(unet: UNet, options: Training) -> Trained:
@@ -52,10 +70,11 @@ def prepare(unet: UNet, options: Training) -> Trained:
         lora = add_lora(unet, options.rank or 1, options.alpha, options.layers or (),
                         generator=generator_for(options.seed or 0, 0))
         return Trained(nn.ModuleList(lora.parts.values()), lora)
+    before = copy.deepcopy(unet).requires_grad_(False) if options.asks_the_untrained else None
     for parameter in unet.parameters():
         parameter.data = parameter.detach().clone()        # else they are those of the mapped file
         parameter.requires_grad_(True)
-    return Trained(unet, None)
+    return Trained(unet, None, before)
 
 
 def recompute(unet: UNet) -> None:

@@ -7,7 +7,7 @@ DPM-Solver++. It is kept at the timesteps at which the student will be evaluated
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,16 @@ from ldm2.training.data import Clip, Data
 from ldm2.training.encoding import (
     Report,
     Store,
+    Text,
     basis_of,
-    conditioning,
+    encode_sides,
     encode_sound,
-    encode_text,
-    keep,
+    join_rows,
     key_of,
 )
 from ldm2.training.loop import generator_for
 from ldm2.training.options import Training
 
-AT_ONCE = 8                                # runs that go through the teacher together
 _SEEDS = 1 << 40                           # of the runs: far from those that people choose
 
 
@@ -52,12 +51,13 @@ class Subject:
 class Group:
     """Runs that were made together. key: of their states in the store. first: the student's step that they begin with.
 
-    texts: the keys of their conditionings.
+    texts: the keys of their conditionings, and `nothing` those of the unconditional side.
     """
 
     key: str
     first: int
     texts: tuple[str, ...]
+    nothing: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class Runs:
 
     groups: tuple[Group, ...]
     skipped: tuple[str, ...] = ()
+
+
+def scale_of(pipe: Stages, options: Training) -> float:
+    """The guidance scale of a teacher."""
+    return Sampling(guidance_scale=options.guidance_scale).resolved(pipe.defaults).guidance_scale or 1.0
 
 
 @dataclass
@@ -79,9 +84,7 @@ class Teacher:
     store: Store
 
     def __post_init__(self) -> None:
-        scale = self.options.guidance_scale
-        settings = Sampling(guidance_scale=scale).resolved(self.pipe.defaults)
-        self.scale = settings.guidance_scale or 1.0
+        self.scale = scale_of(self.pipe, self.options)
         self.student, self.steps = self.options.evaluations or 1, self.options.teacher_steps or 1
         self._basis = basis_of(self.pipe, self.model)
 
@@ -99,8 +102,10 @@ class Teacher:
         found = self._read(place)
         subjects, skipped = self._subjects(found, report)
         chosen = self._chosen(subjects)
-        texts = self._texts(dict.fromkeys(chosen), report)
-        parts = [chosen[i : i + AT_ONCE] for i in range(0, len(chosen), AT_ONCE)]
+        texts = encode_sides(self.pipe, dict.fromkeys((each.caption, each.spoken) for each in chosen), self._basis,
+                             self.store, report)
+        together = self.options.together or 1
+        parts = [chosen[i : i + together] for i in range(0, len(chosen), together)]
         groups = []
         with self.pipe.stages["unet"]:
             for number, part in enumerate(parts):
@@ -142,21 +147,6 @@ class Teacher:
             raise ValueError(f"no sound could be read: {skipped[0]}")
         return subjects, skipped
 
-    def _texts(self, subjects: Iterable[Subject], report: Report) -> dict[Subject, tuple[str, str]]:
-        """The keys of the conditional and the unconditional side of each subject, which are in the store."""
-        keys = {subject: tuple(key_of(kind, *self._basis, subject.caption, subject.spoken)
-                               for kind in ("text", "unconditional")) for subject in subjects}
-        missing = [subject for subject, both in keys.items() if not all(map(self.store.has, both))]
-        if missing:
-            with self.pipe.stages["text"]:
-                for done, subject in enumerate(missing):
-                    report("encoding captions", done, len(missing))
-                    row = encode_text(self.pipe, subject.caption, subject.spoken, Clip(Path(subject.caption), ()))
-                    sides = row, self.pipe.encode_unconditional(row, transcription=subject.spoken)
-                    for key, side in zip(keys[subject], sides):
-                        keep(self.store, key, side)
-        return keys  # type: ignore[return-value]
-
     def _chosen(self, subjects: Sequence[Subject]) -> list[Subject]:
         """A subject for each run: all of them in random order, again and again."""
         chosen: list[Subject] = []
@@ -165,19 +155,19 @@ class Teacher:
             chosen += [subjects[i] for i in torch.randperm(len(subjects), generator=generator)]
         return chosen[: self.options.runs]
 
-    def _group(self, number: int, subjects: Sequence[Subject], texts: dict[Subject, tuple[str, str]]) -> Group:
+    def _group(self, number: int, subjects: Sequence[Subject], texts: Mapping[Text, tuple[str, str]]) -> Group:
         """Runs that begin at noise, or, where there are sounds, in turn at all of the student's steps."""
         first = number % self.student if all(subject.latents for subject in subjects) else 0
-        seed = _SEEDS + ((self.options.seed or 0) << 24) + number * AT_ONCE
-        sides = [texts[subject] for subject in subjects]
+        seed = _SEEDS + ((self.options.seed or 0) << 24) + number * (self.options.together or 1)
+        sides = [texts[subject.caption, subject.spoken] for subject in subjects]
         sounds = [subject.latents for subject in subjects] if first else None
         key = key_of("runs", *self._basis, sides, seed, first, sounds, self.frames, self.student, self.steps,
                      self.scale)
         if not self.store.has(key):
-            rows = [Conditioning.join([conditioning(self.store, side[i]) for side in sides]) for i in (0, 1)]
+            rows = [join_rows(self.store, [side[i] for side in sides]) for i in (0, 1)]
             states = self._run(rows, seed, first, [self._latents(subject) for subject in subjects] if first else None)
             self.store.put(key, {"states": states})
-        return Group(key, first, tuple(side[0] for side in sides))
+        return Group(key, first, tuple(side[0] for side in sides), tuple(side[1] for side in sides))
 
     def _latents(self, subject: Subject) -> Tensor:
         """The first `frames` of a sound's latents, scaled."""

@@ -78,19 +78,35 @@ class Learner:
         self.step = 0                                      # the number of the last step, from 1
         self._alphas = torch.as_tensor(self.schedule.alphas_cumprod, dtype=torch.float32)
 
+    def prepare(self) -> outcome.Trained:
+        """Make the UNet ready to be trained. Returns what of it is."""
+        self.trained = outcome.prepare(self.unet, self.options)
+        return self.trained
+
+    def predict(self, unet: Any, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The prediction for x (B, C, T, F) at t (B,), float32, on the device of the model."""
+        device = self.pipe.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return unet(x.to(device), t.to(device), conditioning.to(device)).float()
+
     def error(self, batch: Any) -> Tensor:
         """The weighted squared error of the rows (B,), arXiv:2303.09556 section 3.4."""
-        device, kind = self.pipe.device, self.schedule.prediction_type
+        kind = self.schedule.prediction_type
         a = self._alphas[batch.t]
         x_t, wanted = add_noise(batch.x_0, batch.eps, a), target(kind, batch.x_0, batch.eps, a)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            predicted = self.unet(x_t.to(device), batch.t.to(device), batch.conditioning.to(device))
-        squared = ((predicted.float() - wanted.to(device)) ** 2).mean(dim=(1, 2, 3))
-        return step_weights(kind, a, self.options.snr_gamma or 0).to(device) * squared
+        predicted = self.predict(self.unet, x_t, batch.t, batch.conditioning)
+        wanted = wanted.to(predicted.device)
+        if rows := batch.kept.nonzero()[:, 0].tolist():
+            with self.trained.untrained() as unet:
+                wanted[rows] = self.predict(unet, x_t[rows], batch.t[rows], batch.conditioning.select(rows))
+        squared = ((predicted - wanted) ** 2).mean(dim=(1, 2, 3))
+        return step_weights(kind, a, self.options.snr_gamma or 0).to(predicted.device) * squared
 
     def example(self, latents: Tensor, conditioning: Conditioning) -> Any:
         """A batch to measure with."""
-        return Batch(latents, latents, torch.arange(len(latents)), conditioning)
+        options, rows = self.options, torch.arange(len(latents))
+        kept = rows < (options.keep_share or 0) * len(rows) if options.keep is not None else rows < 0
+        return Batch(latents, latents, rows, conditioning, kept)
 
     def losses(self, batches: Rows, step: int) -> Iterator[Tensor]:
         """The parts of a step's loss that belong to this process, one after the other."""
@@ -149,7 +165,7 @@ def run_training(job: Job, folder: Folder, learner: Learner, batches: Rows, held
     """The training itself, with the UNet alone in memory."""
     options = learner.options
     with learner.pipe.stages["unet"], ExitStack() as stack:
-        trained = outcome.prepare(learner.unet, options)
+        trained = learner.prepare()
         folder.check_space(outcome.bytes_needed(trained, options))
         clock = Clock(folder.inside, None, job.progress, 60 * (options.save_minutes or 0), curve=True)
         told = stack.enter_context(_tensorboard(folder.inside / "tensorboard"))
@@ -187,7 +203,7 @@ def measured(learner: Learner, frames: int) -> tuple[outcome.Trained, float, int
     """What is trained, the seconds of a step of it, and the bytes of disk that the training needs."""
     options = learner.options
     with learner.pipe.stages["unet"]:
-        trained = outcome.prepare(learner.unet, options)
+        trained = learner.prepare()
         optimizer = torch.optim.AdamW([p for p in trained.module.parameters() if p.requires_grad])
         seconds = min(_step_seconds(learner, optimizer, frames) for _ in range(2))
         return trained, seconds * (options.accumulate or 1), outcome.bytes_needed(trained, options)

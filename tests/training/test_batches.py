@@ -95,3 +95,12 @@ def test_sounds_of_the_models_own_are_mixed_in_as_often_as_asked(store):
                    drop=0.0, seed=0, own=(own, 0.25)).take(0, 0, 400)
     assert (many.x_0[:, 0, 0, 0].round() == 5).float().mean() == pytest.approx(0.25, abs=0.06)
     assert torch.equal(many.conditioning.contexts[0][:, 0, 0], many.x_0[:, 0, 0, 0].round())
+    assert torch.equal(many.kept, many.x_0[:, 0, 0, 0].round() == 5)
+
+
+@pytest.mark.parametrize(("own", "kept"), [(((), 0.5), 0.0), (([Example("clip5", ("text50",))], 0.0), 0.25)])
+def test_what_has_no_caption_is_kept_where_anything_is(store, own, kept):
+    many = Batches([Example("clip0", ("text00",))], "nothing", store, rows=400, frames=10, scaling=1.0, total=10,
+                   drop=0.25, seed=0, own=own).take(0, 0, 400)
+    assert many.kept.float().mean() == pytest.approx(kept, abs=0.06)
+    assert not (many.kept & (many.conditioning.contexts[0][:, 0, 0] == 0)).any()

@@ -11,11 +11,14 @@ import torch
 import ldm2
 from ldm2.checkpoints import lora_files
 from ldm2.cli.commands import main
+from ldm2.conditioning import Conditioning
+from ldm2.guidance import guide
 from ldm2.noise import SeededNoise
 from ldm2.schedules import Schedule
 from ldm2.settings import Sampling
+from ldm2.stages import Init
 from ldm2.training import captions, teacher
-from ldm2.training.distill import Batches, Cuts, Student, ddim_step, sampling_of
+from ldm2.training.distill import Batches, Cuts, Ode, Student, ddim_step, sampling_of
 from ldm2.training.encoding import Store
 from ldm2.training.options import DISTILL, Training
 from ldm2.weights import read_safetensors
@@ -25,6 +28,7 @@ from tests.training.runs import killed, losses
 ROOT = Path(__file__).parents[2]
 LORA_FILE, STATE = "pytorch_lora_weights.safetensors", "training/distill.pt"
 OPTIONS = {"seconds": 0.64, "runs": 12, "teacher_steps": 4, "evaluations": 2, "batch_size": 2, "warmup": 1}
+SIX = ["--rank", "2", "--steps", "6", "--own-states", "0.5"]
 SHORT = [*(f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()), "--model", "tiny", "-q"]
 
 
@@ -49,7 +53,7 @@ def run(place, tmp_path):
 @pytest.fixture(scope="module")
 def undisturbed(place):
     """OUT of a training of six steps."""
-    out, words = place / "undisturbed", ["--cache", str(place / "cache"), *SHORT, "--rank", "2", "--steps", "6"]
+    out, words = place / "undisturbed", ["--cache", str(place / "cache"), *SHORT, *SIX]
     assert main(["train", "distill", str(place / "captions.txt"), "-o", str(out), *words]) == 0
     return out
 
@@ -125,6 +129,71 @@ def test_the_error_of_a_student_that_goes_where_the_teacher_went_is_zero(runs, p
     assert student.error(batch).max() < 1e-6
 
 
+@pytest.mark.parametrize(("scale", "first"), [(2.0, 0), (1.0, 0), (2.0, 3)])
+@torch.inference_mode()
+def test_the_teachers_path_is_that_of_the_sampler(pipe, scale, first):
+    sides = pipe.encode(["a siren", "white noise"])
+    nothing = pipe.encode_unconditional(sides)
+    noise, both = SeededNoise(range(2)).draw(*pipe.latent_shape(0.64)), Conditioning.join([nothing, sides])
+    sampling = Sampling(sampler="dpmpp-2m", steps=6, spacing="trailing", guidance_scale=scale)
+    x_0 = torch.full_like(noise, 0.5)
+    ode = Ode(pipe.schedule, 6)
+    a = ode.alphas_cumprod[first]
+    begin = noise if first == 0 else a.sqrt() * x_0 + (1 - a).sqrt() * noise
+
+    def predict(x, t):
+        if scale <= 1:
+            return pipe.unet(x, t, sides)
+        return guide(pipe.unet(torch.cat([x, x]), torch.cat([t, t]), both), scale)
+
+    whole = pipe.denoise(sides, nothing, noise, sampling, init=Init(x_0 if first else None, first))
+    found = ode.follow(predict, begin, torch.tensor([first, first]), 6 - first)
+    assert (found - whole).abs().max() < 1e-4
+
+
+def test_rows_at_different_places_of_the_path_do_not_meet(pipe):
+    ode = Ode(pipe.schedule, 6)
+    x = torch.randn(2, 4, 8, 4, generator=torch.Generator().manual_seed(0))
+
+    def predict(x, t):
+        return torch.tanh(x + t[:, None, None, None] / 1000)
+
+    together = ode.follow(predict, x, torch.tensor([1, 4]), 2)
+    for row, place in enumerate((1, 4)):
+        alone = ode.follow(predict, x[row : row + 1], torch.tensor([place]), 2)
+        torch.testing.assert_close(together[row : row + 1], alone)
+
+
+def test_own_states_are_the_students_and_the_teacher_goes_on_from_there(runs, pipe):
+    made, found = runs
+    batches = Batches(found.groups, made.store, rows=12, evaluations=2, seed=0, own_states=1.0)
+    batch = batches.take(0, 0, 12)
+    assert torch.equal(batch.first, torch.zeros(12).long()) and set(batch.index.tolist()) == {0, 1}
+    options = Training(DISTILL, **OPTIONS, guidance_scale=2.0, own_states=1.0, rank=2).resolved()
+    student = Student(ldm2.load("tiny"), options, torch.float32)
+    student.prepare()
+    late = batch.index.nonzero()[:, 0].tolist()
+    with torch.no_grad():
+        error = student.error(batch)
+        sides, nothing = batch.conditioning.select(late), batch.unconditional.select(late)
+        states = []                                        # the LoRA is zero yet: two steps of the model itself
+        pipe.denoise(sides, None, batch.x[late], Sampling(**sampling_of(2)),
+                     callback=lambda done, total, x: states.append(x.clone()))
+        both = Conditioning.join([nothing, sides])
+        wanted = Ode(pipe.schedule, 4).follow(
+            lambda x, t: guide(pipe.unet(torch.cat([x, x]), torch.cat([t, t]), both), 2.0), states[0],
+            torch.full((len(late),), 2), 2)
+    torch.testing.assert_close(error[late], ((states[1] - wanted) ** 2).mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-6)
+
+
+def test_own_states_come_as_often_as_asked(runs):
+    made, found = runs
+    batch = Batches(found.groups, made.store, rows=400, evaluations=2, seed=0, own_states=0.25).take(0, 0, 400)
+    late = batch.index == 1
+    assert (batch.first < batch.index)[late].float().mean() == pytest.approx(0.25, abs=0.08)
+    assert torch.equal(batch.first[~late], batch.index[~late])
+
+
 # -------------------------------------------------------------------------------------------------------- the command
 
 def test_a_student_is_a_lora_that_is_sampled_without_guidance(undisturbed, capsys):
@@ -145,9 +214,9 @@ def test_the_loss_falls(run):
 def test_a_distillation_that_was_killed_ends_as_one_that_was_not(run, undisturbed, place, tmp_path):
     out = tmp_path / "killed"
     words = ["train", "distill", str(place / "captions.txt"), "-o", str(out), "--cache", str(place / "cache"), *SHORT,
-             "--rank", "2", "--steps", "6", "--save-minutes", "0"]
+             *SIX, "--save-minutes", "0"]
     assert 0 < killed(words, out / STATE) < 6
-    run("--rank", "2", "--steps", "6", "--save-minutes", "0", out="killed")
+    run(*SIX, "--save-minutes", "0", out="killed")
     assert losses(out) == losses(undisturbed)
     before, after = (read_safetensors(folder / LORA_FILE) for folder in (undisturbed, out))
     assert before.keys() == after.keys()

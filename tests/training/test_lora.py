@@ -14,7 +14,7 @@ from ldm2.text.gpt2 import load_gpt2
 from ldm2.training.lora import TARGETS, add_lora
 from tests.helpers import condition, draw, our_unet, relative
 
-OF_UNET = ("attention", "feed_forward", "convolution")
+OF_UNET = ("attention", "feed_forward", "convolution", "time")
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,18 @@ def test_nothing_is_added_at_first_and_nothing_stays_behind(unet):
     assert relative(predict(stirred(lora).module), before) > 1e-2
     lora.remove()
     assert torch.equal(predict(unet), before) and sorted(unet.state_dict()) == names
+
+
+@torch.no_grad()
+def test_switched_off_the_module_predicts_what_it_did_before(unet):
+    before, lora = predict(unet), stirred(add_lora(unet, 4, targets=OF_UNET))
+    changed = predict(unet)
+    with lora.off() as same:
+        assert same is unet and torch.equal(predict(unet), before)
+    assert torch.equal(predict(unet), changed)
+    with pytest.raises(KeyError), lora.off():
+        raise KeyError
+    assert torch.equal(predict(unet), changed)
 
 
 @pytest.mark.parametrize("target", OF_UNET)

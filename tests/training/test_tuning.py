@@ -16,7 +16,8 @@ import ldm2
 from ldm2.checkpoints import lora_files
 from ldm2.cli.commands import main
 from ldm2.training import loop, tuning
-from ldm2.training.options import LORA, Training
+from ldm2.training.objective import add_noise
+from ldm2.training.options import FINETUNE, LORA, Training
 from ldm2.training.tiny.sounds import sounds
 from ldm2.weights import read_safetensors
 from tests.training.runs import killed, losses
@@ -56,10 +57,17 @@ def run(clips, cache, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(clips, cache, tmp_path_factory):
+def six(cache):
+    """Six steps, some rows of which keep what the model did."""
+    (cache / "keep.txt").write_text("wind\n")
+    return ["--steps", "6", "--keep", str(cache / "keep.txt")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(clips, cache, six, tmp_path_factory):
     """OUT of a training of six steps."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    assert main(["train", "lora", str(clips), "-o", str(out), "--cache", str(cache), *SHORT, "--steps", "6"]) == 0
+    assert main(["train", "lora", str(clips), "-o", str(out), "--cache", str(cache), *SHORT, *six]) == 0
     return out
 
 
@@ -83,20 +91,19 @@ def test_a_fine_tuned_model_is_a_checkpoint_for_diffusers_too(run):
     assert read_safetensors(out / "unet/diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float16
 
 
-def test_a_training_that_was_killed_ends_as_one_that_was_not(run, undisturbed, clips, cache, tmp_path):
+def test_a_training_that_was_killed_ends_as_one_that_was_not(run, undisturbed, six, clips, cache, tmp_path):
     out = tmp_path / "killed"
-    words = ["train", "lora", str(clips), "-o", str(out), "--cache", str(cache), *SHORT, "--steps", "6",
-             "--save-minutes", "0"]
+    words = ["train", "lora", str(clips), "-o", str(out), "--cache", str(cache), *SHORT, *six, "--save-minutes", "0"]
     assert 0 < killed(words, out / STATE) < 6
     assert not (out / LORA_FILE).exists()
-    run("--steps", "6", "--save-minutes", "0", out="killed")
+    run(*six, "--save-minutes", "0", out="killed")
     assert losses(out) == losses(undisturbed)
     before, after = (read_safetensors(folder / LORA_FILE) for folder in (undisturbed, out))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(run, undisturbed, monkeypatch, capsys):
+def test_ctrl_c_saves_and_the_same_command_goes_on(run, undisturbed, six, monkeypatch, capsys):
     optimise = loop._Run.optimise
 
     def interrupted(self, loss):
@@ -106,9 +113,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(run, undisturbed, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(loop._Run, "optimise", interrupted)
-        out = run("--steps", "6", code=130)
+        out = run(*six, code=130)
     assert "SIGINT after step 4; all is saved" in capsys.readouterr().err
-    run("--steps", "6")
+    run(*six)
     assert losses(out) == losses(undisturbed)
 
 
@@ -165,6 +172,26 @@ def test_sounds_to_keep_are_made_once_and_learned_along(run, cache, tmp_path):
     stamp = latents.stat().st_mtime_ns
     run("--steps", "1", "--keep", str(tmp_path / "keep.txt"), out="again")
     assert latents.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("task", [LORA, FINETUNE])
+def test_kept_rows_are_to_be_predicted_as_before_the_training(task):
+    pipe, untouched = ldm2.load("tiny"), ldm2.load("tiny").unet
+    learner = tuning.Learner(pipe, Training(task, keep="keep.txt", keep_share=0.5).resolved(), torch.float32)
+    batch = learner.example(*tuning.noise_for(pipe, 16, 4))
+    assert batch.kept.tolist() == [True, True, False, False]
+    trained = learner.prepare()
+    assert learner.error(batch)[:2].max() < 1e-12 < learner.error(batch)[2:].min()
+    with torch.no_grad():
+        for number, parameter in enumerate(trained.module.parameters()):
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        a = torch.as_tensor(pipe.schedule.alphas_cumprod)[batch.t].float()
+        x_t = add_noise(batch.x_0, batch.eps, a)
+        before, now = (unet(x_t, batch.t, batch.conditioning) for unet in (untouched, pipe.unet))
+        wanted = torch.cat([before[:2], batch.eps[2:]])
+        snr = a / (1 - a)
+        expected = ((now - wanted) ** 2).mean(dim=(1, 2, 3)) * snr.clamp(max=5) / snr
+        torch.testing.assert_close(learner.error(batch), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_changed_sound_is_encoded_again_and_an_equal_one_is_not(run, clips, tmp_path, capsys):
@@ -237,7 +264,7 @@ def test_accumulated_batches_have_the_gradients_of_one_that_is_larger(clips, cac
 
 def step_gradient(pipe, job, cache):
     """The gradients of the first step."""
-    from ldm2.training import data, outcome
+    from ldm2.training import data
     from ldm2.training.batches import Batches
     from ldm2.training.encoding import Store, encode
 
@@ -245,7 +272,7 @@ def step_gradient(pipe, job, cache):
     store = Store(cache)
     examples = encode(pipe, "tiny", data.read(job.data), frames, store, True, lambda *_: None)
     learner = tuning.Learner(pipe, job.options, torch.float32)
-    trained = outcome.prepare(pipe.unet, job.options)
+    trained = learner.prepare()
     for parameter in trained.module.parameters():           # the up matrices begin at zero, where nothing flows down
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     batches = Batches(examples.all, examples.nothing, store, rows=4, frames=frames, scaling=1.0, total=1000, drop=0.1,
