@@ -100,8 +100,8 @@ def flat(text: object, most: int = 2000) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().partition("\n")[0]
+    """The first line of an error's message, its type where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def few(names: Iterable[str], most: int = 3) -> str:

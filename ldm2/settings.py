@@ -13,26 +13,8 @@ from dataclasses import KW_ONLY, dataclass, replace
 from os import PathLike
 from typing import Any, Self
 
-from ldm2.options import (
-    NUM_SEEDS,
-    Range,
-    check_options,
-    choice,
-    default_value,
-    flag,
-    integer,
-    interval,
-    loras,
-    normalization,
-    number,
-    option,
-    options_of,
-    prompt_changes,
-    ranges,
-    refuse_unknown,
-    seeds,
-    texts,
-)
+from ldm2.option_kinds import NUM_SEEDS, Range, interval, loras, normalization, prompt_changes, ranges, seeds, texts
+from ldm2.options import check_options, choice, default_value, flag, integer, number, option, options_of, refuse_unknown
 
 GENERATE, TRANSFER, VARIATIONS, INPAINT, EXTEND, SUPER_RESOLUTION, RECONSTRUCT = TASKS = (
     "generate", "transfer", "variations", "inpaint", "extend", "super_resolution", "reconstruct",

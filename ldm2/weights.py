@@ -22,8 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ldm2 import pickle_file
-from ldm2.checkpoints import int8
+from ldm2.checkpoints import int8, pickle_file
 from ldm2.checkpoints.hub_folder import weight_files
 from ldm2.fields import check_file, few, first_line, named
 from ldm2.ops import Int8, Weight, dense
@@ -114,7 +113,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is {_kind(path)}, not a complete safetensors file ({_one_line(error)})") from error
+        raise ValueError(f"{path} is {_kind(path)}, not a complete safetensors file ({first_line(error)})") from error
 
 
 def read_header(path: str | Path) -> dict[str, str]:
@@ -137,7 +136,7 @@ def read_pickle(path: str | Path) -> object:
         way_out = f". {_save_alone(Path(path), error.name)}" if error.name else ""
         raise ValueError(f"{what} not a pickle of plain tensors; nothing of it was run{way_out}") from error
     except pickle_file.DAMAGED as error:
-        raise ValueError(f"{path} is {_kind(path)}, not a complete pickle of tensors ({_one_line(error)})") from error
+        raise ValueError(f"{path} is {_kind(path)}, not a complete pickle of tensors ({first_line(error)})") from error
 
 
 def _save_alone(path: Path, name: str) -> str:
@@ -398,7 +397,3 @@ def _agree(tensors: Mapping[str, Weight], names: list[str]) -> bool:
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def _one_line(error: BaseException) -> str:
-    return first_line(error) or type(error).__name__

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm2.fields import check_file, one_line
-from ldm2.options import check_text, default_value, from_word, names_a_lora, options_of
+from ldm2.option_kinds import names_a_lora
+from ldm2.options import check_text, default_value, from_word, options_of
 from ldm2.settings import EDITS, GENERATE, PER_PROMPT, RECONSTRUCT, TASKS, Output, Settings
 
 LONGEST_TEXT = 10_000                      # characters of a prompt

@@ -26,13 +26,13 @@ from ldm2.checkpoints import hub, hub_folder, int8, known, reading
 from ldm2.checkpoints.adapter import Adapter, combined
 from ldm2.checkpoints.build import config_of
 from ldm2.checkpoints.lora_files import find
-from ldm2.checkpoints.original import configs
+from ldm2.checkpoints.original import configuration
 from ldm2.checkpoints.parts import Checkpoint, Part
 from ldm2.checkpoints.writer import write_safetensors
 from ldm2.config import UNetConfig
 from ldm2.fields import check_folder, read_json
 from ldm2.ops import dense
-from ldm2.options import loras
+from ldm2.option_kinds import loras
 from ldm2.runtime.device import DTYPES
 from ldm2.text.tokenizers import SOURCES, save_tokenizer
 
@@ -327,7 +327,7 @@ def _job(
     stamps = [[str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return {
         "source": str(path.resolve()), "files": stamps, "dtype": str(dtype), "reference": reference,
-        "config": repr(configs.read(config)), "variant": variant,
+        "config": repr(configuration.read(config)), "variant": variant,
     }
 
 

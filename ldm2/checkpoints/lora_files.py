@@ -20,7 +20,8 @@ from torch import Tensor
 from ldm2 import weights
 from ldm2.checkpoints.adapter import CONFIG, FILE, PARTS, Adapter, LowRank
 from ldm2.fields import check_file, read_json, sha256_of, short
-from ldm2.options import is_number, names_a_lora
+from ldm2.option_kinds import names_a_lora
+from ldm2.options import is_number
 from ldm2.settings import INSTANT
 
 PEFT_CONFIG = "adapter_config.json"

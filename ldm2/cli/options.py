@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm2.checkpoints.known import DEFAULT_MODEL
-from ldm2.options import Option, default_value, names_a_lora, options_of
+from ldm2.option_kinds import names_a_lora
+from ldm2.options import Option, default_value, options_of
 from ldm2.settings import Output, Settings
 
 if TYPE_CHECKING:

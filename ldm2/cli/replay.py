@@ -15,7 +15,8 @@ from ldm2 import audio
 from ldm2.audio import recorded
 from ldm2.cli import options, output
 from ldm2.fields import check_file, sha256_of
-from ldm2.options import default_value, from_word, names_a_lora, options_of, refuse_unknown
+from ldm2.option_kinds import names_a_lora
+from ldm2.options import default_value, from_word, options_of, refuse_unknown
 from ldm2.settings import GENERATE, ORIGIN, PRESETS, RECONSTRUCT, SUBTYPES, Output, Settings
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from ldm2.cli import options
-from ldm2.options import names_a_lora, options_of
+from ldm2.option_kinds import names_a_lora
+from ldm2.options import options_of
 from ldm2.serve.limits import Limits
 
 MISSING = "ldm2 serve needs {}: pip install 'ldm2[serve]'"

@@ -22,7 +22,7 @@ from ldm2.edit.masks import keep_mask, masked, merge_ranges, start_step
 from ldm2.edit.paste import blend_bands, extend_canvas, fit_length, paste
 from ldm2.edit.sound import Sound, open_sound
 from ldm2.noise import SeededNoise
-from ldm2.options import Range
+from ldm2.option_kinds import Range
 from ldm2.result import Result, collect
 from ldm2.runtime.host import usual_numpy
 from ldm2.runtime.progress import Progress, shown

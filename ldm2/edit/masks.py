@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ldm2.mel import MelConfig, hz_to_mel, mel_to_hz
-from ldm2.options import Range, check_number
+from ldm2.option_kinds import Range
+from ldm2.options import check_number
 from ldm2.samplers import Step
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from ldm2.audio import check_rows, seconds_to_samples
 from ldm2.edit.masks import merge_ranges, soft_membership, without_outer_borders
-from ldm2.options import Range, check_number
+from ldm2.option_kinds import Range
+from ldm2.options import check_number
 from ldm2.settings import CROSSFADE_SECONDS
 
 

@@ -17,7 +17,7 @@ from ldm2 import weights
 from ldm2.checkpoints import build, hub, original
 from ldm2.checkpoints.convert import convert
 from ldm2.checkpoints.describe import describe
-from ldm2.checkpoints.original import configs
+from ldm2.checkpoints.original import configuration
 from ldm2.checkpoints.reading import read_hub_folder
 from ldm2.config import UNetConfig
 from ldm2.schedules import Schedule
@@ -271,9 +271,9 @@ def test_aliases_of_yaml_do_not_multiply(tmp_path):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
     (tmp_path / "bomb.yaml").write_text("\n".join(lines))
-    refused(lambda: configs.read(tmp_path / "bomb.yaml"), "bomb.yaml holds more than 10000 values")
+    refused(lambda: configuration.read(tmp_path / "bomb.yaml"), "bomb.yaml holds more than 10000 values")
     (tmp_path / "loop.yaml").write_text("a: &a [*a]")
-    refused(lambda: configs.read(tmp_path / "loop.yaml"), "loop.yaml holds more than 10000 values")
+    refused(lambda: configuration.read(tmp_path / "loop.yaml"), "loop.yaml holds more than 10000 values")
 
 
 # The authors' files

@@ -17,7 +17,7 @@ import torch
 from ldm2 import audio, samplers, schedules, settings
 from ldm2.cli import output
 from ldm2.cli.commands import main
-from ldm2.options import parse_interval
+from ldm2.option_kinds import parse_interval
 from ldm2.pipeline import AudioLDM2
 from ldm2.settings import PRESETS
 from tests.helpers import PROMPT, ROOT, run_ldm2

@@ -23,7 +23,7 @@ from ldm2.batch.worker import Worker
 from ldm2.checkpoints.adapter import Adapter, LowRank
 from ldm2.checkpoints.lora_files import File
 from ldm2.compat import AudioLDM2Pipeline
-from ldm2.options import parse_lora
+from ldm2.option_kinds import parse_lora
 from ldm2.settings import PRESETS, Settings
 from ldm2.training.lora import add_lora
 from tests.helpers import condition, draw, relative

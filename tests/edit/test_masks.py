@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from ldm2 import samplers
 from ldm2.edit import masks
 from ldm2.mel import MEL_16KHZ, MEL_48KHZ, MelConfig, mel_edges
-from ldm2.options import parse_range
+from ldm2.option_kinds import parse_range
 from ldm2.schedules import Schedule
 
 SCHEDULE = Schedule(1000, 0.0015, 0.0195, "scaled_linear", steps_offset=1, set_alpha_to_one=False)

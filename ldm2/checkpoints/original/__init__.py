@@ -24,6 +24,7 @@ from torch import Tensor
 from ldm2 import weights
 from ldm2.checkpoints import build
 from ldm2.checkpoints.original import configs as configs
+from ldm2.checkpoints.original import configuration
 from ldm2.checkpoints.original import keys as keys
 from ldm2.checkpoints.parts import Checkpoint, Part
 from ldm2.fields import few, named
@@ -138,7 +139,7 @@ def read(
     Each tensor of the file is used in exactly one part, or dropped by one of the tables in `keys`, or belongs
     to the second copy of an encoder. Raises ValueError, one line, as `components` does.
     """
-    parts = split(_open(path), configs.read(config), str(path))
+    parts = split(_open(path), configuration.read(config), str(path))
     words = partial(tokenizer, folder=tokenizers, local_files_only=local_files_only)
     extractor = published_extractor if "text_encoder" in parts else None
     return Checkpoint(str(path), parts, words, extractor)
