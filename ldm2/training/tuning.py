@@ -87,7 +87,7 @@ class Learner:
         """The prediction for x (B, C, T, F) at t (B,), float32, on the device of the model."""
         device = self.pipe.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return unet(x.to(device), t.to(device), conditioning.to(device)).float()
+            return unet(x.to(device), t.to(device), conditioning.to(device, torch.float32)).float()
 
     def error(self, batch: Any) -> Tensor:
         """The weighted squared error of the rows (B,), arXiv:2303.09556 section 3.4."""

@@ -174,6 +174,15 @@ def test_sounds_to_keep_are_made_once_and_learned_along(run, cache, tmp_path):
     assert latents.stat().st_mtime_ns == stamp
 
 
+def test_a_model_in_float32_takes_conditionings_of_one_in_half_precision():
+    pipe = ldm2.load("tiny")
+    learner = tuning.Learner(pipe, Training(LORA).resolved(), torch.float32)
+    x, conditioning = tuning.noise_for(pipe, 16, 2)
+    t = torch.tensor([10, 500])
+    found = learner.predict(pipe.unet, x, t, conditioning.to(dtype=torch.float16))
+    torch.testing.assert_close(found, pipe.unet(x, t, conditioning), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("task", [LORA, FINETUNE])
 def test_kept_rows_are_to_be_predicted_as_before_the_training(task):
     pipe, untouched = ldm2.load("tiny"), ldm2.load("tiny").unet
