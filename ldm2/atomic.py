@@ -13,7 +13,7 @@ from pathlib import Path
 _TAKEN = "{} exists already: choose another name, or ask for it (overwrite=True, --overwrite)"
 
 
-def check_place(path: str | Path, overwrite: bool = False, inputs: Sequence[str | Path] = ()) -> None:
+def check_writable(path: str | Path, overwrite: bool = False, inputs: Sequence[str | Path] = ()) -> None:
     """Check that `whole` can write to `path`, before minutes are spent on what to write. Nothing is created.
 
     inputs: files that must not be overwritten even with `overwrite`, because they are read.

@@ -40,7 +40,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, num_heads: int, context_dim: int | None = None):
         super().__init__()
-        self.num_heads, self.joins, self.joined = num_heads, context_dim is None, False
+        self.num_heads, self.may_fuse_qkv, self.qkv_fused = num_heads, context_dim is None, False
         context_dim = channels if context_dim is None else context_dim
         self.to_q = Linear(channels, channels, bias=False)
         self.to_k = Linear(context_dim, channels, bias=False)
@@ -53,12 +53,12 @@ class Attention(nn.Module):
 
     def fuse_qkv(self) -> None:
         """Lay the weights of q, k and v one after the other, as one matrix. They stay three parameters."""
-        if self.joins:
+        if self.may_fuse_qkv:
             layers = self.to_q, self.to_k, self.to_v
             joint = torch.cat([layer.weight.detach() for layer in layers])
             for layer, weight in zip(layers, joint.chunk(3), strict=True):
                 layer.weight.data = weight                 # the same parameter, which an optimiser may hold
-            self.joined = True
+            self.qkv_fused = True
 
     def forward(self, x: Tensor, kv: KeyValue | None = None) -> Tensor:
         """Attends to `kv`, to x itself if None. Keys of k * B rows tile the B rows of x."""
@@ -74,7 +74,7 @@ class Attention(nn.Module):
 
     def _fused_qkv(self) -> Tensor | None:
         """The fused QKV weight (3 C, C) as a view while the three are adjacent in one storage, else None."""
-        if not self.joined or torch.compiler.is_compiling():
+        if not self.qkv_fused or torch.compiler.is_compiling():
             return None
         parts = [layer.weight for layer in (self.to_q, self.to_k, self.to_v)]
         first = parts[0]

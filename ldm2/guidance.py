@@ -26,7 +26,7 @@ def check_scale(scale: float) -> float:
     return float(scale)
 
 
-def everywhere(t: float) -> bool:
+def always(t: float) -> bool:
     """Guidance at all timesteps."""
     return True
 
@@ -62,7 +62,7 @@ class Guidance:
 
     def __init__(
         self, unet: UNet, conditioning: Conditioning, unconditional: Conditioning | None, scale: float, *,
-        dtype: torch.dtype, timesteps: Sequence[float] = (), active_at: Callable[[float], bool] = everywhere,
+        dtype: torch.dtype, timesteps: Sequence[float] = (), active_at: Callable[[float], bool] = always,
         rescale: float = 0.0,
     ):
         self.unet, self.scale, self.dtype, self.active_at = unet, check_scale(scale), dtype, active_at

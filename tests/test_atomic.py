@@ -62,17 +62,17 @@ def test_the_disk_has_the_file_before_it_has_its_name(tmp_path, monkeypatch):
 
 
 def test_a_place_may_be_taken_by_what_is_not_there(tmp_path):
-    atomic.check_place(tmp_path / "x")
+    atomic.check_writable(tmp_path / "x")
     (tmp_path / "x").symlink_to(tmp_path / "nothing")
     with pytest.raises(FileExistsError, match="x exists already"):
-        atomic.check_place(tmp_path / "x")
-    atomic.check_place(tmp_path / "x", overwrite=True)
+        atomic.check_writable(tmp_path / "x")
+    atomic.check_writable(tmp_path / "x", overwrite=True)
 
 
 def test_an_input_is_not_overwritten_even_if_asked_for(tmp_path):
     (tmp_path / "x").touch()
     with pytest.raises(ValueError, match="x is the input: choose another name"):
-        atomic.check_place(tmp_path / "x", overwrite=True, inputs=[tmp_path / "x"])
+        atomic.check_writable(tmp_path / "x", overwrite=True, inputs=[tmp_path / "x"])
 
 
 # --- several files, and what the killed leave ------------------------------------------------------------------------

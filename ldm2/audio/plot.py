@@ -24,7 +24,7 @@ def check_plot(path: str | Path, overwrite: bool = False, inputs: Sequence[str |
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"a plot is a .png file, got {str(path)!r}")
-    atomic.check_place(path, overwrite, inputs)
+    atomic.check_writable(path, overwrite, inputs)
 
 
 @usual_numpy

@@ -55,7 +55,7 @@ def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
     """The sound file at `path`, recognised by its content whatever its name. Errors become one line with the path."""
     import soundfile
 
-    _check_place(path)
+    _check_is_file(path)
     with open(path, "rb", buffering=0) as handle:
         if os.fstat(handle.fileno()).st_size == 0:
             raise ValueError(f"{path} is empty")
@@ -67,7 +67,7 @@ def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
             raise ValueError(f"{path} cannot be read as a sound file: {error.error_string}{_hint(path)}") from error
 
 
-def _check_place(path: Path) -> None:
+def _check_is_file(path: Path) -> None:
     """Raises ValueError or OSError unless there is a regular file: opening a pipe would wait for its writer."""
     if re.match(r"\w+:/", str(path)) and not path.exists():
         raise ValueError(f"{str(path).replace(':/', '://', 1)} is an address: download the sound, and give the file")

@@ -52,7 +52,7 @@ def check_output(path: str | Path, overwrite: bool = False, *, sample_rate: int 
     """
     path = Path(path)
     check_format(path, sample_rate=sample_rate, channels=channels, encoding=encoding)
-    atomic.check_place(path, overwrite, inputs)
+    atomic.check_writable(path, overwrite, inputs)
 
 
 def check_format(path: str | Path, *, sample_rate: int | None = None, channels: int = 1,

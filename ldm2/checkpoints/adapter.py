@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm2.atomic import check_place, whole
+from ldm2.atomic import check_writable, whole
 from ldm2.checkpoints.writer import write_safetensors
 from ldm2.fields import few
 
@@ -123,7 +123,7 @@ class Adapter:
         path = path / FILE if path.is_dir() else path
         if path.suffix != ".safetensors":
             raise ValueError(f"a LoRA is written as .safetensors, got {path.name}")
-        check_place(path, overwrite)
+        check_writable(path, overwrite)
         tensors = {f"{name}.lora_{letter}.weight": tensor for name, layer in self.layers.items()
                    for letter, tensor in (("A", layer.down), ("B", layer.up))}
         config = {f"{part}.{name}": value for part in self.parts

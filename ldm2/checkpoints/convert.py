@@ -291,8 +291,8 @@ def _fields(name: str, checkpoint: Checkpoint, reference: str) -> dict[str, Any]
     if name == "unet":
         heads = _heads(config_of(part, name, reference))
         fields |= {"attention_head_dim": heads, "num_attention_heads": None}     # the second is refused by diffusers
-    speaks = "text_encoder_2" in checkpoint and checkpoint["text_encoder_2"].fields.get("model_type") == "vits"
-    if name == "language_model" and fields.get("max_new_tokens") == 8 and speaks:
+    is_speech_model = "text_encoder_2" in checkpoint and checkpoint["text_encoder_2"].fields.get("model_type") == "vits"
+    if name == "language_model" and fields.get("max_new_tokens") == 8 and is_speech_model:
         fields["max_new_tokens"] = 512                     # as the authors generate; see TextEncoder
     return fields
 

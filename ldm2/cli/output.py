@@ -74,7 +74,7 @@ class Target:
         else:
             target = cls(free_name(folder or Path(), text, count, args.overwrite), args.overwrite, count, text)
         if folder is not None and not folder.is_dir():
-            atomic.check_place(folder)
+            atomic.check_writable(folder)
             audio.check_format(target.path, **sound)
             return target
         for path in output_paths(target.path, count):

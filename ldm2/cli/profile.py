@@ -77,7 +77,7 @@ def check_trace(path: str | Path, overwrite: bool) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".json":
         raise ValueError(f"a trace is a .json file, got {str(path)!r}")
-    atomic.check_place(path, overwrite)
+    atomic.check_writable(path, overwrite)
     return path
 
 

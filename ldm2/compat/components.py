@@ -195,7 +195,7 @@ class Components:
     def text_encoder_2(self) -> nn.Module:
         """transformers' encoder of T5, or that of VITS in the speech models."""
         text = self._model.text
-        if text.speaks:
+        if text.is_speech_model:
             return text.phonemes.text_encoder
         return self._of_transformers("text_encoder_2", text.t5.model, transformers.T5EncoderModel)
 
@@ -239,7 +239,7 @@ class Components:
     @cached_property
     def _preprocessors(self) -> dict[str, Any]:
         """transformers' tokenizers and feature extractor of the checkpoint's folders."""
-        second = transformers.VitsTokenizer if self._model.text.speaks else transformers.T5Tokenizer
+        second = transformers.VitsTokenizer if self._model.text.is_speech_model else transformers.T5Tokenizer
         kinds = {"tokenizer": transformers.RobertaTokenizer, "tokenizer_2": second,
                  "feature_extractor": transformers.ClapFeatureExtractor}
         return {name: kind.from_pretrained(self._folder / name, local_files_only=True) for name, kind in kinds.items()}

@@ -101,8 +101,8 @@ class Request:
                 raise ValueError(f"{name} must be a string or a list of strings, got {type(value).__name__}")
             if isinstance(value, list) and self.prompts is not None and len(value) != len(self.prompts):
                 raise ValueError(f"{len(value)} texts for {name} and {len(self.prompts)} prompts: give one for each")
-        if text.speaks and self.transcription is None and self.prompt is not None:
-            raise ValueError("this model speaks: it needs a transcription")
+        if text.is_speech_model and self.transcription is None and self.prompt is not None:
+            raise ValueError("this is a speech model: it needs a transcription")
 
     def _check_embeddings(self) -> None:
         for side in ("", "negative_"):
@@ -155,7 +155,7 @@ class Request:
             vectors, mask = getattr(self, f"{side}generated_prompt_embeds"), getattr(self, f"{side}attention_mask")
             if states is None:
                 return None
-            contexts, masks = ((vectors,), (None,)) if text.speaks else ((vectors, states), (None, mask))
+            contexts, masks = ((vectors,), (None,)) if text.is_speech_model else ((vectors, states), (None, mask))
             return Conditioning(contexts, masks).to(device, dtype)
 
         conditioning = given("")
@@ -180,7 +180,7 @@ class Request:
         else:
             words = self.transcription
             words = words if isinstance(words, list) else [words] * len(self.prompts)
-            states, mask = text.phonemes([text.phonemes.read(each) for each in words])
+            states, mask = text.phonemes([text.phonemes.phonemize(each) for each in words])
         states, mask = (part.repeat_interleave(self.num_waveforms_per_prompt, dim=0) for part in (states, mask))
         if negative:
             states, mask = (torch.cat([torch.zeros_like(part), part]) for part in (states, mask))

@@ -137,7 +137,7 @@ class AudioLDM2Pipeline(WithLoras):
         with self._model.stages["text"]:
             sides = [side for side in reversed(self._conditionings(asked)) if side is not None]
             both = Conditioning.join(sides)
-            if self._model.text.speaks:
+            if self._model.text.is_speech_model:
                 states, mask = asked.speech(self._model.text, negative=len(sides) > 1)
             else:
                 states, mask = both.contexts[1], both.masks[1]

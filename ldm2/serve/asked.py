@@ -29,7 +29,8 @@ class About:
     """What is known of the model that is served.
 
     origin, defaults: as of ldm2.runtime.loaded.Loaded; sample_rate: Hz
-    speaks: whether each prompt needs words to say; ranks: whether candidates are ranked; max_steps: of a sampler
+    is_speech_model: whether each prompt needs words to say; ranks: whether candidates are ranked
+    max_steps: of a sampler
     check:  looks at resolved settings of a sound without input as the model would. Raises ValueError.
     loras:  names that requests may give; files of the server are not for its clients
     """
@@ -37,7 +38,7 @@ class About:
     origin: Mapping[str, Any]
     defaults: Mapping[str, Any]
     sample_rate: int
-    speaks: bool
+    is_speech_model: bool
     ranks: bool
     max_steps: int
     check: Callable[[Settings], object] = field(default=lambda settings: None, compare=False)

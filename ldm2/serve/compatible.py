@@ -103,7 +103,7 @@ async def sound_generation(
                  speed={"type": "number", "const": 1}, stream_format={"type": "string", "const": "audio"})))
 async def speech(request: Request, api: Served) -> Response:
     """Speech of a text, as clients of OpenAI ask for it; `voice` or `instructions` describe who speaks, in words."""
-    if not api.about.speaks:
+    if not api.about.is_speech_model:
         raise Refused(404, f"the model {api.about.origin['model']!r} does not speak: serve one of the speech models",
                       "no_speech", "model")
     body = {name: value for name, value in read_json(await request.body()).items() if value is not None}

@@ -154,5 +154,5 @@ def about(pipe: Stages) -> About:
             changes = [start for start, _ in settings.prompt_at]
             pipe.windows(shape[1], settings.window, settings.overlap, loop=settings.loop, changes=changes)
 
-    return About(pipe.origin, pipe.defaults, pipe.sample_rate, pipe.text.speaks, pipe.can_rank,
+    return About(pipe.origin, pipe.defaults, pipe.sample_rate, pipe.text.is_speech_model, pipe.can_rank,
                  pipe.schedule.num_train_timesteps, check, tuple(sorted(pipe.loras)))

@@ -114,7 +114,7 @@ def capabilities(about: About, limits: Limits) -> dict[str, Any]:
 def model(about: About) -> dict[str, Any]:
     """The model that is served, as lists of models have it."""
     return {"id": about.origin["model"], "object": "model", "owned_by": "ldm2", "sample_rate": about.sample_rate,
-            "speech": about.speaks, "ranks": about.ranks, "max_steps": about.max_steps, **about.origin}
+            "speech": about.is_speech_model, "ranks": about.ranks, "max_steps": about.max_steps, **about.origin}
 
 
 def body(kinds: tuple[str, ...] = RESULTS, foreign: dict[str, Any] | None = None) -> dict[str, Any]:

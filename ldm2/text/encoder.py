@@ -76,7 +76,7 @@ class TextEncoder(nn.Module):
         return NUM_VECTORS if listed is None else listed
 
     @property
-    def speaks(self) -> bool:
+    def is_speech_model(self) -> bool:
         """Whether each prompt needs a transcription (or phonemes) to say."""
         return self.phonemes is not None
 
@@ -100,7 +100,7 @@ class TextEncoder(nn.Module):
         lines = self._lines(prompts, transcription, phonemes)
         num_vectors = self.num_vectors if num_vectors is None else num_vectors
         if self.reference == "diffusers":
-            return _once(lines, lambda distinct: self._together(distinct, num_vectors))
+            return _once(lines, lambda distinct: self._encode_padded(distinct, num_vectors))
         return _once(lines, lambda distinct: self._encode_unpadded(distinct, num_vectors))
 
     @inference
@@ -133,7 +133,7 @@ class TextEncoder(nn.Module):
         if self.reference == "authors":
             return self._unconditional(self.num_vectors).repeat(rows)
         if self.phonemes is None:
-            return self._together([UNCONDITIONAL], self.num_vectors).repeat(rows)
+            return self._encode_padded([UNCONDITIONAL], self.num_vectors).repeat(rows)
         return self._speechless([""], self.num_vectors).repeat(rows)
 
     def generate(self, clap: Tensor, states: Tensor, mask: Tensor, num_vectors: int) -> Tensor:
@@ -147,18 +147,18 @@ class TextEncoder(nn.Module):
         """Prompts with what they say. Raises ValueError where the model needs words and gets none, or the reverse."""
         given = {"transcription": transcription, "phonemes": phonemes}
         given = {name: text for name, text in given.items() if text is not None}
-        if not self.speaks:
+        if not self.is_speech_model:
             if given:
                 raise ValueError(f"{' and '.join(given)} is only for speech models; this checkpoint is not one")
             return [Line(prompt) for prompt in prompts]
         if len(given) != 1:
             count = "both" if given else "neither"
-            raise ValueError(f"this model speaks: give it transcription or phonemes, got {count}")
+            raise ValueError(f"this is a speech model: give it transcription or phonemes, got {count}")
         [(name, words)] = given.items()
         words = _spread(words, len(prompts), name)
         for text in words:
             check_text(name, text)
-        read = self.phonemes.read if name == "transcription" else self.phonemes.spell
+        read = self.phonemes.phonemize if name == "transcription" else self.phonemes.tokenize_ipa
         ids = {text: read(text) for text in dict.fromkeys(words)}
         return [Line(prompt, ids[text]) for prompt, text in zip(prompts, words)]
 
@@ -169,13 +169,13 @@ class TextEncoder(nn.Module):
         """
         prompted = [line for line in lines if line != UNCONDITIONAL]
         batches = [[line] for line in prompted] if self.phonemes is None else [prompted]
-        parts = [self._together(batch, num_vectors) for batch in batches if batch]
+        parts = [self._encode_padded(batch, num_vectors) for batch in batches if batch]
         if len(prompted) < len(lines):
             parts.append(self._unconditional(num_vectors))
         order = [*prompted, UNCONDITIONAL]
         return Conditioning.join(parts).select([order.index(line) for line in lines])
 
-    def _together(self, lines: list[Line], num_vectors: int, length: int | None = None) -> Conditioning:
+    def _encode_padded(self, lines: list[Line], num_vectors: int, length: int | None = None) -> Conditioning:
         """Lines in one batch: T5 states padded to the longest, or padded and cut to `length` tokens."""
         prompts = [line.prompt for line in lines]
         if self.phonemes is not None:
@@ -192,7 +192,7 @@ class TextEncoder(nn.Module):
     def _unconditional(self, num_vectors: int) -> Conditioning:
         """The authors' unconditional row: what the encoders make of "", but zeros for GPT-2's vectors."""
         if self.gpt2 is None:
-            return self._together([UNCONDITIONAL], 0)
+            return self._encode_padded([UNCONDITIONAL], 0)
         zeros = self.projection.sos_embed.new_zeros(1, num_vectors, self.projection.config.width)
         if self.phonemes is not None:
             return Conditioning((zeros,), (None,))
@@ -203,10 +203,10 @@ class TextEncoder(nn.Module):
         """diffusers' negative side: tokens padded and cut to the prompts' length, GPT-2 run on it, nothing to say."""
         lines = [Line(negative) for negative in negatives]
         if conditioning.film is not None:
-            return self._together(lines, 0, length=conditioning.film.shape[1])   # its width: 512, CLAP's own limit too
+            return self._encode_padded(lines, 0, length=conditioning.film.shape[1])    # its width: 512, as CLAP's limit
         num_vectors = conditioning.contexts[0].shape[1]
         if self.phonemes is None:
-            return self._together(lines, num_vectors, length=conditioning.contexts[-1].shape[1])
+            return self._encode_padded(lines, num_vectors, length=conditioning.contexts[-1].shape[1])
         return self._speechless(negatives, num_vectors)
 
     def _speechless(self, negatives: list[str], num_vectors: int) -> Conditioning:

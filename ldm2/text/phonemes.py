@@ -118,7 +118,7 @@ class PhonemeText(nn.Module):
         weights.load(phonemes.text_encoder, tensors, table=table, dtype=dtype, device=device, source=source)
         return phonemes.eval()
 
-    def read(self, transcription: str) -> tuple[int, ...]:
+    def phonemize(self, transcription: str) -> tuple[int, ...]:
         """English text -> ids of phonemes, at most max_length. Raises ValueError without phonemizer or espeak-ng."""
         try:
             with _espeak:
@@ -129,7 +129,7 @@ class PhonemeText(nn.Module):
             raise ValueError(f"no phonemes for this transcription ({flat(error)}): {INSTALL}") from error
         return self._fit(ids, transcription)
 
-    def spell(self, phonemes: str) -> tuple[int, ...]:
+    def tokenize_ipa(self, phonemes: str) -> tuple[int, ...]:
         """Phonemes in IPA, as espeak-ng writes them -> ids, at most max_length. Raises ValueError for other symbols."""
         unknown = sorted(set(phonemes) - self.tokenizer.get_vocab().keys())
         if unknown:

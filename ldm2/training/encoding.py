@@ -222,7 +222,7 @@ def _encode_texts(pipe: Stages, data: Data, basis: list, store: Store, report: R
 def encode_text(pipe: Stages, caption: str, spoken: str | None, clip: Clip) -> Conditioning:
     """One row for a caption. Raises ValueError where a speech model is not told what is said."""
     try:
-        return pipe.encode(caption, transcription=spoken if pipe.text.speaks else None)
+        return pipe.encode(caption, transcription=spoken if pipe.text.is_speech_model else None)
     except ValueError as error:
         raise ValueError(f"{clip.path}: {error}") from error
 

@@ -88,8 +88,8 @@ class Lora:
             else:
                 self._undo.append(layer.register_forward_hook(part.added).remove)
         for attention in (each for each in module.modules() if isinstance(each, Attention)):
-            self._undo.append(partial(setattr, attention, "joined", attention.joined))
-            attention.joined = False                       # one product of q, k and v would pass by their hooks
+            self._undo.append(partial(setattr, attention, "qkv_fused", attention.qkv_fused))
+            attention.qkv_fused = False                       # one product of q, k and v would pass by their hooks
 
     def parameters(self) -> list[nn.Parameter]:
         """What is to be trained: float32, two matrices a layer."""

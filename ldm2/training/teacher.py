@@ -131,7 +131,7 @@ class Teacher:
         """Every caption, with the latents of its sound where there is one; and what was left out."""
         subjects: list[Subject] = []
         skipped: list[str] = []
-        speaks = self.pipe.text.speaks
+        is_speech_model = self.pipe.text.is_speech_model
         with self.pipe.stages["vae"]:
             for done, clip in enumerate(found.clips):
                 report("encoding sounds", done, len(found.clips))
@@ -141,7 +141,7 @@ class Teacher:
                                            None if self.options.strict else skipped)
                     if latents is None:
                         continue
-                subjects += [Subject(caption, clip.transcription or caption if speaks else None, latents)
+                subjects += [Subject(caption, clip.transcription or caption if is_speech_model else None, latents)
                              for caption in clip.captions]
         if not subjects:
             raise ValueError(f"no sound could be read: {skipped[0]}")

@@ -103,7 +103,7 @@ def test_gradients_reach_all_three(attention):
 def test_projections_of_a_context_stay_apart():
     attention = Attention(32, 4, 24)
     attention.fuse_qkv()
-    assert not attention.joined
+    assert not attention.qkv_fused
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

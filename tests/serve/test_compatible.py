@@ -117,7 +117,7 @@ def test_a_speech_model_is_asked_for_who_speaks_and_what(client, monkeypatch):
 
     monkeypatch.setattr(compatible, "_sound", sound)
     monkeypatch.setattr(client.app.state, "api", replace(client.app.state.api, about=replace(
-        client.app.state.api.about, speaks=True)))
+        client.app.state.api.about, is_speech_model=True)))
     said = {"input": "hello", "model": "tiny"}
     for more in ({"voice": "alloy"}, {"voice": "a calm man"}, {"voice": "a man", "instructions": "a loud child"}):
         assert client.post("/v1/audio/speech", json=said | more).status_code == 200
@@ -133,7 +133,7 @@ def test_speech_models_speak(tmp_path):
     from benchmarks import checkpoints
 
     pipe = ldm2.load(checkpoints.save_speech(tmp_path))
-    pipe.text.phonemes.read = pipe.text.phonemes.spell      # phonemizer's part, which needs espeak-ng
+    pipe.text.phonemes.phonemize = pipe.text.phonemes.tokenize_ipa      # phonemizer's part, which needs espeak-ng
     pipe.defaults |= {"steps": 2, "seconds": 0.4}
     with serving(pipe) as client:
         answer = client.post("/v1/audio/speech", json={"input": "həlˈo", "voice": "a man", "response_format": "wav"})

@@ -84,11 +84,11 @@ def test_states_equal_the_authors(tokenizer):
 @torch.no_grad()
 def test_end_symbol_follows_the_text_and_the_rest_is_masked_zeros(tokenizer):
     phonemes = encoder(tokenizer)
-    states, mask = phonemes([phonemes.spell("ab"), phonemes.spell("abcd")])
+    states, mask = phonemes([phonemes.tokenize_ipa("ab"), phonemes.tokenize_ipa("abcd")])
     assert mask.sum(dim=1).tolist() == [3, 5]
     assert states.shape == (2, 40, 16)
     assert not states[0, 3:].any()
-    ids = torch.tensor([[*phonemes.spell("ab"), END]])
+    ids = torch.tensor([[*phonemes.tokenize_ipa("ab"), END]])
     alone = phonemes.encode(ids, torch.ones(1, 3, dtype=torch.bool))
     torch.testing.assert_close(states[:1, :3], alone, atol=1e-6, rtol=0)
 
@@ -97,7 +97,7 @@ def test_end_symbol_follows_the_text_and_the_rest_is_masked_zeros(tokenizer):
 def test_a_full_row_has_no_end_symbol(tokenizer, caplog):
     phonemes = encoder(tokenizer, places=4)
     with caplog.at_level(logging.WARNING):
-        ids = phonemes.spell("abcdef")
+        ids = phonemes.tokenize_ipa("abcdef")
     assert len(ids) == 4
     assert "cut from 'abcdef': the last 2" in caplog.text
     assert phonemes([ids])[1].all()
@@ -107,7 +107,7 @@ def test_transcription_is_read_by_espeak(tokenizer, espeak, monkeypatch):
     espeak("hɛˈ\n ː")
     monkeypatch.setattr(tokenizer, "phonemize", True)
     phonemes = encoder(tokenizer)
-    assert phonemes.read("anything") == phonemes.spell("hɛˈ ː")
+    assert phonemes.phonemize("anything") == phonemes.tokenize_ipa("hɛˈ ː")
 
 
 def test_missing_phonemizer_says_how_to_install_it(tokenizer, monkeypatch):
@@ -115,37 +115,37 @@ def test_missing_phonemizer_says_how_to_install_it(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "phonemize", True)
     message = r'pip install phonemizer.*apt install espeak-ng.*brew install.*winget install.*phonemes='
     with pytest.raises(ValueError, match=message):
-        encoder(tokenizer).read("hello")
+        encoder(tokenizer).phonemize("hello")
 
 
 def test_missing_espeak_says_how_to_install_it(tokenizer, espeak, monkeypatch):
     espeak(RuntimeError("espeak not installed\non your system"))
     monkeypatch.setattr(tokenizer, "phonemize", True)
     with pytest.raises(ValueError, match=r"\(espeak not installed on your system\): install .*espeak-ng"):
-        encoder(tokenizer).read("hello")
+        encoder(tokenizer).phonemize("hello")
 
 
 def test_errors_are_one_line(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "phonemize", True)
     with pytest.raises(ValueError) as raised:
-        encoder(tokenizer).read("hello")
+        encoder(tokenizer).phonemize("hello")
     assert "\n" not in str(raised.value)
 
 
 def test_symbols_that_the_model_does_not_know_are_named(tokenizer):
     with pytest.raises(ValueError, match=re.escape("does not know: ! ?")):
-        encoder(tokenizer).spell("a?b!")
+        encoder(tokenizer).tokenize_ipa("a?b!")
 
 
 def test_text_without_any_known_symbol_is_an_error(tokenizer):
     with pytest.raises(ValueError, match=r"no phonemes.*'!!!'"):
-        encoder(tokenizer).read("!!!")
+        encoder(tokenizer).phonemize("!!!")
 
 
 def test_blanks_between_phonemes_are_added_where_the_tokenizer_asks_for_them(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "add_blank", True)
     phonemes = encoder(tokenizer)
-    assert phonemes.spell("ab") == phonemes.read("ab") == (0, 2, 0, 3, 0)
+    assert phonemes.tokenize_ipa("ab") == phonemes.phonemize("ab") == (0, 2, 0, 3, 0)
 
 
 def test_parts_that_only_speak_are_left_out(tokenizer):
@@ -183,7 +183,7 @@ def test_numbers_that_repeat_or_leave_gaps_are_refused(tokenizer, monkeypatch):
 
 def test_the_marks_that_no_text_contains_may_be_missing(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "encoder", {s: i for s, i in tokenizer.encoder.items() if i < 178})
-    assert encoder(tokenizer).spell("ab") == (2, 3)
+    assert encoder(tokenizer).tokenize_ipa("ab") == (2, 3)
 
 
 def test_the_symbols_of_the_training_are_numbered_as_in_vits(espeak):
@@ -193,4 +193,4 @@ def test_the_symbols_of_the_training_are_numbered_as_in_vits(espeak):
     known = {"_": 0, ";": 1, " ": 16, "A": 17, "a": 43, "z": 68, "ɑ": 69, "ˈ": 156, "ː": 158, "ᵻ": 177, "⚠": 182}
     assert {symbol: tokenizer.encoder[symbol] for symbol in known} == known
     espeak("hɛloʊ  wˈɜːld")
-    assert encoder(tokenizer).read("Hello world") == tuple(tokenizer.encoder[s] for s in "hɛloʊ wˈɜːld")
+    assert encoder(tokenizer).phonemize("Hello world") == tuple(tokenizer.encoder[s] for s in "hɛloʊ wˈɜːld")

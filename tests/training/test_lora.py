@@ -82,7 +82,7 @@ def test_a_joined_product_of_q_k_and_v_is_not_used_past_the_parts(unet):
     changed = predict(unet)
     lora.remove()
     attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
-    assert attention.joined and torch.equal(predict(unet), before)
+    assert attention.qkv_fused and torch.equal(predict(unet), before)
     assert relative(changed, before) > 1e-2
 
 

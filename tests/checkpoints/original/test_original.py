@@ -533,7 +533,7 @@ def test_an_authors_speech_file_needs_no_tokenizer_for_its_phonemes(tmp_path, mo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     path = authors.save(authors.whole_state(authors.modules("speech")), tmp_path / "speech.pth")
     text = original.components(path, local_files_only=True).text
-    assert text.phonemes.spell("hɛlo") == (50, 86, 54, 57)  # VITS numbers a to z from 43, its IPA from 69
+    assert text.phonemes.tokenize_ipa("hɛlo") == (50, 86, 54, 57)  # VITS numbers a to z from 43, its IPA from 69
 
 
 def test_the_tokenizer_of_another_speech_model_is_refused(tmp_path):
