@@ -105,7 +105,7 @@ def test_each_timestep_is_embedded_once(name):
 
 def test_latents_must_have_the_rows_of_the_conditioning():
     for name in ("ddim", "pndm"):
-        with pytest.raises(ValueError, match=r"the denoiser returned \(2, 4, 5, 3\) for x_t \(4, 4, 5, 3\)"):
+        with pytest.raises(ValueError, match=r"denoiser.*\(2, 4, 5, 3\).*x_t \(4, 4, 5, 3\)"):
             samplers.sample(name, denoiser(FakeUNet(), 3.5), torch.zeros(4, 4, 5, 3), SCHEDULE, 4)
 
 
@@ -189,7 +189,7 @@ def test_guidance_without_unconditional_side_is_refused():
 
 
 def test_guidance_with_unequal_rows_is_refused():
-    with pytest.raises(ValueError, match="as many unconditional rows as conditional ones, got 1 and 2"):
+    with pytest.raises(ValueError, match=r"rows.*got 1 and 2"):
         Guidance(FakeUNet(), rows(3.0, 4.0), rows(1.0), 3.5, dtype=torch.float32)
 
 

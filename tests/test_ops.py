@@ -211,7 +211,7 @@ def test_fused_holds_where_pytorchs_own_is_the_fused_one(kernel):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="unknown backend 'fast', choose from auto, fused, reference"), \
+    with pytest.raises(ValueError, match=r"backend 'fast'.*auto, fused, reference"), \
             ops.backend("fast"):
         pass
 

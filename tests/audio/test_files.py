@@ -211,7 +211,7 @@ def test_a_file_with_values_that_are_no_numbers_is_refused(tmp_path, value):
     sound = np.zeros((32_000, 2), np.float32)
     sound[24_000, 1] = sound[30_000, 0] = value
     soundfile.write(tmp_path / "bad.wav", sound, 16_000, subtype="FLOAT")
-    with pytest.raises(ValueError, match=r"NaN or infinite values in 2 of \d+ samples, the first at 1\.500 s"):
+    with pytest.raises(ValueError, match=r"bad\.wav.*NaN.* 2 of .*1\.500 s"):
         audio.read(tmp_path / "bad.wav")
 
 
@@ -351,7 +351,7 @@ def test_a_file_has_the_rights_that_the_umask_leaves(tmp_path):
 
 def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(tmp_path):
     audio.write(tmp_path / "a.wav", noise(10), 16_000)
-    with pytest.raises(FileExistsError, match=r"a\.wav exists already: choose another name, or ask for it"):
+    with pytest.raises(FileExistsError, match=r"a\.wav exists.*--overwrite"):
         audio.write(tmp_path / "a.wav", noise(20), 16_000)
     assert len(audio.read(tmp_path / "a.wav")[0]) == 10
     audio.write(tmp_path / "a.wav", noise(20), 16_000, overwrite=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,15 +134,13 @@ def test_a_cached_model_works_offline(hub, resolve, resolve_under):
 
 def test_offline_without_a_cache_says_what_to_run(hub, resolve_under):
     _, error, _ = resolve_under(HF_HUB_OFFLINE="1")
-    assert error == (f"FileNotFoundError: {NAME} is not in the cache, and downloading is disabled by HF_HUB_OFFLINE: "
-                     f"when online, run `ldm2 download {NAME}`")
+    assert re.search(f"FileNotFoundError: {NAME} .*HF_HUB_OFFLINE.*`ldm2 download {NAME}`", error)
     assert hub.requests == []
 
 
 def test_local_files_only_without_a_cache_says_what_to_run(hub, resolve):
     _, error = resolve(local_files_only=True, revision="v2")
-    assert error == (f"FileNotFoundError: {NAME} is not in the cache, and downloading is disabled by local_files_only: "
-                     f"when online, run `ldm2 download {NAME} --revision v2`")
+    assert re.search(f"FileNotFoundError: {NAME} .*local_files_only.*`ldm2 download {NAME} --revision v2`", error)
     assert hub.requests == []
 
 
@@ -193,15 +192,13 @@ def test_a_wrong_revision_is_named(resolve):
 
 def test_a_wrong_repository_is_named(hub, resolve):
     _, error = resolve("nobody/nothing")
-    assert error == (f"OSError: there is no model nobody/nothing at {hub.url}, or it is private "
-                     "(then set HF_TOKEN or run `hf auth login`)")
+    assert re.search(f"OSError: .*nobody/nothing.*{hub.url}.*private.*HF_TOKEN", error)
 
 
 def test_a_gated_repository_asks_for_a_token_and_takes_it(hub, resolve, resolve_under, source):
     hub.add("somebody/gated", source, token="hf_secret")
     _, error = resolve("somebody/gated")
-    assert error == (f"OSError: somebody/gated is gated: accept its terms at {hub.url}/somebody/gated, "
-                     "then set HF_TOKEN or run `hf auth login`")
+    assert re.search(f"OSError: somebody/gated is gated.*{hub.url}/somebody/gated.*HF_TOKEN", error)
     assert resolve_under("somebody/gated", HF_TOKEN="hf_secret")[0] is not None
 
 
@@ -259,9 +256,7 @@ def test_a_repository_in_another_layout_is_refused(hub, resolve, tmp_path):
     (folder / "config.json").write_text("{}")
     hub.add("somebody/llama", folder)
     _, error = resolve("somebody/llama")
-    assert error == (
-        "ValueError: somebody/llama has no model_index.json at revision main: not a checkpoint that ldm2 knows"
-    )
+    assert re.search(r"ValueError: somebody/llama .*model_index\.json.*main", error)
 
 
 def test_a_repository_without_the_weights_of_a_part_is_refused(resolve, source):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -165,7 +166,7 @@ def test_facts_are_what_the_files_say(checkpoint, tmp_path):
     assert said["unet"]["sample_size"] == 256
     assert said["scheduler"]["timestep_spacing"] == "leading"
     assert said["tokenizer_2"]["symbols"] == len(checkpoints.t5_tokenizer())
-    assert verify.inferred(said, 256)["length"] == "the file says sample_size 256, ldm2 takes 256 latent frames"
+    assert re.search("sample_size 256.*256 latent frames", verify.inferred(said, 256)["length"])
 
 
 def test_an_authors_file_is_asked_the_same(tmp_path):
@@ -184,13 +185,13 @@ def test_a_tokenizer_of_another_speech_model_is_told(symbols, verdict, tmp_path)
     words = {chr(0x4E00 + i): i for i in range(symbols)}
     (folder / "tokenizer_2" / "vocab.json").write_text(json.dumps(words))
     told = verify.inferred(verify.facts(folder), 256)["tokenizer_2"]
-    assert told == f"{verdict}: {symbols} symbols, the model knows 183"
+    assert re.search(f"^{verdict}.* {symbols} .*183", told)
 
 
 def test_the_command_on_a_hub_prints_expected_found_and_distance(checkpoint, expected, verified):
     commit, code, out, err = verified(checkpoint, "--json")
     assert code == 1, err                                  # these are not the published weights
-    assert err.splitlines()[-1] == "ldm2: error: 1 of 1 checkpoints are not as they should be: audioldm2"
+    assert re.search("^ldm2: error: 1 of 1 .*audioldm2$", err.splitlines()[-1])
     [report] = json.loads(out)
     assert (report["commit"], report["outcome"], report["reason"]) == (commit, "failed", "the samples differ")
     lms = report["pins"][1]

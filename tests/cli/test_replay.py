@@ -114,7 +114,7 @@ def test_a_pipe_in_place_of_settings_is_refused(run, tmp_path, name):
 def test_a_sound_of_another_program_is_refused(run):
     audio.write("a.wav", tone(0.1), 16_000, metadata={"software": "Audacity", "comment": "mine"})
     code, _, err = run("replay", "a.wav")
-    assert code == 2 and err == "ldm2: error: a.wav holds no settings of ldm2 (made by 'Audacity')\n"
+    assert code == 2 and err.startswith("ldm2: error: a.wav ") and "Audacity" in err and err.count("\n") == 1
     code, out, _ = run("info", "a.wav")
     assert code == 0 and "none of ldm2" in out and "16000 Hz" in out and "0.100 s (1600 samples)" in out
 

@@ -228,7 +228,7 @@ def test_below_the_frequency_the_spectrum_is_the_inputs(pipe):
 
 
 def test_a_band_above_the_inputs_own_rate_does_not_fit_its_format(pipe):
-    with pytest.raises(ValueError, match="nothing above 4000 Hz fits into the input's own 8000 Hz"):
+    with pytest.raises(ValueError, match=r"above 4000 Hz.*8000 Hz"):
         pipe.super_resolution(noise(4000), above=4000, sample_rate=8000, keep_format=True)
 
 

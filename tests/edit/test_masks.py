@@ -191,7 +191,7 @@ def test_an_impossible_mask_is_named(options, message):
 
 
 def test_mel_bins_that_do_not_fill_latent_ones_are_named():
-    with pytest.raises(ValueError, match="num_mels must be a multiple of vae_factor, got 30 and 4"):
+    with pytest.raises(ValueError, match=r"num_mels.*vae_factor.*30 and 4"):
         masks.keep_mask(16, 0.64, MelConfig(num_mels=30), 4)
 
 

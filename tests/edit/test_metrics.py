@@ -55,7 +55,7 @@ def test_any_length_has_a_distance(length):
 
 
 def test_two_lengths_are_refused():
-    with pytest.raises(ValueError, match=r"one length are needed, got \(16000,\) and \(100,\)"):
+    with pytest.raises(ValueError, match=r"length.*\(16000,\) and \(100,\)"):
         metrics.compare(SOUND, SOUND[:100], MEL_16KHZ)
 
 

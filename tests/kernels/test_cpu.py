@@ -279,7 +279,7 @@ def test_a_compiled_function_calls_the_kernels_and_serves_all_lengths(library, d
 
 def test_weights_that_do_not_fit_are_refused(library):
     x, weight, bias, _ = conv_inputs(1, 32, 32, 4, 4)
-    with pytest.raises(RuntimeError, match=r"weights \[32, 32, 3, 3\] do not fit \[1, 16, 4, 4\]"):
+    with pytest.raises(RuntimeError, match=r"\[32, 32, 3, 3\].*\[1, 16, 4, 4\]"):
         library.convolution(x[:, :16], weight, bias, None, 0, 1, 1.0)
     with pytest.raises(RuntimeError, match="variant 7 does not take"):
         library.convolution(x, weight, None, None, 7, 1, 1.0)

@@ -312,7 +312,7 @@ def test_stochastic_samplers_need_noise(name, eta):
 
 @pytest.mark.parametrize("start", [-1, 6, 1.0, True, None])
 def test_start_must_be_one_of_the_steps(start):
-    with pytest.raises(ValueError, match=r"start must be an integer from 0 to steps \(5\), got "):
+    with pytest.raises(ValueError, match=r"start must be .*5"):
         sample("ddim", model, draw_latents(2), SCHEDULE, 5, x0=draw_latents(1), start=start)
 
 
@@ -322,10 +322,10 @@ def test_starting_late_needs_x0():
 
 
 def test_x0_must_have_the_shape_of_the_noise():
-    with pytest.raises(ValueError, match=r"x0 \(1, 4, 5, 3\) must have the shape of x_T \(2, 4, 5, 3\)"):
+    with pytest.raises(ValueError, match=r"x0 \(1, 4, 5, 3\).*x_T \(2, 4, 5, 3\)"):
         sample("ddim", model, draw_latents(2, rows=2), SCHEDULE, 5, x0=draw_latents(1), start=2)
 
 
 def test_a_denoiser_must_return_the_shape_of_its_input():
-    with pytest.raises(ValueError, match=r"the denoiser returned \(2, 4, 5, 3\) for x_t \(1, 4, 5, 3\)"):
+    with pytest.raises(ValueError, match=r"denoiser.*\(2, 4, 5, 3\).*x_t \(1, 4, 5, 3\)"):
         sample("ddim", lambda x, t: torch.cat([x, x]), draw_latents(2), SCHEDULE, 5)

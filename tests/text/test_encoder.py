@@ -313,7 +313,7 @@ def test_half_a_character_is_an_error(authors):
 @pytest.mark.parametrize("reference", ["authors", "diffusers"])
 def test_negative_prompts_must_be_one_or_one_each(tiny_checkpoint, reference):
     encoder = build.text_encoder(read_hub_folder(tiny_checkpoint), reference=reference)
-    with pytest.raises(ValueError, match="one negative prompt for all or one for each of the 2 prompts, got 3"):
+    with pytest.raises(ValueError, match=r"negative prompt.* 2 prompts, got 3"):
         encoder.encode_unconditional(encoder.encode(["rain", "a dog"]), ["a", "b", "c"])
 
 
@@ -339,7 +339,7 @@ def test_empty_transcription_is_an_error(speech):
 
 
 def test_unknown_reference_lists_the_known_ones(tiny_checkpoint):
-    with pytest.raises(ValueError, match="reference must be one of authors, diffusers, got 'original'"):
+    with pytest.raises(ValueError, match=r"reference.*authors, diffusers.*'original'"):
         build.text_encoder(read_hub_folder(tiny_checkpoint), reference="original")
 
 

@@ -156,7 +156,7 @@ def test_parts_that_only_speak_are_left_out(tokenizer):
 
 def test_too_small_a_table_is_an_error(tokenizer):
     model = checkpoints.vits()
-    with pytest.raises(ValueError, match="a file: vocab_size must be above 182, the end symbol, got 180"):
+    with pytest.raises(ValueError, match=r"a file: vocab_size.*182.*180"):
         PhonemeText.load(model.config.to_dict() | {"vocab_size": 180}, {}, tokenizer, 40, source="a file")
 
 
