@@ -9,6 +9,7 @@ judge about new prompts and about all kinds that the model knew, with and withou
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import shlex
 import subprocess
@@ -22,7 +23,8 @@ import soundfile
 import torch
 
 import ldm2
-from benchmarks.arguments import count
+from benchmarks import report
+from benchmarks.arguments import add_out, count
 from benchmarks.judge import Measured, is_right, measure
 from benchmarks.tiny_quality import PROMPTS, generate
 from ldm2.mel import log_mel
@@ -43,7 +45,6 @@ NEW = (
 )
 TRAINING = ("--steps 600 --batch-size 8 --rate 1e-3 --warmup 20 --rank 16 --layers attention,feed_forward "
             "--snr-gamma 20 --keep-share 0.4")
-RESULTS = Path(__file__).parent / "results" / "own-sounds.md"
 
 
 def chirps(rng: np.random.Generator, num_samples: int = NUM_SAMPLES) -> np.ndarray:
@@ -135,6 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=count, default=4, help="sounds of each prompt")
     parser.add_argument("--options", default=TRAINING, help="of the command")
     parser.add_argument("--folder", type=Path, help="keep clips and LoRA here")
+    add_out(parser)
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.folder or Path(scratch)
@@ -147,9 +149,15 @@ def main(arguments: list[str] | None = None) -> int:
         before = judge(pipe, given.seeds)
         pipe.load_lora(folder / "chirps")
         after = judge(pipe, given.seeds)
-    report = table(command, seconds, used, passed, before, after, given.seeds)
-    print(report)
-    RESULTS.write_text(report + "\n", encoding="utf-8")
+    text = table(command, seconds, used, passed, before, after, given.seeds)
+    print(text)
+    told = report.about("python -m benchmarks.own_sounds", pipe.device, {
+        "training": command, "seconds": seconds, "core_seconds": used, "sounds_of_a_prompt": given.seeds,
+        "taken_for_chirps": passed,
+        "without": dict(zip(("new", "old"), before)), "with": dict(zip(("new", "old"), after)),
+    })
+    report.write(given.out / "own-sounds.json", json.dumps(told, indent=1) + "\n")
+    report.write(given.out / "own-sounds.md", text + "\n")
     return 0
 
 

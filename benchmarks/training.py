@@ -1,7 +1,8 @@
 """LoRA training of a full-size UNet: the step against the same one written with diffusers and peft, and peak memory.
 
     python -m benchmarks.training                       # step, float32, CPU
-    python -m benchmarks.training --memory FOLDER       # peak memory of the command; FOLDER: see benchmarks.full_size
+    python -m benchmarks.training --memory FOLDER       # and peak memory of the command on a checkpoint that is written
+                                                        # there if it is not there (4.5 GB)
 
 Weights are random, sizes those of cvssp/audioldm2; batch 1 of 10.24 s, rank 16 on all attentions, AdamW.
 """
@@ -9,7 +10,9 @@ Weights are random, sizes those of cvssp/audioldm2; batch 1 of 10.24 s, rank 16 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -17,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -25,8 +29,8 @@ import soundfile
 import torch
 from torch.nn import functional as F
 
-from benchmarks import full_size
-from benchmarks.arguments import count
+from benchmarks import full_size, report
+from benchmarks.arguments import add_out, count
 from ldm2 import weights
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig
@@ -90,8 +94,9 @@ def ours(unet: UNet, schedule: Schedule) -> Callable[[], float]:
     return step
 
 
-def compare(rounds: int) -> str:
-    """Both steps in turn, by the seconds that the process computes. Returns a line of Markdown."""
+def compare(rounds: int) -> dict[str, Any]:
+    """Both steps in turn, by the seconds that the process computes: first losses, seconds, and how many times as fast.
+    """
     unet = full_size.unet()
     fields = {**unet.config, "attention_head_dim": list(unet.config.attention_head_dim)
               if isinstance(unet.config.attention_head_dim, (list, tuple)) else unet.config.attention_head_dim}
@@ -112,13 +117,12 @@ def compare(rounds: int) -> str:
                 seconds[name].append(time.process_time() - began)
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     ratios = [a / b for a, b in zip(*seconds.values())]
-    return (f"first losses {losses}; CPU seconds a step: " + ", ".join(f"{n} {s:.1f}" for n, s in medians.items())
-            + f"; ldm2 is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f}, "
-            f"{rounds} rounds, {torch.get_num_threads()} threads)")
+    return {"losses": losses, "cpu_seconds_a_step": medians, "times_as_fast": statistics.median(ratios),
+            "least": min(ratios), "most": max(ratios), "rounds": rounds}
 
 
-def memory(folder: Path, *words: str) -> str:
-    """Peak memory of the public command on a checkpoint in a folder. Returns a line of Markdown."""
+def memory(folder: Path, *words: str) -> float:
+    """Peak memory in GB of the public command on a checkpoint in a folder."""
     with tempfile.TemporaryDirectory() as scratch:
         clips = Path(scratch) / "clips"
         clips.mkdir()
@@ -131,19 +135,40 @@ def memory(folder: Path, *words: str) -> str:
         _, status, used = os.wait4(process.pid, 0)
         if status:
             raise RuntimeError(f"the training failed: {' '.join(command)}")
-    return f"{' '.join(words) or 'float32'}: {used.ru_maxrss / 1e6:.2f} GB at the peak"
+    return used.ru_maxrss / 1e6
+
+
+def table(found: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    step, lines = found["step"], []
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in step["cpu_seconds_a_step"].items())
+    losses = ", ".join(f"{name} {value:.5f}" for name, value in step["losses"].items())
+    lines.append(f"A step takes, in CPU time: {seconds}. ldm2 is {step['times_as_fast']:.2f} times as fast "
+                 f"({step['least']:.2f} to {step['most']:.2f} in {step['rounds']} rounds in turn). "
+                 f"First losses: {losses}.")
+    if found["memory"]:
+        lines += ["", "| `ldm2 train lora --batch-size 1` | GB at the peak |", "|---|---|"]
+        lines += [f"| {words or 'float32'} | {value:.2f} |" for words, value in found["memory"].items()]
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=count, default=3, help="measured steps of each")
-    parser.add_argument("--memory", type=Path, metavar="FOLDER", help="measure memory instead, on this checkpoint")
+    parser.add_argument("--memory", type=Path, metavar="FOLDER", help="measure memory too, on this checkpoint")
+    add_out(parser)
     given = parser.parse_args(arguments)
-    if given.memory is None:
-        print(compare(given.rounds), flush=True)
-        return 0
-    for words in ((), ("--checkpointing",), ("--dtype", "bfloat16"), ("--dtype", "bfloat16", "--checkpointing")):
-        print(memory(given.memory, *words), flush=True)
+    found: dict[str, Any] = {"step": compare(given.rounds), "memory": {}}
+    if given.memory is not None:
+        folder = given.memory if given.memory.exists() else full_size.save(given.memory)
+        for words in ((), ("--checkpointing",), ("--dtype", "bfloat16"), ("--dtype", "bfloat16", "--checkpointing")):
+            found["memory"][" ".join(words)] = memory(folder, *words)
+    text = table(found)
+    print(text)
+    told = report.about(f"python -m benchmarks.training {shlex.join(sys.argv[1:])}".strip(), torch.device("cpu"), {})
+    report.write(given.out / "training.json", json.dumps(told | found, indent=1) + "\n")
+    lines = [f"- {name}: {value}" for name, value in told.items()]
+    report.write(given.out / "training.md", "\n".join(["# Training a LoRA at full size", "", *lines, "", text, ""]))
     return 0
 
 

@@ -136,6 +136,13 @@ class TextEncoder(nn.Module):
             return self._encode_padded([UNCONDITIONAL], self.num_vectors).repeat(rows)
         return self._speechless([""], self.num_vectors).repeat(rows)
 
+    @inference
+    def inputs(self, prompt: str, *, transcription: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `generate` takes for one prompt: clap (1, D0), states (1, L, D1) and mask (1, L). Needs a GPT-2."""
+        [line] = self._lines([prompt], transcription, None)
+        states, mask = self.t5([prompt]) if self.phonemes is None else self.phonemes([line.phonemes])
+        return self.clap([prompt]), states, mask
+
     def generate(self, clap: Tensor, states: Tensor, mask: Tensor, num_vectors: int) -> Tensor:
         """clap (B, D0), states (B, L, D1) of T5 or phonemes, mask (B, L) bool -> GPT-2's (B, num_vectors, D)."""
         sequence, places = self.projection(clap, states, mask)

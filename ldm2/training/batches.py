@@ -27,6 +27,7 @@ class Batch:
     """Rows of a training step: scaled latents and noise (B, C, T, F), time steps (B,), what they are conditioned on.
 
     kept: (B,) true where the model is to predict what it did before the training, whatever the noise is.
+    texts: the keys of the conditionings of the rows.
     """
 
     x_0: Tensor
@@ -34,6 +35,7 @@ class Batch:
     t: Tensor
     conditioning: Conditioning
     kept: Tensor
+    texts: tuple[str, ...] = ()
 
 
 class Rows(Protocol):
@@ -68,12 +70,12 @@ class Batches:
     def take(self, step: int, first: int, count: int) -> Batch:
         """Rows first .. first + count - 1 of a training step."""
         parts = [self._row(step, row) for row in range(first, first + count)]
-        x_0, eps, conditions, kept = (list(column) for column in zip(*parts))
+        x_0, eps, texts, kept = (list(column) for column in zip(*parts))
         return Batch(torch.stack(x_0), torch.stack(eps), self.steps(step)[first : first + count],
-                     Conditioning.join(conditions), torch.tensor(kept))
+                     Conditioning.join([self._conditioning(key) for key in texts]), torch.tensor(kept), tuple(texts))
 
-    def _row(self, step: int, row: int) -> tuple[Tensor, Tensor, Conditioning, bool]:
-        """Latents (C, T, F), noise of that shape, and conditioning of one row, and whether it is kept."""
+    def _row(self, step: int, row: int) -> tuple[Tensor, Tensor, str, bool]:
+        """Latents (C, T, F), noise of that shape, and key of the conditioning of one row, and whether it is kept."""
         generator = generator_for(generator_for(self.seed, step).initial_seed(), 1 + row)
         example, own = self._example(step, row, generator)
         kept = self.store.get(example.latents)
@@ -85,7 +87,7 @@ class Batches:
         latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
         key = self.nothing if dropped else example.conditions[chosen]
         eps = torch.randn(mean.shape, generator=generator)
-        return self.scaling * latents, eps, self._conditioning(key), own or (dropped and bool(self.own))
+        return self.scaling * latents, eps, key, own or (dropped and bool(self.own))
 
     def _example(self, step: int, row: int, generator: torch.Generator) -> tuple[Example, bool]:
         """One of the clips, each of them once before any comes again; or one of the model's own sounds, and true."""

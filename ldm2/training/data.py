@@ -40,6 +40,11 @@ class Data:
     clips: list[Clip] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
+    @property
+    def texts(self) -> dict[tuple[str, str | None], Clip]:
+        """Every caption with what is said in it, and the last clip that has it."""
+        return {(caption, clip.transcription): clip for clip in self.clips for caption in clip.captions}
+
 
 def read(place: str | Path, sounds: str | Path | None = None, strict: bool = False) -> Data:
     """The clips of a folder or a table. No sound is opened.

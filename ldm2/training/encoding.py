@@ -205,7 +205,7 @@ def _encode_sound(pipe: Stages, path: Path, frames: int, basis: list, store: Sto
 
 def _encode_texts(pipe: Stages, data: Data, basis: list, store: Store, report: Report) -> str:
     """Put all captions into the store, and the unconditional side, whose key this returns."""
-    texts = {(caption, clip.transcription): clip for clip in data.clips for caption in clip.captions}
+    texts = data.texts
     missing = {key_of("text", *basis, *text): (text, clip) for text, clip in texts.items()}
     nothing = key_of("text", *basis, "", None)
     missing = {key: text for key, text in missing.items() if not store.has(key)}

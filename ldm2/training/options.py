@@ -25,7 +25,9 @@ from ldm2.settings import MAX_SECONDS
 
 LORA, FINETUNE, DISTILL = TASKS = ("lora", "finetune", "distill")
 FROM_SOUNDS = (LORA, FINETUNE)
-LAYERS = ("attention", "feed_forward", "convolution", "time")
+LAYERS_OF_UNET = ("attention", "feed_forward", "convolution", "time")
+PROJECTION = "projection"                  # of CLAP and T5 (or phonemes) to the inputs of GPT-2
+LAYERS = (*LAYERS_OF_UNET, PROJECTION)
 TEACHER_STEPS = 24                         # at least; a guided run in fewer of them is another sound
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -103,8 +105,9 @@ class Training:
         number(above=0), "the LoRA's product counts alpha / rank (default: the rank)", group="lora",
         tasks=(LORA, DISTILL))
     layers: Sequence[str] | None = option(
-        layer_names(), f"which layers get one: {', '.join(LAYERS)}; with commas between them", group="lora",
-        default=("attention",), per_task={DISTILL: LAYERS}, tasks=(LORA, DISTILL), metavar="NAMES")
+        layer_names(), f"which layers get one: {', '.join(LAYERS_OF_UNET)} of the UNet, {PROJECTION} before GPT-2; "
+        "with commas between them", group="lora",
+        default=("attention",), per_task={DISTILL: LAYERS_OF_UNET}, tasks=(LORA, DISTILL), metavar="NAMES")
     full: bool = option(flag(), "train the whole UNet instead; the result is a checkpoint", group="lora", value=False,
                         tasks=(DISTILL,))
 
@@ -194,6 +197,8 @@ class Training:
             done = replace(done, alpha=float(done.rank or 1))
         if done.evaluations is not None:
             done = done._with_teacher(done.evaluations)
+        if done.task == DISTILL and done.trains_projection:
+            raise ValueError(f"layers of {DISTILL} are of the UNet ({', '.join(LAYERS_OF_UNET)}), got {PROJECTION!r}")
         if done.patience is not None and not done.held_out:
             raise ValueError(f"patience {done.patience} needs held_out, the share of clips to measure the loss on")
         return done
@@ -209,6 +214,11 @@ class Training:
     def low_rank(self) -> bool:
         """Whether a LoRA is trained, and not all weights."""
         return self.task == LORA or (self.task == DISTILL and not self.full)
+
+    @property
+    def trains_projection(self) -> bool:
+        """Whether the projection before GPT-2 is trained too."""
+        return PROJECTION in (self.layers or ())
 
     @property
     def asks_the_untrained(self) -> bool:

@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,17 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm2 import weights
 from ldm2.attention import Transformer2D
-from ldm2.checkpoints.adapter import FILE
+from ldm2.checkpoints.adapter import FILE, Adapter
 from ldm2.checkpoints.convert import convert, license_notice, license_of
 from ldm2.checkpoints.writer import write_safetensors
 from ldm2.fields import read_json
 from ldm2.layers import ResnetBlock
+from ldm2.text.encoder import TextEncoder
 from ldm2.training.folder import Folder
 from ldm2.training.frozen import hasten
 from ldm2.training.loop import Recipe, generator_for
 from ldm2.training.lora import Lora, add_lora
-from ldm2.training.options import Training
+from ldm2.training.options import PROJECTION, Training
 from ldm2.unet import UNet
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -34,13 +35,15 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 @dataclass
 class Trained:
-    """What is trained. module: holds all that is, and for a full training the rest of the UNet. lora: None for that.
+    """What is trained. module: holds all that is, and for a full training the rest of the UNet.
 
-    before: a copy of the UNet from before a full training, where one is needed.
+    unet: as it is now. loras: by the part of the checkpoint; none for a full training. before: a copy of the UNet from
+    before that, where one is needed.
     """
 
     module: nn.Module
-    lora: Lora | None
+    unet: UNet
+    loras: Mapping[str, Lora]
     before: UNet | None = None
 
     @property
@@ -51,30 +54,42 @@ class Trained:
     @contextmanager
     def untrained(self) -> Iterator[nn.Module]:
         """The UNet as it was before the training, for the time of a `with`; what it computes takes no gradient."""
-        with torch.no_grad():
-            if self.lora is None:
-                assert self.before is not None
-                yield self.before
-            else:
-                with self.lora.off() as unet:
-                    yield unet
+        with torch.no_grad(), self.loras["unet"].off() if "unet" in self.loras else nullcontext():
+            yield self.unet if self.before is None else self.before
+
+    def adapter(self, **about: Any) -> Adapter:
+        """The LoRA as a file has it. about: words for its header."""
+        layers = {name: layer for part, lora in self.loras.items() for name, layer in lora.adapter(part).layers.items()}
+        return Adapter(layers, about=about)
 
 
-def prepare(unet: UNet, options: Training) -> Trained:
-    """Make the UNet ready: the parameters that need a gradient are float32 and in memory of their own."""
+def prepare(unet: UNet, options: Training, text: TextEncoder | None = None) -> Trained:
+    """Make the UNet ready: the parameters that need a gradient are float32 and in memory of their own.
+
+    text: needed where the projection before GPT-2 is trained too.
+    """
     if options.low_rank:
         hasten(unet)
     if options.checkpointing:
         recompute(unet)
     if options.low_rank:
-        lora = add_lora(unet, options.rank or 1, options.alpha, options.layers or (),
-                        generator=generator_for(options.seed or 0, 0))
-        return Trained(nn.ModuleList(lora.parts.values()), lora)
+        generator, loras = generator_for(options.seed or 0, 0), {}
+        targets = [each for each in options.layers or () if each != PROJECTION]
+        parts: dict[str, tuple[nn.Module | None, list[str]]] = {"unet": (unet, targets)}
+        if text is not None:
+            parts["projection_model"] = text.projection, [PROJECTION]
+            text.requires_grad_(False)
+        for part, (module, kinds) in parts.items():
+            assert module is not None
+            module.requires_grad_(False)
+            if kinds:
+                loras[part] = add_lora(module, options.rank or 1, options.alpha, kinds, generator=generator)
+        return Trained(nn.ModuleList(part for lora in loras.values() for part in lora.parts.values()), unet, loras)
     before = copy.deepcopy(unet).requires_grad_(False) if options.asks_the_untrained else None
     for parameter in unet.parameters():
         parameter.data = parameter.detach().clone()        # else they are those of the mapped file
         parameter.requires_grad_(True)
-    return Trained(unet, None, before)
+    return Trained(unet, unet, {}, before)
 
 
 def recompute(unet: UNet) -> None:
@@ -95,7 +110,7 @@ def recipe(options: Training) -> Recipe:
 def bytes_needed(trained: Trained, options: Training) -> int:
     """Disk for the state of a training (with that of the save before) and its result."""
     copies = 4 + (options.patience is not None)            # weights, two moments, their average, the best
-    result = 0 if trained.lora else sum(p.nbytes for p in trained.module.parameters())
+    result = 0 if trained.loras else sum(p.nbytes for p in trained.module.parameters())
     return (2 * copies + 1) * 4 * trained.numbers + result
 
 
@@ -105,10 +120,10 @@ def write(trained: Trained, model: str, load: Mapping[str, Any], path: Path, fol
 
     model, load: arguments of `ldm2.load`; path: the checkpoint. settings: those that the result is to be sampled with.
     """
-    if trained.lora is None:
+    if not trained.loras:
         return _write_checkpoint(trained.module, model, load, path, folder, settings)
     file = folder.out / FILE
-    trained.lora.adapter("unet", base_model=model, steps=steps).save(file, overwrite=True)
+    trained.adapter(base_model=model, steps=steps).save(file, overwrite=True)
     said = " ".join(license_notice(license_of(model, path)))
     words = f"--model {model} --lora {folder.out}{_words(settings)}"
     return f"{said}\nThe LoRA is {file}; try: ldm2 generate \"...\" {words}"

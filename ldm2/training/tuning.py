@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.util import find_spec
@@ -36,6 +36,7 @@ from ldm2.training.loop import HELD_OUT, Clock, Told, processes, rank
 from ldm2.training.loop import train as run_loop
 from ldm2.training.objective import add_noise, step_weights, target
 from ldm2.training.options import Training
+from ldm2.training.words import Words, check_projection, encode_words
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +76,21 @@ class Learner:
 
     def __post_init__(self) -> None:
         self.unet, self.schedule = self.pipe.unet, self.pipe.schedule
+        self.words: Words | None = None                    # makes conditionings anew
         self.step = 0                                      # the number of the last step, from 1
         self._alphas = torch.as_tensor(self.schedule.alphas_cumprod, dtype=torch.float32)
 
     def prepare(self) -> outcome.Trained:
         """Make the UNet ready to be trained. Returns what of it is."""
-        self.trained = outcome.prepare(self.unet, self.options)
+        text = self.pipe.text if self.options.trains_projection else None
+        self.trained = outcome.prepare(self.unet, self.options, text)
         return self.trained
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """The time during which what is trained is in memory."""
+        with self.pipe.stages["unet"], self.pipe.stages["text"] if self.options.trains_projection else nullcontext():
+            yield
 
     def predict(self, unet: Any, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The prediction for x (B, C, T, F) at t (B,), float32, on the device of the model."""
@@ -94,13 +103,21 @@ class Learner:
         kind = self.schedule.prediction_type
         a = self._alphas[batch.t]
         x_t, wanted = add_noise(batch.x_0, batch.eps, a), target(kind, batch.x_0, batch.eps, a)
-        predicted = self.predict(self.unet, x_t, batch.t, batch.conditioning)
+        predicted = self.predict(self.unet, x_t, batch.t, self._conditioning(batch))
         wanted = wanted.to(predicted.device)
         if rows := batch.kept.nonzero()[:, 0].tolist():
             with self.trained.untrained() as unet:
                 wanted[rows] = self.predict(unet, x_t[rows], batch.t[rows], batch.conditioning.select(rows))
         squared = ((predicted - wanted) ** 2).mean(dim=(1, 2, 3))
         return step_weights(kind, a, self.options.snr_gamma or 0).to(predicted.device) * squared
+
+    def _conditioning(self, batch: Batch) -> Conditioning:
+        """What the rows are conditioned on, as the model makes it now."""
+        if self.words is None:
+            return batch.conditioning
+        device = self.pipe.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return self.words(batch.conditioning.to(device), batch.texts)
 
     def example(self, latents: Tensor, conditioning: Conditioning) -> Any:
         """A batch to measure with."""
@@ -140,18 +157,25 @@ def train(job: Job) -> str:
         found = data.read(job.data, options.sounds, options.strict)
         prompts = [] if options.keep is None else data.texts(options.keep, "prompt")
         pipe = load_model(job, device, torch.float32)
+        if options.trains_projection:
+            check_projection(pipe)
         frames = frames_of(pipe, options)
         if rank() == 0:
             folder.begin(asked, job.overwrite)
         with shown(job.progress and rank() == 0) as report:
             examples = by_the_first(lambda: encode(pipe, asked["model"], found, frames, store, options.strict, report))
             own = by_the_first(lambda: own_sounds(pipe, asked["model"], prompts, frames, store, report))
+            if options.trains_projection:
+                texts = {text: None for text in [*found.texts, *((prompt, None) for prompt in prompts)]}
+                by_the_first(lambda: encode_words(pipe, asked["model"], texts, store, report))
         kept, aside = split(examples, options.held_out or 0, options.seed or 0)
         tell_skipped(examples.skipped)
         _check_count(kept, options)
         if rank() == 0:
             folder.settle(asked | {"data": [example.latents for example in (*examples.all, *own)]})
         learner = _learner(job, options, pipe)
+        if options.trains_projection:
+            learner.words = Words(learner.pipe, store)
         common: dict[str, Any] = {"frames": frames, "scaling": pipe.vae.config.scaling_factor,
                                   "total": pipe.schedule.num_train_timesteps}
         rows = (options.batch_size or 1) * (options.accumulate or 1) * processes()
@@ -164,7 +188,7 @@ def train(job: Job) -> str:
 def run_training(job: Job, folder: Folder, learner: Learner, batches: Rows, held_out: Rows) -> str:
     """The training itself, with the UNet alone in memory."""
     options = learner.options
-    with learner.pipe.stages["unet"], ExitStack() as stack:
+    with learner.at_work(), ExitStack() as stack:
         trained = learner.prepare()
         folder.check_space(outcome.bytes_needed(trained, options))
         clock = Clock(folder.inside, None, job.progress, 60 * (options.save_minutes or 0), curve=True)
@@ -189,6 +213,8 @@ def estimate(job: Job) -> str:
     found = data.read(job.data, options.sounds, options.strict)
     _check_count(found.clips, options)
     pipe = load_model(job, choose_device(job.load.get("device", "auto")), torch.float32)
+    if options.trains_projection:
+        check_projection(pipe)
     learner = _learner(job, options, pipe)
     trained, each, needed = measured(learner, frames_of(pipe, options))
     peak = gigabytes(peak_bytes(pipe.device))
@@ -202,7 +228,7 @@ def estimate(job: Job) -> str:
 def measured(learner: Learner, frames: int) -> tuple[outcome.Trained, float, int]:
     """What is trained, the seconds of a step of it, and the bytes of disk that the training needs."""
     options = learner.options
-    with learner.pipe.stages["unet"]:
+    with learner.at_work():
         trained = learner.prepare()
         optimizer = torch.optim.AdamW([p for p in trained.module.parameters() if p.requires_grad])
         seconds = min(_step_seconds(learner, optimizer, frames) for _ in range(2))

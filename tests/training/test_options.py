@@ -2,7 +2,7 @@
 
 import pytest
 
-from ldm2.training.options import DISTILL, FINETUNE, LAYERS, LORA, Training, difference
+from ldm2.training.options import DISTILL, FINETUNE, LAYERS_OF_UNET, LORA, Training, difference
 
 
 def test_what_is_not_given_takes_the_default_of_the_task():
@@ -32,9 +32,14 @@ def test_the_steps_of_a_teacher_are_a_multiple_of_the_students(evaluations, step
     assert Training(DISTILL, evaluations=evaluations).resolved().teacher_steps == steps
 
 
+def test_a_student_has_no_projection_of_its_own():
+    with pytest.raises(ValueError, match=r"layers of distill are of the UNet.*'projection'"):
+        Training(DISTILL, layers=("attention", "projection")).resolved()
+
+
 def test_a_student_is_a_lora_or_all_of_it():
     student, whole = Training(DISTILL).resolved(), Training(DISTILL, full=True).resolved()
-    assert (student.low_rank, student.alpha, student.layers) == (True, 16.0, LAYERS) and not whole.low_rank
+    assert (student.low_rank, student.alpha, student.layers) == (True, 16.0, LAYERS_OF_UNET) and not whole.low_rank
 
 
 def test_patience_needs_clips_to_measure_on():

@@ -1,4 +1,4 @@
-"""Trainings of models that are told what to do in other ways than AudioLDM2: by a FiLM vector, and by what is said."""
+"""Trainings beyond the UNet of a sound model: FiLM vectors, speech, and the projection before GPT-2."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,12 @@ import torch
 
 import ldm2
 from benchmarks import checkpoints
+from ldm2.checkpoints import lora_files
 from ldm2.cli.commands import main
-from ldm2.training.options import DISTILL, LORA
+from ldm2.training.encoding import Store, basis_of, encode_sides, join_rows
+from ldm2.training.options import DISTILL, LORA, Training
+from ldm2.training.tuning import Learner
+from ldm2.training.words import Words, encode_words
 from tests import authors
 from tests.training.runs import losses
 
@@ -50,3 +54,46 @@ def test_the_loss_falls_and_the_lora_fits(models, clips, tmp_path, kind, task):
     before = layer.weight.clone()
     pipe.load_lora(out)
     assert not torch.equal(layer.weight, before)
+
+
+def test_the_projection_before_gpt2_learns_too(clips, tmp_path):
+    out = tmp_path / "out"
+    assert main(["train", "lora", str(clips), "-o", str(out), "--model", "tiny", "-q", "--seconds", "0.32",
+                 "--steps", "3", "--batch-size", "2", "--warmup", "1", "--rate", "0.05", "--rank", "2", "--drop", "0",
+                 "--layers", "attention,projection"]) == 0
+    layers = lora_files.read(out / "pytorch_lora_weights.safetensors").layers
+    trained = {name: layer for name, layer in layers.items() if name.startswith("projection_model.")}
+    assert set(trained) == {"projection_model.projection", "projection_model.projection_1"}
+    assert all(layer.up.abs().max() > 0 for layer in trained.values()) and len(layers) > len(trained)
+    pipe = ldm2.load("tiny", device="cpu")
+    before = pipe.encode("a woman speaks")
+    pipe.load_lora(out)
+    changed = pipe.encode("a woman speaks")
+    assert (changed.contexts[0] - before.contexts[0]).abs().max() > 1e-3
+    assert torch.equal(changed.contexts[1], before.contexts[1])
+    pipe.unload_lora()
+    assert torch.equal(pipe.encode("a woman speaks").contexts[0], before.contexts[0])
+
+
+def test_vectors_made_anew_are_those_of_the_text_encoder_and_take_gradients(tmp_path):
+    pipe, store = ldm2.load("tiny", device="cpu"), Store(tmp_path)
+    texts = [("a siren", None), ("a long low tone, quiet", None)]
+    keys = [side[0] for side in encode_sides(pipe, texts, basis_of(pipe, "tiny"), store, lambda *_: None).values()]
+    encode_words(pipe, "tiny", texts, store, lambda *_: None)
+    learner = Learner(pipe, Training(LORA, layers="projection", rank=2).resolved(), torch.float32)
+    learner.words = Words(pipe, store)
+    trained = learner.prepare()
+    assert set(trained.loras) == {"projection_model"}
+    stored = join_rows(store, [*keys, keys[0]])
+    found = learner.words(stored, (*keys, "unconditional"))
+    torch.testing.assert_close(found.contexts[0], stored.contexts[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.contexts[1], stored.contexts[1])
+    found.contexts[0].square().sum().backward()
+    assert all(part.up.grad.abs().max() > 0 for part in trained.loras["projection_model"].parts.values())
+    assert not any(p.requires_grad for p in pipe.unet.parameters())
+
+
+def test_a_model_without_gpt2_has_no_projection_to_train(models, clips, tmp_path, capsys):
+    assert main(["train", "lora", str(clips), "-o", str(tmp_path / "out"), *models["film"], "-q", "--layers",
+                 "projection"]) == 2
+    assert "layers holds projection, which this model has not" in capsys.readouterr().err
