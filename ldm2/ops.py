@@ -227,6 +227,24 @@ def _fusible(reference: Callable) -> Operation:
     return operation
 
 
+def at_once(name: str, x: Tensor, *args: Any) -> Any:
+    """The result of a sequence of operations on x as one kernel, NotImplemented where they are to run one by one.
+
+    That is the case for all but a few sequences on the CPU, whose operations each have a kernel there as well, and for
+    a compiled model, whose compiler sees the operations. args: as the kernel `name` of `ldm2_kernels` has them.
+    """
+    if torch.compiler.is_compiling() or not _choice(name, x.device.type)[0]:
+        return NotImplemented
+    tensors = [x]
+    for arg in args:
+        if isinstance(arg, (list, tuple)):
+            tensors += [part.values if isinstance(part, Int8) else part for part in arg if part is not None]
+    floating = [tensor for tensor in tensors if tensor.dtype != torch.int8]
+    if any(tensor.device != x.device for tensor in tensors) or _obstacle(floating) is not None:
+        return NotImplemented
+    return _kernels[x.device.type][name](x, *args)
+
+
 def _refusal(name: str, like: Tensor, there: bool, obstacle: str | None) -> str:
     """One line that says why backend("fused") cannot be kept."""
     device_type = like.device.type

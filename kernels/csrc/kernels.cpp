@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "norm.h"
 #include "winograd_tiles.h"
 
 #define TEXT_OF(name) #name
@@ -12,6 +13,7 @@
 #define JOINED(a, b) JOINED_OF(a, b)
 
 ldm2::Kernels ldm2::JOINED(kernels_, LDM2_SET)() {
-  return {TEXT(LDM2_SET), winograd<WinogradFloat>(), winograd<WinogradBFloat16>(), linear<Float32>, linear<BFloat16>,
-          attention<Float32>, attention<BFloat16>, attention_scratch};
+  return {TEXT(LDM2_SET), winograd<WinogradFloat>(), winograd<WinogradBFloat16>(), norms<Float32>(),
+          norms<BFloat16>(), linear<Float32>, linear<BFloat16>, attention<Float32>, attention<BFloat16>,
+          attention_scratch};
 }

@@ -55,14 +55,34 @@ struct WinogradKernels {
                int64_t ldc, const float* next);
 };
 
-// y (rows, width) = x (rows, depth; x_stride apart) w^T + bias, w (width, depth), width a multiple of PANEL.
+// Rows of `width` numbers, next to each other: y = layer_norm(x + added) * weight + bias, and sum = x + added. Without
+// `added` there is no sum. All float32 or all bfloat16. width: a multiple of PANEL.
+struct LayerNorm {
+  int64_t width;
+  const void *x, *added, *weight, *bias;
+  float eps;
+  void *sum, *y;
+};
+
+// Normalization of one dtype.
+struct NormKernels {
+  void (*layer_norm)(const LayerNorm& job, int64_t first_row, int64_t end_row, float* scratch);   // scratch: a row
+  // Of x (positions, channels), per channel: the sums of x - pivot, then those of the squares.
+  void (*channel_sums)(const void* x, int64_t positions, int64_t channels, const float* pivots, float* sums);
+  // y = x * factor + shift, per channel; activate: SiLU of that.
+  void (*scale_channels)(const void* x, int64_t positions, int64_t channels, const float* factors,
+                         const float* shifts, bool activate, void* y);
+};
+
+// y (rows, width) = x (rows, depth; x_stride apart) w^T + bias + residual, w (width, depth), width a multiple of PANEL.
 // gated: w and bias have a second half of as many rows, whose GELU multiplies what the first half gives. x, w and y are
 // float32 or bfloat16 (depth and x_stride even), the bias is float32. factors: null, or what the rows of w, which then
-// are integers of 8 bits, are multiplied with.
+// are integers of 8 bits, are multiplied with. residual: null, or as y, and not for gated ones.
 struct Linear {
   int64_t rows, depth, width, x_stride;
   const void *x, *w;
   const float *factors, *bias;
+  const void* residual;
   void* y;
   bool gated;
 };
@@ -86,6 +106,7 @@ constexpr int64_t linear_scratch(int64_t depth) {
 struct Kernels {
   const char* name;
   WinogradKernels winograd_float, winograd_bfloat16;
+  NormKernels norm_float, norm_bfloat16;
   // Columns [16 * first, 16 * end) of y.
   void (*linear_float)(const Linear& job, int64_t first, int64_t end, float* scratch);
   void (*linear_bfloat16)(const Linear& job, int64_t first, int64_t end, float* scratch);

@@ -32,8 +32,11 @@ void finish(const ldm2::Linear& job, int64_t row, int64_t rows, const int64_t* c
         store(to + n, value * gelu<Type>(gate));
       }
     } else {
+      auto added = static_cast<const typename Type::element*>(job.residual);
+      if (added != nullptr) added += (row + i) * job.width + columns[0];
       for (int64_t n = 0; n < panels * PANEL; n += LANES) {
-        store(to + n, complete(job, from + n, columns[0] + n));
+        vec value = complete(job, from + n, columns[0] + n);
+        store(to + n, added == nullptr ? value : value + load(added + n));
       }
     }
   }

@@ -3,6 +3,8 @@
 //   ldm2_cpu::convolution(x, weight, bias, residual, ...)   convolution of stride 1, channels-last
 //   ldm2_cpu::linear(x, weight, bias, gated)                x weight^T + bias
 //   ldm2_cpu::attention(q, k, v, bias)                      each in float32 and bfloat16, weights also in int8
+//   ldm2_cpu::transformer_block(x, parameters, ...)         made of the last two and layer norms
+//   ldm2_cpu::layer_norm, add_layer_norm, group_norm
 //   ldm2_cpu::instruction_sets()                            those to choose from, best first; the best is the default
 //   ldm2_cpu::use_instruction_set(name)
 //

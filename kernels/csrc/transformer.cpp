@@ -1,6 +1,6 @@
-// What transformers are made of: linear layers and attention.
+// What transformers are made of: linear layers, attention, and blocks of them.
 
-#include "operators.h"
+#include "transformer.h"
 
 namespace ldm2 {
 namespace {
@@ -22,9 +22,9 @@ struct RowView {
 };
 
 // gated: the first half of the weight's rows gives values, the GELU of the second half multiplies them.
-// scale: of each output channel of int8 weights.
-at::Tensor linear(const at::Tensor& x, const at::Tensor& given, const std::optional<at::Tensor>& bias, bool gated,
-                  const std::optional<at::Tensor>& scale) {
+// scale: of each output channel of int8 weights. residual: dense and as the result, to which it is added.
+at::Tensor add_linear(const at::Tensor& x, const at::Tensor& given, const std::optional<at::Tensor>& bias, bool gated,
+                      const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& residual) {
   auto type = x.scalar_type();
   TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, "x must be float32 or bfloat16, got ", type);
   std::optional<at::Tensor> factors = factors_of(given, scale, type);
@@ -37,9 +37,12 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& given, const std::optio
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = width;
   at::Tensor y = at::empty(sizes, x.options());
+  TORCH_CHECK(!residual.has_value() || (residual->sizes() == y.sizes() && residual->scalar_type() == type &&
+              residual->is_contiguous() && !gated), "residual must be ", y.sizes(), " in ", type);
   RowView rows(x);
   Linear job{rows.count, rows.width, width, rows.stride, rows.tensor.const_data_ptr(), weight.const_data_ptr(),
-             float_data(factors), float_data(wide_bias), y.data_ptr(), gated};
+             float_data(factors), float_data(wide_bias), residual.has_value() ? residual->const_data_ptr() : nullptr,
+             y.data_ptr(), gated};
   int64_t size = x.element_size();
   auto compute = type == at::kFloat ? kernels().linear_float : kernels().linear_bfloat16;
   // Pairs of panels are shared out, and the rows too where there are more threads than pairs.
@@ -56,11 +59,17 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& given, const std::optio
       piece.rows = job.rows * (part + 1) / parts - row;
       piece.x = static_cast<const char*>(job.x) + row * job.x_stride * size;
       piece.y = static_cast<char*>(job.y) + row * job.width * size;
+      if (job.residual != nullptr) piece.residual = static_cast<const char*>(job.residual) + row * job.width * size;
       compute(piece, 2 * pair, std::min(2 * end, panels), memory);
       from += end - pair;
     }
   });
   return y;
+}
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, bool gated,
+                  const std::optional<at::Tensor>& scale) {
+  return add_linear(x, weight, bias, gated, scale, std::nullopt);
 }
 
 at::Tensor linear_meta(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>&, bool gated,
@@ -119,14 +128,82 @@ at::Tensor attention_meta(const at::Tensor& q, const at::Tensor&, const at::Tens
   return at::empty_symint({sizes[0], sizes[2], sizes[1], sizes[3]}, q.options()).transpose(1, 2);
 }
 
+// The layers of a block: parameters in the order that ldm2_kernels.cpu gives them, `next` at a time, and the scales of
+// those that are int8 weights.
+class Parameters {
+ public:
+  Parameters(at::TensorList tensors, const c10::List<std::optional<at::Tensor>>& scales)
+      : tensors_(tensors), scales_(scales) {}
+
+  at::Tensor linear(const at::Tensor& x, bool bias, bool gated = false,
+                    const std::optional<at::Tensor>& residual = std::nullopt) {
+    std::optional<at::Tensor> scale = scales_.get(next_);
+    const at::Tensor& weight = tensors_[next_++];
+    return add_linear(x, weight, bias ? std::optional(tensors_[next_++]) : std::nullopt, gated, scale, residual);
+  }
+
+  at::Tensor layer_norm(const at::Tensor& x, double eps) {
+    next_ += 2;
+    return add_layer_norm(x, std::nullopt, tensors_[next_ - 2], tensors_[next_ - 1], eps).second;
+  }
+
+  void skip(int64_t count) { next_ += count; }
+
+ private:
+  at::TensorList tensors_;
+  const c10::List<std::optional<at::Tensor>>& scales_;
+  size_t next_ = 0;
+};
+
+constexpr size_t BLOCK_PARAMETERS = 20;
+
+// x (B, L, C) as k * B rows, one after the other.
+at::Tensor tile_batch(const at::Tensor& x, int64_t rows) {
+  return x.size(0) == rows ? x : x.repeat({rows / x.size(0), 1, 1});
+}
+
+// x + self-attention, then + attention to keys and values (B', H, L, D) or to itself again, then + the gated linear
+// layers, each of the layer norm of what stands before it. B' is a multiple of x's B, and becomes that of the result.
+at::Tensor transformer_block(const at::Tensor& given, at::TensorList tensors,
+                             const c10::List<std::optional<at::Tensor>>& scales,
+                             const std::optional<at::Tensor>& keys, const std::optional<at::Tensor>& values,
+                             const std::optional<at::Tensor>& bias, int64_t heads, double eps) {
+  TORCH_CHECK(tensors.size() == BLOCK_PARAMETERS && scales.size() == BLOCK_PARAMETERS, "a block has ",
+              BLOCK_PARAMETERS, " parameters, got ", tensors.size());
+  TORCH_CHECK(given.dim() == 3 && given.size(2) % heads == 0 && keys.has_value() == values.has_value(),
+              "a block does not take ", given.sizes(), " in ", heads, " heads");
+  Parameters parameters(tensors, scales);
+  auto split = [&](const at::Tensor& x) { return x.view({x.size(0), x.size(1), heads, -1}).transpose(1, 2); };
+  auto join = [](const at::Tensor& x) { return x.transpose(1, 2).flatten(2); };
+  at::Tensor x = given.contiguous();
+  for (bool crossing : {false, true}) {
+    at::Tensor h = parameters.layer_norm(x, eps), q = parameters.linear(h, false), attended;
+    if (crossing && keys.has_value()) {
+      parameters.skip(2);                                  // which made the keys and values
+      x = tile_batch(x, keys->size(0));
+      attended = attention(split(tile_batch(q, keys->size(0))), *keys, *values, bias);
+    } else {
+      at::Tensor k = parameters.linear(h, false), v = parameters.linear(h, false);
+      attended = attention(split(q), split(k), split(v), std::nullopt);
+    }
+    x = parameters.linear(join(attended), true, false, x);
+  }
+  at::Tensor h = parameters.linear(parameters.layer_norm(x, eps), true, true);
+  return parameters.linear(h, true, false, x);
+}
+
 TORCH_LIBRARY_FRAGMENT(ldm2_cpu, library) {
   library.def("linear(Tensor x, Tensor weight, Tensor? bias, bool gated, Tensor? scale=None) -> Tensor");
   library.def("attention(Tensor q, Tensor k, Tensor v, Tensor? bias) -> Tensor");
+  library.def(
+      "transformer_block(Tensor x, Tensor[] parameters, Tensor?[] scales, Tensor? keys, Tensor? values, Tensor? bias, "
+      "int heads, float eps) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ldm2_cpu, CPU, library) {
   library.impl("linear", linear);
   library.impl("attention", attention);
+  library.impl("transformer_block", transformer_block);
 }
 
 TORCH_LIBRARY_IMPL(ldm2_cpu, Meta, library) {

@@ -38,10 +38,10 @@ MODULES: dict[str, dict[str, str | None]] = {
         "conv1d": "ldm2_kernels.cpu",
         "conv_transpose1d": "ldm2_kernels.cpu",
         "residual_blocks": "ldm2_kernels.cpu",
-        "group_norm": None,
-        "group_norm_silu": None,
-        "layer_norm": None,
-        "add_layer_norm": None,
+        "group_norm": "ldm2_kernels.cpu_norms",
+        "group_norm_silu": "ldm2_kernels.cpu_norms",
+        "layer_norm": "ldm2_kernels.cpu_norms",
+        "add_layer_norm": "ldm2_kernels.cpu_norms",
         "linear": "ldm2_kernels.cpu",
         "linear_geglu": "ldm2_kernels.cpu",
         "geglu": None,
@@ -52,6 +52,8 @@ MODULES: dict[str, dict[str, str | None]] = {
     },
 }
 
+# Several operations at once: kernels without an operation of their own, which `ops.at_once` tries.
+SEQUENCES: dict[str, dict[str, str]] = {"cpu": {"transformer_block": "ldm2_kernels.cpu_norms"}}
 
 # Why an operation without a kernel needs none there.
 REASONS: dict[str, dict[str, str]] = {
@@ -66,10 +68,6 @@ REASONS: dict[str, dict[str, str]] = {
         "residual_blocks": "cuDNN, and kernels between its convolutions",
     },
     "cpu": {
-        "group_norm": "memory-bound, and a small part of a step",
-        "group_norm_silu": "memory-bound, and a small part of a step",
-        "layer_norm": "memory-bound, and a small part of a step",
-        "add_layer_norm": "memory-bound, and a small part of a step",
         "geglu": "part of the linear layer before it",
         "leaky_relu": "part of the residual blocks",
         "add_leaky_relu": "part of the residual blocks",
@@ -87,7 +85,7 @@ def load(device_type: str) -> dict[str, Callable | None]:
         return {}
     if device_type == "cpu" and not importlib.import_module("ldm2_kernels.cpu").load():
         return {}
-    modules = MODULES.get(device_type, {})
+    modules = MODULES.get(device_type, {}) | SEQUENCES.get(device_type, {})
     return {
         name: None if module is None else getattr(importlib.import_module(module), name)
         for name, module in modules.items()

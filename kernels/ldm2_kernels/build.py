@@ -51,7 +51,7 @@ def compile_library(sources: Path) -> bytes:
     headers = ["-fopenmp", "-isystem", str(torch_folder / "include"),
                f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     with tempfile.TemporaryDirectory() as scratch:
-        objects = {name: (f"{name}.cpp", headers) for name in ("operators", "convolution", "transformer")} | {
+        objects = {name: (f"{name}.cpp", headers) for name in ("operators", "convolution", "norms", "transformer")} | {
             name: ("kernels.cpp", [f"-DLDM2_SET={name}", *flags]) for name, flags in SETS.items()
         }
         commands = [

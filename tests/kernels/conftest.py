@@ -40,3 +40,12 @@ def library(library_folders):
         patch.setattr(ops, "_kernels", {})
         cpu.load()
         yield torch.ops.ldm2_cpu
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
+def instruction_set(library, request):
+    if request.param not in library.instruction_sets():
+        pytest.skip("not on this machine, or masked")
+    library.use_instruction_set(request.param)
+    yield request.param
+    library.use_instruction_set(library.instruction_sets()[0])

@@ -48,15 +48,6 @@ def with_dtype(args, dtype):
     return [arg.to(dtype) if isinstance(arg, torch.Tensor) else arg for arg in args]
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
-def instruction_set(library, request):
-    if request.param not in library.instruction_sets():
-        pytest.skip("not on this machine, or masked")
-    library.use_instruction_set(request.param)
-    yield request.param
-    library.use_instruction_set(library.instruction_sets()[0])
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_weights_of_bytes_keep_the_accuracy_rule_in_every_instruction_set(instruction_set, case, dtype):

@@ -1,0 +1,15 @@
+// What a block of a transformer shares with the operators that it is made of.
+#pragma once
+
+#include <ATen/ops/empty_like.h>
+
+#include <utility>
+
+#include "operators.h"
+
+namespace ldm2 {
+
+std::pair<at::Tensor, at::Tensor> add_layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& added,
+                                                 const at::Tensor& weight, const at::Tensor& bias, double eps);
+
+}  // namespace ldm2

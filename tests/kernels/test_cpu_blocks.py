@@ -1,0 +1,156 @@
+"""Transformer blocks as one operator on the CPU, against float64 and their layers one by one."""
+
+import itertools
+
+import pytest
+import torch
+from ldm2_kernels import cpu
+from ldm2_kernels.check import excess
+
+from ldm2 import ops
+from ldm2.attention import KeyValue, TransformerBlock, mask_bias
+from ldm2.checkpoints.int8 import quantize
+from ldm2.runtime.int8_layers import install
+from ldm2.training.lora import add_lora
+from tests.helpers import draw
+
+DTYPES = (torch.float32, torch.bfloat16)
+WIDTH = 20                                                 # of the context
+
+
+def make_block(context=True, channels=64, heads=2, dtype=torch.float32):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        block = TransformerBlock(channels, heads, WIDTH if context else None)
+        for norm in (block.norm1, block.norm2, block.norm3):
+            torch.nn.init.normal_(norm.weight, 1.0, 0.2)
+            torch.nn.init.normal_(norm.bias, 0.0, 0.2)
+    return block.to(dtype).eval().requires_grad_(False)
+
+
+def context_of(block, batch=2, dtype=torch.float32):
+    """Keys and values of 7 tokens, the last two of which one row does not have."""
+    mask = torch.ones(batch, 7)
+    mask[-1, 5:] = 0
+    return block.attn2.project_kv(draw(batch, 7, WIDTH, seed=5).to(dtype), mask_bias(mask, draw(1).to(dtype)))
+
+
+def double(kv):
+    return None if kv is None else KeyValue(*(None if part is None else part.double()
+                                              for part in (kv.keys, kv.values, kv.bias)))
+
+
+def is_one(monkeypatch, block, x, kv):
+    """Whether a block runs as one operator."""
+    calls, kernel = [], ops._kernels["cpu"]["transformer_block"]
+    with monkeypatch.context() as patch:
+        patch.setitem(ops._kernels["cpu"], "transformer_block", lambda *args: calls.append(kernel(*args)) or calls[-1])
+        y = block(x, kv)
+    return bool(calls) and y is calls[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_block_is_as_exact_as_the_rule_asks(instruction_set, monkeypatch, batch, context, dtype):
+    block, x = make_block(context, dtype=dtype), draw(batch, 45, 64).to(dtype)
+    kv = context_of(block, dtype=dtype) if context else None
+    got = block(x, kv)
+    assert is_one(monkeypatch, block, x, kv) == (dtype == torch.float32 or cpu._bfloat16() == "products")
+    with ops.backend("reference"):
+        plain, exact = block(x, kv), block.double()(x.double(), double(kv))
+    assert got.shape == (2 if context else batch, 45, 64) and excess(got, plain, exact) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_block_with_int8_weights_is_that_of_the_widened_ones(library, monkeypatch, dtype):
+    block, x = make_block(dtype=dtype), draw(2, 45, 64).to(dtype)
+    kv = context_of(block, dtype=dtype)
+    for name, weight in list(block.named_parameters()):
+        if weight.dim() == 2 and "attn2.to_k" not in name and "attn2.to_v" not in name:
+            assert install(block, name, quantize(name, weight.float()), dtype)
+    got = block(x, kv)
+    assert is_one(monkeypatch, block, x, kv) == (dtype == torch.float32 or cpu._bfloat16() == "products")
+    with ops.backend("reference"):
+        plain = block(x, kv)
+    torch.testing.assert_close(got, plain, atol=2e-5 if dtype == torch.float32 else 0.05, rtol=0)
+
+
+def test_neither_strides_nor_threads_change_a_block(library):
+    block, x = make_block(), draw(2, 45, 64)
+    kv = context_of(block)
+
+    def result(threads, strided):
+        torch.set_num_threads(threads)
+        return block(x.mT.contiguous().mT if strided else x, kv)
+
+    try:
+        first, *others = [result(*how) for how in itertools.product((1, 2), (False, True))]
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_layers_that_are_watched_or_replaced_are_called_one_by_one(library, monkeypatch):
+    block, x = make_block(), draw(2, 45, 64)
+    kv, seen = context_of(block), []
+    assert is_one(monkeypatch, block, x, kv)
+    for layer in (block.norm1, block.attn1, block.attn2.to_q, block.ff, block.ff.net[0], block.ff.net[2]):
+        for watch in (layer.register_forward_hook, layer.register_forward_pre_hook):
+            hook = watch(lambda *_: seen.append(1))
+            assert not is_one(monkeypatch, block, x, kv)
+            hook.remove()
+    assert len(seen) == 12 and is_one(monkeypatch, block, x, kv)
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    block.attn1.to_v.__class__ = Doubled
+    assert not is_one(monkeypatch, block, x, kv)
+    assert not torch.equal(block(x, kv), make_block()(x, kv))
+
+
+def test_a_lora_in_training_counts(library, monkeypatch):
+    block, x = make_block(), draw(2, 45, 64)
+    kv, before = context_of(block), block(x, context_of(block))
+    lora = add_lora(block, rank=2, targets=["attention"])
+    for part in lora.parts.values():
+        torch.nn.init.normal_(part.up)
+    with torch.no_grad():
+        assert not is_one(monkeypatch, block, x, kv)
+        assert (block(x, kv) - before).abs().max() > 0.01
+    lora.remove()
+    assert torch.equal(block(x, kv), before)
+
+
+def test_gradients_autocast_and_few_rows_take_the_layers_one_by_one(library, monkeypatch):
+    block, x = make_block(), draw(2, 45, 64)
+    kv = context_of(block)
+    assert not is_one(monkeypatch, block, x[:, :5], kv)
+    odd = make_block(channels=40)
+    assert not is_one(monkeypatch, odd, draw(2, 45, 40), context_of(odd))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_one(monkeypatch, block, x, kv)
+    with ops.backend("reference"):
+        assert not is_one(monkeypatch, block, x, kv)
+    needed = x.clone().requires_grad_()
+    assert not is_one(monkeypatch, block, needed, kv)
+    block(needed, kv).sum().backward()
+    assert needed.grad.isfinite().all() and needed.grad.any()
+
+
+def test_weights_that_are_not_in_memory_are_refused(library):
+    block, x = make_block(), draw(2, 45, 64)
+    kv = context_of(block)
+    block.ff.net[2].weight = torch.nn.Parameter(block.ff.net[2].weight.to("meta"), requires_grad=False)
+    with pytest.raises(RuntimeError, match="weights are not in memory"):
+        block(x, kv)
+
+
+def test_the_operator_refuses_what_does_not_fit(library):
+    block, x = make_block(), draw(2, 45, 64)
+    with pytest.raises(RuntimeError, match="a block has 20 parameters, got 3"):
+        library.transformer_block(x, [x] * 3, [None] * 3, None, None, None, 2, 1e-5)
+    with pytest.raises(RuntimeError, match="a block does not take"):
+        library.transformer_block(x, block._parameters_in_order(), [None] * 20, None, None, None, 3, 1e-5)
