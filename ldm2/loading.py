@@ -18,7 +18,7 @@ from ldm2.config import REFERENCES
 from ldm2.pipeline import AudioLDM2
 from ldm2.result import Result
 from ldm2.runtime.compilation import check_compiler, compile_step
-from ldm2.runtime.device import choose_device, choose_dtype
+from ldm2.runtime.device import choose_device, choose_dtype, dtype_name
 from ldm2.runtime.inference import check_fork, ordinary
 from ldm2.runtime.progress import Progress, shown
 
@@ -69,7 +69,7 @@ def load(
         precision = torch.int8
     origin = {
         "model": str(model), "revision": hub.commit_of(path) or revision, "reference": reference,
-        "dtype": str(precision)[6:], "device": place.type, "torch": str(torch.__version__),
+        "dtype": dtype_name(precision), "device": place.type, "torch": str(torch.__version__),
     }
     again = functools.partial(                             # without the token, which is a secret
         load, str(path) if Path(model).expanduser().exists() else str(model), reference=reference, revision=revision,

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ldm2.fields import flat
+from ldm2.runtime.device import dtype_name
 
 try:
     import ldm2_kernels
@@ -124,7 +125,7 @@ def _try(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         found = elsewhere.submit(_fault, name, device, dtype).result()
     if found is not None:
         logger.warning("the fused %s does not work on this %s in %s (%s): plain PyTorch takes over", name, device.type,
-                       str(dtype)[6:], found)
+                       dtype_name(dtype), found)
     return found
 
 
@@ -150,7 +151,7 @@ def _obstacle(tensors: list[Tensor]) -> str | None:
         return "the tensors are of several dtypes"
     for tensor in tensors:
         if tensor.dtype not in _DTYPES:
-            return f"it takes float32, float16 and bfloat16, not {str(tensor.dtype)[6:]}"
+            return f"it takes float32, float16 and bfloat16, not {dtype_name(tensor.dtype)}"
     if any(tensor.numel() == 0 for tensor in tensors):
         return "a tensor is empty"
     return None
@@ -251,7 +252,7 @@ def _refusal(name: str, like: Tensor, there: bool, obstacle: str | None) -> str:
     if not there:
         hint = HINTS.get(device_type)
         return f"no fused {name} on {device_type}" + ("" if hint is None else f": {hint}")
-    left = f"it leaves {str(like.dtype)[6:]} {tuple(like.shape)} to plain PyTorch"
+    left = f"it leaves {dtype_name(like.dtype)} {tuple(like.shape)} to plain PyTorch"
     return f"the fused {name} on {device_type} cannot be used: {left if obstacle is None else obstacle}"
 
 

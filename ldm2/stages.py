@@ -26,6 +26,7 @@ from ldm2.mel import MelConfig, config_for, log_mel
 from ldm2.noise import SeededNoise
 from ldm2.runtime import graphs
 from ldm2.runtime.deepcache import reusing
+from ldm2.runtime.device import dtype_name
 from ldm2.runtime.host import usual_numpy
 from ldm2.runtime.inference import inference, ordinary
 from ldm2.runtime.loaded import Loaded
@@ -329,7 +330,7 @@ class Stages(Loaded):
             return values
         half = self.dtype == torch.float16
         way_out = "load the model with dtype float32 or bfloat16" if half else "check the weights and the latents"
-        raise NonFiniteError(f"{stage} holds NaN or infinite numbers in {str(self.dtype)[6:]}: {way_out}")
+        raise NonFiniteError(f"{stage} holds NaN or infinite numbers in {dtype_name(self.dtype)}: {way_out}")
 
 
 def _counted(report: Progress, stage: str, total: int) -> Callable[[], object]:

@@ -27,7 +27,7 @@ from ldm2.checkpoints.hub_folder import weight_files
 from ldm2.fields import check_file, few, first_line, named
 from ldm2.ops import Int8, Weight, dense
 from ldm2.runtime import int8_layers
-from ldm2.runtime.device import computing_dtype
+from ldm2.runtime.device import computing_dtype, dtype_name
 
 logger = logging.getLogger(__name__)
 
@@ -325,7 +325,7 @@ def _check_finite(tensor: Tensor, name: str, source: str | Path) -> None:
     if not tensor.is_floating_point() or tensor.is_meta or torch.isfinite(tensor.sum(dtype=torch.float32)):
         return
     if not torch.isfinite(tensor).all():
-        kind = str(tensor.dtype).removeprefix("torch.")
+        kind = dtype_name(tensor.dtype)
         raise ValueError(f"{source}: {name} holds NaN or infinite numbers in {kind}: the weights are damaged")
 
 
@@ -396,4 +396,4 @@ def _agree(tensors: Mapping[str, Weight], names: list[str]) -> bool:
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return " or ".join(dtype_name(dtype) for dtype in dtypes)

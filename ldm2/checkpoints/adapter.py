@@ -20,6 +20,7 @@ from torch import Tensor
 from ldm2.atomic import check_writable, whole
 from ldm2.checkpoints.writer import write_safetensors
 from ldm2.fields import few
+from ldm2.runtime.device import dtype_name
 
 FILE = "pytorch_lora_weights.safetensors"                  # in a folder, as diffusers names it
 CONFIG = "lora_adapter_metadata"                           # in the header of a file: rank and alpha in JSON
@@ -104,7 +105,7 @@ class Adapter:
                 have, need = layer.shape(part == TRANSPOSED), tuple(weights[name].shape)
                 misshapen.append(f"{part}.{module} {have} instead of {need}")
             elif not weights[name].is_floating_point():
-                kind = str(weights[name].dtype)[6:]
+                kind = dtype_name(weights[name].dtype)
                 raise ValueError(f"{self.source} cannot be added to {kind} weights, such as {name}")
             else:
                 found[name] = layer
@@ -162,7 +163,7 @@ def _sum(
         total += layer.delta(weight, scale, transposed)
     total = total.to(dtype)
     if not torch.isfinite(total).all():
-        raise ValueError(f"{name} leaves the range of {str(dtype)[6:]} with its LoRAs: let them count less")
+        raise ValueError(f"{name} leaves the range of {dtype_name(dtype)} with its LoRAs: let them count less")
     return total
 
 

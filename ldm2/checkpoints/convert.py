@@ -33,7 +33,7 @@ from ldm2.config import UNetConfig
 from ldm2.fields import check_folder, read_json
 from ldm2.ops import dense
 from ldm2.option_kinds import loras
-from ldm2.runtime.device import DTYPES
+from ldm2.runtime.device import DTYPES, dtype_name
 from ldm2.text.tokenizers import SOURCES, save_tokenizer
 
 JOB = "conversion.json"                                    # in FOLDER.partial: what it is made from
@@ -300,7 +300,7 @@ def _fields(name: str, checkpoint: Checkpoint, reference: str) -> dict[str, Any]
 def _stored_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> str:
     kinds = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point() or tensor.dtype == torch.int8]
     stored = dtype or (torch.int8 if torch.int8 in kinds else kinds[0])
-    return str(stored).removeprefix("torch.")
+    return dtype_name(stored)
 
 
 def _check_target(folder: Path, source: Path, overwrite: bool) -> None:
@@ -372,7 +372,7 @@ def _write_readme(partial: Path, path: Path, licence: str | None, dtype: torch.d
     if readme.is_file():
         return
     head = "" if licence is None else f"---\nlicense: {licence.lower()}\n---\n\n"
-    precision = "" if dtype is None else f" in {str(dtype).removeprefix('torch.')}"
+    precision = "" if dtype is None else f" in {dtype_name(dtype)}"
     text = f"Converted from {path.name} by ldm2{precision}, in the layout of diffusers."
     readme.write_text(f"{head}{' '.join([text, *license_notice(licence)])}\n", encoding="utf-8")
 

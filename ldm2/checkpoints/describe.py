@@ -17,6 +17,7 @@ from ldm2.checkpoints.adapter import Adapter
 from ldm2.checkpoints.build import config_of
 from ldm2.checkpoints.reading import read
 from ldm2.config import REFERENCES, UNetConfig
+from ldm2.runtime.device import dtype_name
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _part(name: str, kind: str, tensors: Mapping[str, Tensor]) -> Part:
     # Tied tensors of a pickle share their memory: they count once.
     distinct = {(tensor.data_ptr(), tensor.shape): tensor for tensor in tensors.values()
                 if tensor.is_floating_point() or tensor.dtype == torch.int8}
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in distinct.values()})
+    dtypes = sorted({dtype_name(tensor.dtype) for tensor in distinct.values()})
     scales = [tensor.numel() for each, tensor in tensors.items() if each.endswith(f"weight{int8.SCALE}")]
     parameters = sum(tensor.numel() for tensor in distinct.values()) - sum(scales)
     return Part(name, kind, parameters, tuple(dtypes), sum(tensor.nbytes for tensor in distinct.values()))
@@ -102,7 +103,7 @@ def describe_lora(path: str | Path) -> str:
     scales = sorted({layer.scale for layer in layers})
     told = {
         "kind": "LoRA", "base": _base(adapter), "rank": _span(sorted({layer.rank for layer in layers})),
-        "alpha / rank": _span(scales), "dtype": " ".join(sorted({str(layer.down.dtype)[6:] for layer in layers})),
+        "alpha / rank": _span(scales), "dtype": " ".join(sorted({dtype_name(layer.down.dtype) for layer in layers})),
         "parameters": f"{_millions(numbers)} ({size / 1e6:.2f} MB)",
     }
     for part in adapter.parts:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm2.fields import read_json
 from ldm2.ops import Int8, Weight
+from ldm2.runtime.device import dtype_name
 
 LEAST = 16_384                                             # numbers of a weight for which it pays
 LARGEST = 127
@@ -71,7 +72,7 @@ def paired(tensors: Mapping[str, Tensor], source: str | Path) -> dict[str, Weigh
         weights[name] = Int8(tensors[name], _checked(tensors[name + SCALE], name, tensors[name], source))
     for name in weights:
         if name.endswith(f"weight{SCALE}") and name.removesuffix(SCALE) in weights:
-            kind = str(tensors[name.removesuffix(SCALE)].dtype)[6:]
+            kind = dtype_name(tensors[name.removesuffix(SCALE)].dtype)
             raise ValueError(f"{source}: {name} belongs to an int8 weight, this one is {kind}: the weights are damaged")
     return weights
 
@@ -81,7 +82,7 @@ def _checked(scale: Tensor, name: str, values: Tensor, source: str | Path) -> Te
     shape = [1] * values.ndim
     shape[channel_axis(name)] = values.shape[channel_axis(name)]
     if list(scale.shape) != shape or scale.dtype != torch.float32:
-        asked, found = f"float32 {tuple(shape)}", f"{str(scale.dtype)[6:]} {tuple(scale.shape)}"
+        asked, found = f"float32 {tuple(shape)}", f"{dtype_name(scale.dtype)} {tuple(scale.shape)}"
         raise ValueError(f"{source}: {name}{SCALE} must be {asked}, got {found}: the weights are damaged")
     if not scale.is_meta and not (torch.isfinite(scale) & (scale > 0)).all():
         raise ValueError(f"{source}: {name}{SCALE} must be positive and finite: the weights are damaged")

@@ -22,6 +22,7 @@ from ldm2.checkpoints.adapter import CONFIG, FILE, PARTS, Adapter, LowRank
 from ldm2.fields import check_file, read_json, sha256_of, short
 from ldm2.option_kinds import names_a_lora
 from ldm2.options import is_number
+from ldm2.runtime.device import dtype_name
 from ldm2.settings import INSTANT
 
 PEFT_CONFIG = "adapter_config.json"
@@ -203,7 +204,8 @@ def _pair(name: str, sides: Mapping[str, Tensor], source: str) -> tuple[Tensor, 
             raise ValueError(f"{source}: {name} has no {side} matrix")
         tensor = sides[side]
         if tensor.dtype not in weights.FLOATS or tensor.layout != torch.strided or tensor.dim() < 2:
-            raise ValueError(f"{source}: {name} has a {side} matrix of {str(tensor.dtype)[6:]} {tuple(tensor.shape)}")
+            kind = dtype_name(tensor.dtype)
+            raise ValueError(f"{source}: {name} has a {side} matrix of {kind} {tuple(tensor.shape)}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{source}: {name} holds NaN or infinite numbers: the file is damaged")
     down, up = sides["down"], sides["up"]

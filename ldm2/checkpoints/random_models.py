@@ -19,6 +19,7 @@ from ldm2.checkpoints.parts import Checkpoint, Part
 from ldm2.checkpoints.reading import read_hub_folder
 from ldm2.fields import read_json
 from ldm2.pipeline import AudioLDM2
+from ldm2.runtime.device import dtype_name
 from ldm2.text.configs import read_config
 from ldm2.text.encoders import ClapText
 from ldm2.text.gpt2 import GPT2, GPT2Config, Projection, ProjectionConfig
@@ -106,7 +107,7 @@ def pipeline(
     name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, reference: str = "authors"
 ) -> AudioLDM2:
     """A pipeline of the parts of `read`. reference: as of ldm2.load. Raises ValueError for a name not in NAMES."""
-    origin = {"model": f"random {name}", "revision": None, "reference": reference, "dtype": str(dtype)[6:]}
+    origin = {"model": f"random {name}", "revision": None, "reference": reference, "dtype": dtype_name(dtype)}
     return build.pipeline(functools.partial(read, name), device=device, dtype=dtype, reference=reference, origin=origin)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm2.runtime.device import dtype_name
+
 NAMES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -33,8 +35,8 @@ def write_safetensors(
     path = Path(path)
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in NAMES:
-            kind = "meta" if tensor.is_meta else f"{str(tensor.dtype)[6:]} ({str(tensor.layout)[6:]})"
-            known = ", ".join(str(dtype)[6:] for dtype in NAMES)
+            kind = "meta" if tensor.is_meta else f"{dtype_name(tensor.dtype)} ({str(tensor.layout)[6:]})"
+            known = ", ".join(dtype_name(dtype) for dtype in NAMES)
             raise ValueError(f"{name} is {kind}, a plain tensor of one of these is needed: {known}")
     kinds = {
         name: dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype

@@ -20,7 +20,7 @@ from ldm2 import loading, weights
 from ldm2.checkpoints import build, reading
 from ldm2.compat import schedulers
 from ldm2.compat.parts import ClapPart, Config, Part, ProjectionPart, UNetPart, VAEPart, VocoderPart
-from ldm2.runtime.device import choose_device, choose_dtype
+from ldm2.runtime.device import choose_device, choose_dtype, dtype_name
 from ldm2.runtime.int8_layers import is_int8
 
 NAMES = ("vae", "text_encoder", "text_encoder_2", "projection_model", "language_model", "tokenizer", "tokenizer_2",
@@ -57,7 +57,7 @@ class Components:
         before = vars(self).get("_model")
         loras = vars(self).pop("_loras", None) if before is None else before.adapters.recipe()
         self._model = loading.load(
-            self._folder, reference=self._reference, device=device, dtype=str(dtype).removeprefix("torch."),
+            self._folder, reference=self._reference, device=device, dtype=dtype_name(dtype),
             variant=self._variant, low_memory=low_memory, compile=self._compiles,
         )
         if loras is not None:
@@ -70,7 +70,7 @@ class Components:
         }
 
     def __repr__(self) -> str:
-        return f"AudioLDM2Pipeline({self.name_or_path!r}, {str(self.dtype)[6:]} on {self.device})"
+        return f"AudioLDM2Pipeline({self.name_or_path!r}, {dtype_name(self.dtype)} on {self.device})"
 
     # Copies
 
@@ -283,7 +283,7 @@ class Components:
             device, dtype = (device, target) if isinstance(target, torch.dtype) else (target, dtype)
         model = self._model
         device = model.device if device is None else choose_device(str(device))
-        dtype = model.dtype if dtype is None else choose_dtype(str(dtype).removeprefix("torch."), device)
+        dtype = model.dtype if dtype is None else choose_dtype(dtype_name(dtype), device)
         if (device, dtype) == (model.device, model.dtype):
             return self
         if model.low_memory:

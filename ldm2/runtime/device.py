@@ -7,6 +7,11 @@ import torch
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """"float32" and so on."""
+    return str(dtype).removeprefix("torch.")
+
+
 def choose_device(name: str) -> torch.device:
     """The device called `name`; "auto" takes the best there is. Raises ValueError if it is unknown or absent."""
     if name == "auto":

@@ -17,7 +17,7 @@ from ldm2.checkpoints import known
 from ldm2.checkpoints.hub import is_cached
 from ldm2.fields import flat
 from ldm2.runtime import machine, profiling
-from ldm2.runtime.device import multiplies_bfloat16
+from ldm2.runtime.device import dtype_name, multiplies_bfloat16
 
 PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "soundfile", "soxr", "tqdm",
             "triton", "diffusers", "phonemizer", "matplotlib", "scipy")
@@ -96,9 +96,9 @@ def kernels(device: torch.device) -> Rows:
             row |= {"kernel": f"{kernel.__module__}.{name}", "why": None}
             for dtype in DTYPES[device.type]:
                 share, fault = _verdict(name, kernel, device, dtype)
-                row["shares"][str(dtype)[6:]] = share
+                row["shares"][dtype_name(dtype)] = share
                 if fault is not None:
-                    row["faults"][str(dtype)[6:]] = fault
+                    row["faults"][dtype_name(dtype)] = fault
         rows.append(row)
     return rows
 
@@ -140,7 +140,7 @@ def speed(device: torch.device) -> Rows:
     rows = []
     for dtype in dtypes:
         limits = profiling.limits(device, dtype, at_least=0.3)
-        rows.append({"device": device.type, "dtype": str(dtype)[6:], "flop_rate": limits.flop_rate,
+        rows.append({"device": device.type, "dtype": dtype_name(dtype), "flop_rate": limits.flop_rate,
                      "copy_rate": limits.copy_rate})
     return rows
 

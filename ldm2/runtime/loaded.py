@@ -14,6 +14,7 @@ import torch
 
 from ldm2.runtime import graphs, int8_layers, weight_layout
 from ldm2.runtime.compilation import compile_step, is_compiled
+from ldm2.runtime.device import dtype_name
 from ldm2.runtime.lora import Adapters
 from ldm2.runtime.memory import STAGES, Stage
 from ldm2.schedules import Schedule
@@ -89,14 +90,14 @@ class Loaded:
     @property
     def _stored_dtype(self) -> str:
         """Of the weights: where they are int8, it is not what the models compute in."""
-        return "int8" if int8_layers.is_int8(self.unet) else str(self.dtype)[6:]
+        return "int8" if int8_layers.is_int8(self.unet) else dtype_name(self.dtype)
 
     def move(self, device: torch.device, dtype: torch.dtype, text: TextEncoder) -> None:
         """Move UNet, VAE and vocoder, with the weights they have now. text: the text side, which is there already.
 
         Raises ValueError for a pipeline whose parts come and go (low_memory), and for int8 weights, to or from.
         """
-        if "int8" in (self._stored_dtype, str(dtype)[6:]):
+        if "int8" in (self._stored_dtype, dtype_name(dtype)):
             raise ValueError("int8 weights are made as they are read: load the model again, with the device and dtype")
         if self.low_memory:
             raise ValueError(f"low_memory reads the parts for {self.device}: load the model again for {device}")
@@ -106,7 +107,7 @@ class Loaded:
                 weight_layout.arrange(module.to(device, dtype))
             self.text = self.adapters.text = text
         self.device, self.dtype, self._ranker = device, dtype, None
-        self.origin |= {"dtype": str(dtype)[6:], "device": device.type}
+        self.origin |= {"dtype": dtype_name(dtype), "device": device.type}
         for stage in self.stages.values():
             stage.device = device
 

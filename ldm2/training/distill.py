@@ -21,7 +21,7 @@ from torch import Tensor
 from ldm2.conditioning import Conditioning
 from ldm2.guidance import guide
 from ldm2.pipeline import AudioLDM2
-from ldm2.runtime.device import choose_device, choose_dtype
+from ldm2.runtime.device import choose_device, choose_dtype, dtype_name
 from ldm2.runtime.memory import gigabytes, peak_bytes
 from ldm2.runtime.progress import shown
 from ldm2.samplers import timesteps
@@ -274,7 +274,7 @@ def estimate(job: Job) -> str:
     trained, each, needed = tuning.measured(student, frames)
     learning = each * (options.steps or 1)
     times = [str(timedelta(seconds=round(seconds))) for seconds in (making, learning, making + learning)]
-    return (f"{trained.numbers:,} numbers are trained, {str(student.dtype)[6:]} on {device}\n"
+    return (f"{trained.numbers:,} numbers are trained, {dtype_name(student.dtype)} on {device}\n"
             f"memory: {gigabytes(peak_bytes(device))} at the peak; disk: {needed / 1e9:.2f} GB and the teacher's runs\n"
             f"teacher: {evaluation:.3f} s an evaluation, {times[0]} for {options.runs} runs\n"
             f"student: {each:.2f} s a step, {times[1]} for {options.steps} steps\ntime: {times[2]} in all")

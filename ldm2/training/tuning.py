@@ -25,7 +25,7 @@ from ldm2.checkpoints import hub
 from ldm2.checkpoints.known import DEFAULT_MODEL
 from ldm2.conditioning import Conditioning
 from ldm2.pipeline import AudioLDM2
-from ldm2.runtime.device import choose_device
+from ldm2.runtime.device import choose_device, dtype_name
 from ldm2.runtime.memory import gigabytes, peak_bytes
 from ldm2.runtime.progress import shown
 from ldm2.training import data, outcome
@@ -220,7 +220,7 @@ def estimate(job: Job) -> str:
     peak = gigabytes(peak_bytes(pipe.device))
     total = timedelta(seconds=round(each * (options.steps or 1)))
     return (f"{len(found.clips)} clips, {len(found.skipped)} left out; {trained.numbers:,} numbers are trained, "
-            f"{str(learner.dtype)[6:]} on {pipe.device}\n"
+            f"{dtype_name(learner.dtype)} on {pipe.device}\n"
             f"memory: {peak} at the peak of a step of {options.batch_size}; disk: {needed / 1e9:.2f} GB\n"
             f"time: {each:.2f} s a step, {total} for {options.steps} steps, and a little to encode the clips first")
 
@@ -276,7 +276,7 @@ def model_path(job: Job) -> Path:
 
 def load_model(job: Job, device: torch.device, dtype: torch.dtype) -> AudioLDM2:
     """The model, whose parts are in memory only while they are at work."""
-    named = {**job.load, "device": str(device), "dtype": str(dtype)[6:], "low_memory": True}
+    named = {**job.load, "device": str(device), "dtype": dtype_name(dtype), "low_memory": True}
     return ldm2.load(job.model, **named)
 
 
