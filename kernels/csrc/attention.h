@@ -1,4 +1,6 @@
-// Attention of one head, block by block with a running softmax: "FlashAttention", arXiv:2205.14135, algorithm 1.
+// Attention of one head, block by block with a running softmax: "FlashAttention", arXiv:2205.14135, algorithm 1. All
+// is turned: scores are (keys, queries), so that queries lie in lanes. Then largest scores and sums of weights need no
+// reduction within a vector, and weights come to lie as the right side of the product with the values.
 #pragma once
 
 #include <algorithm>
@@ -8,111 +10,177 @@
 
 namespace {
 
-constexpr int64_t QUERIES = 48, KEYS = 256;                // of a block; its scores take 48 KB
+constexpr int64_t QUERIES = 2 * PANEL, KEYS = 128;         // of a block
+constexpr int64_t VECTORS = QUERIES / LANES;
+constexpr float LOG2_E = 1.44269504f;
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+// LANES columns of the values, from column d, as words along the keys.
+inline vec value_words(const ldm2::Head& head, int64_t word, int64_t d, Float32) {
+  return word < head.keys ? load(static_cast<const float*>(head.v) + word * head.v_stride + d) : vec{};
+}
+inline vec value_words(const ldm2::Head& head, int64_t word, int64_t d, BFloat16) {
+  auto bits = [&](int64_t key) {                           // of float32
+    return key < head.keys ? (ivec)load(static_cast<const uint16_t*>(head.v) + key * head.v_stride + d) : ivec{};
+  };
+  return (vec)((bits(2 * word) >> 16 & 0xffff) | bits(2 * word + 1));
+}
+
+// (width, words; `stride` apart) of the values (keys, width).
 template <class Type>
-void pack_values(const ldm2::Head& head, float* packed, int64_t words) {
+void turn_values(const ldm2::Head& head, int64_t words, float* turned, int64_t stride) {
+  for (int64_t word = 0; word < words; word += LANES) {
+    for (int64_t d = 0; d < head.width; d += LANES) {
+      vec square[LANES];
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) square[i] = value_words(head, word + i, d, Type{});
+      transpose_square(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) store(turned + (d + i) * stride + word, square[i]);
+    }
+  }
+}
+
+// Weights of one key as words, or of two in the halves of words, to place `word` of the panels.
+inline void store_weights(float* panels, int64_t words, int64_t word, const vec weights[1][VECTORS], Float32) {
+  for (int j = 0; j < VECTORS; j++) {
+    int64_t lane = j * LANES;
+    store(panels + (lane / PANEL * words + word) * PANEL + lane % PANEL, weights[0][j]);
+  }
+}
+inline void store_weights(float* panels, int64_t words, int64_t word, const vec weights[2][VECTORS], BFloat16) {
+  for (int j = 0; j < VECTORS; j++) {
+    int64_t lane = j * LANES;
+    store(panels + (lane / PANEL * words + word) * PANEL + lane % PANEL, bf16_pairs(weights[0][j], weights[1][j]));
+  }
+}
+
+// What a block of queries knows after the keys so far, by lanes.
+struct Softmax {
+  vec largest[VECTORS], sum[VECTORS];                      // of scaled scores; of weights
+};
+
+// scores (count, QUERIES) to weights 2^(score * scale + bias - largest), as panels of words. A key whose bias is -inf
+// has no weight. Gives by how much what came before shrinks.
+template <class Type, bool BIASED>
+void softmax(float* scores, int64_t count, float scale, const float* bias, Softmax& state, float* panels, vec* shrink) {
+  constexpr int PER_WORD = Type::PER_WORD;
+  vec top[VECTORS];
+  for (int j = 0; j < VECTORS; j++) top[j] = splat(-INFINITY);
+  for (int64_t key = 0; key < count; key++) {
+#pragma GCC unroll 8
+    for (int j = 0; j < VECTORS; j++) {
+      float* at = scores + key * QUERIES + j * LANES;
+      vec score = load(at);
+      if constexpr (BIASED) {
+        score = score * scale + bias[key];
+        store(at, score);
+      }
+      top[j] = vmax(score, top[j]);
+    }
+  }
+  vec offset[VECTORS];
+  for (int j = 0; j < VECTORS; j++) {
+    vec now = vmax(BIASED ? top[j] : top[j] * scale, state.largest[j]);
+    offset[j] = now > -INFINITY ? now : vec{};             // all masked so far
+    shrink[j] = exp2<Float32>(state.largest[j] - offset[j]);
+    state.largest[j] = now;
+    state.sum[j] *= shrink[j];
+  }
+  int64_t words = (count + PER_WORD - 1) / PER_WORD;
+  for (int64_t word = 0; word < words; word++) {
+    vec weights[PER_WORD][VECTORS] = {};
+#pragma GCC unroll 2
+    for (int i = 0; i < PER_WORD; i++) {
+      if (word * PER_WORD + i >= count) break;
+#pragma GCC unroll 8
+      for (int j = 0; j < VECTORS; j++) {
+        vec score = load(scores + (word * PER_WORD + i) * QUERIES + j * LANES);
+        vec weight = exp2<Type>(BIASED ? score - offset[j] : score * scale - offset[j]);
+        if constexpr (BIASED) weight = score == -INFINITY ? vec{} : weight;
+        weights[i][j] = weight;
+        state.sum[j] += weight;
+      }
+    }
+    store_weights(panels, words, word, weights, Type{});
+  }
+}
+
+// Floats that a head needs.
+struct AttentionScratch {
+  int64_t k, v_stride, v, bias, q, scores, weights, sums;
+
+  AttentionScratch(int64_t keys, int64_t width)
+      : k(keys * width), v_stride(round_up(keys, PANEL) + PANEL), v(width * v_stride), bias(round_up(keys, PANEL)),
+        q(QUERIES * width), scores(KEYS * QUERIES), weights(KEYS * QUERIES), sums(width * QUERIES) {}
+  int64_t floats() const { return k + v + bias + q + scores + weights + sums; }
+};
+
+inline int64_t attention_scratch(int64_t keys, int64_t width) { return AttentionScratch(keys, width).floats(); }
+
+// sums (width, QUERIES) / sum of the weights to the rows of the result from query `first`.
+template <class Type>
+void finish_queries(const ldm2::Head& head, int64_t first, int64_t rows, const Softmax& state, const float* sums) {
   using element = typename Type::element;
-  auto v = static_cast<const element*>(head.v);
-  auto to = reinterpret_cast<element*>(packed);
-  for (int64_t panel = 0; panel < head.width / PANEL; panel++) {
-    for (int64_t word = 0; word < words; word++) {
-      for (int64_t lane = 0; lane < PANEL; lane++) {
-        for (int64_t i = 0; i < Type::PER_WORD; i++) {
-          int64_t key = word * Type::PER_WORD + i;
-          *to++ = key < head.keys ? v[key * head.v_stride + panel * PANEL + lane] : element{};
-        }
+  for (int64_t j = 0; j * LANES < rows; j++) {
+    vec whole = state.sum[j] == 0.0f ? splat(1.0f) : state.sum[j];         // all keys masked: attends to nothing
+    for (int64_t d = 0; d < head.width; d += LANES) {
+      vec square[LANES];
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) square[i] = load(sums + (d + i) * QUERIES + j * LANES) / whole;
+      transpose_square(square);
+      for (int64_t i = 0; i < LANES && j * LANES + i < rows; i++) {
+        store(static_cast<element*>(head.out) + (first + j * LANES + i) * head.out_stride + d, square[i]);
       }
     }
   }
-}
-
-// A row of scores of `count` keys, of which `valid` are there, to its weights, in place:
-// 2^(score * scale + bias - running_max). running_max: of the keys so far; where all of them are masked (-inf), none
-// has a weight. Returns by how much what came before shrinks.
-template <class Type>
-float softmax(float* row, int64_t count, int64_t valid, float scale, const float* bias, float& running_max,
-              float& sum) {
-  for (int64_t i = valid; i < count; i++) row[i] = -INFINITY;
-  vec top = splat(-INFINITY);
-  if (bias != nullptr) {
-    for (int64_t i = 0; i < count; i += LANES) {
-      vec score = load(row + i) * scale + load(bias + i);
-      store(row + i, score);
-      top = vmax(score, top);
-    }
-    scale = 1;
-  } else {
-    for (int64_t i = 0; i < count; i += LANES) top = vmax(load(row + i), top);
-  }
-  float now = std::max(running_max, reduce_max(top) * scale);
-  auto weights = reinterpret_cast<typename Type::element*>(row);
-  if (now == -INFINITY && std::all_of(row, row + count, [](float score) { return score == -INFINITY; })) {
-    std::fill_n(weights, count, typename Type::element{});
-    return 1;
-  }
-  vec added{};
-  for (int64_t i = 0; i < count; i += LANES) {
-    vec weight = exp2<Type>(load(row + i) * scale - now);
-    added += weight;
-    store(weights + i, weight);
-  }
-  float shrink = std::exp2(running_max - now);
-  sum = sum * shrink + reduce_add(added);
-  running_max = now;
-  return shrink;
-}
-
-inline int64_t attention_scratch(int64_t keys, int64_t width) {
-  keys = round_up(keys, PANEL);
-  return 2 * keys * width + keys + QUERIES * (KEYS + width);
 }
 
 template <class Type>
 void attention(const ldm2::Head& head, float* scratch) {
   using element = typename Type::element;
   constexpr int64_t PER_WORD = Type::PER_WORD;
-  int64_t keys = round_up(head.keys, PANEL), depth = head.width / PER_WORD;
-  float *k = scratch, *v = k + keys * depth, *bias = v + keys / PER_WORD * head.width;
-  float *scores = bias + keys, *sums = scores + QUERIES * KEYS;
-  for (int64_t key = 0; key < keys; key += PANEL) {
-    auto rows = reinterpret_cast<const float*>(static_cast<const element*>(head.k) + key * head.k_stride);
-    transpose(rows, head.k_stride / PER_WORD, std::min<int64_t>(PANEL, head.keys - key), depth, k + key * depth);
+  int64_t depth = head.width / PER_WORD;
+  AttentionScratch sizes(head.keys, head.width);
+  float *k = scratch, *v = k + sizes.k, *bias = v + sizes.v, *q = bias + sizes.bias, *scores = q + sizes.q;
+  float *weights = scores + sizes.scores, *sums = weights + sizes.weights;
+  for (int64_t key = 0; key < head.keys; key++) {
+    std::memcpy(k + key * depth, static_cast<const element*>(head.k) + key * head.k_stride,
+                head.width * sizeof(element));
   }
-  pack_values<Type>(head, v, keys / PER_WORD);
-  constexpr float LOG2_E = 1.44269504f;
+  turn_values<Type>(head, (head.keys + PER_WORD - 1) / PER_WORD, v, sizes.v_stride);
+  for (int64_t i = 0; head.bias != nullptr && i < head.keys; i++) {
+    bias[i] = LOG2_E * bf16_to_f32(static_cast<const element*>(head.bias)[i * head.bias_stride]);
+  }
   float scale = LOG2_E / std::sqrt(static_cast<float>(head.width));
-  if (head.bias != nullptr) {
-    auto given = static_cast<const element*>(head.bias);
-    for (int64_t i = 0; i < keys; i++) bias[i] = i < head.keys ? LOG2_E * bf16_to_f32(given[i * head.bias_stride]) : 0;
-  }
   for (int64_t first = 0; first < head.queries; first += QUERIES) {
     int64_t rows = std::min(QUERIES, head.queries - first);
-    auto q = reinterpret_cast<const float*>(static_cast<const element*>(head.q) + first * head.q_stride);
-    float running_max[QUERIES], sum[QUERIES] = {};
-    std::fill_n(running_max, rows, -INFINITY);
-    std::fill_n(sums, rows * head.width, 0.0f);
-    for (int64_t key = 0; key < keys; key += KEYS) {
-      int64_t count = std::min(KEYS, keys - key);
-      product<Type, false>(rows, depth, count / PANEL, q, head.q_stride / PER_WORD, k + key * depth, depth * PANEL,
-                           scores, KEYS);
-      for (int64_t i = 0; i < rows; i++) {
-        float shrink = softmax<Type>(scores + i * KEYS, count, std::min(count, head.keys - key), scale,
-                                     head.bias == nullptr ? nullptr : bias + key, running_max[i], sum[i]);
-        if (shrink == 1) continue;
-        float* row = sums + i * head.width;
-        for (int64_t d = 0; d < head.width; d += LANES) store(row + d, load(row + d) * shrink);
+    auto from = reinterpret_cast<const float*>(static_cast<const element*>(head.q) + first * head.q_stride);
+    int64_t stride = head.q_stride / PER_WORD;
+    for (int64_t row = 0; row < QUERIES; row += PANEL) {
+      transpose(from + row * stride, stride, std::clamp<int64_t>(rows - row, 0, PANEL), depth, q + row * depth);
+    }
+    Softmax state;
+    std::fill_n(state.largest, VECTORS, splat(-INFINITY));
+    std::fill_n(state.sum, VECTORS, vec{});
+    std::fill_n(sums, head.width * QUERIES, 0.0f);
+    for (int64_t key = 0; key < head.keys; key += KEYS) {
+      int64_t count = std::min(KEYS, head.keys - key), words = (count + PER_WORD - 1) / PER_WORD;
+      product<Type, false>(count, depth, 2, k + key * depth, depth, q, depth * PANEL, scores, QUERIES);
+      vec shrink[VECTORS];
+      if (head.bias == nullptr) {
+        softmax<Type, false>(scores, count, scale, nullptr, state, weights, shrink);
+      } else {
+        softmax<Type, true>(scores, count, scale, bias + key, state, weights, shrink);
       }
-      product<Type, true>(rows, count / PER_WORD, head.width / PANEL, scores, KEYS, v + key / PER_WORD * PANEL,
-                          keys / PER_WORD * PANEL, sums, head.width);
+      for (int64_t i = 0; key > 0 && i < head.width * VECTORS; i++) {
+        store(sums + i * LANES, load(sums + i * LANES) * shrink[i % VECTORS]);
+      }
+      product<Type, true>(head.width, words, 2, v + key / PER_WORD, sizes.v_stride, weights, words * PANEL, sums,
+                          QUERIES);
     }
-    for (int64_t i = 0; i < rows; i++) {
-      element* to = static_cast<element*>(head.out) + (first + i) * head.out_stride;
-      float whole = sum[i] == 0 ? 1 : sum[i];              // a row whose keys are all masked attends to nothing
-      for (int64_t d = 0; d < head.width; d += LANES) store(to + d, load(sums + i * head.width + d) / whole);
-    }
+    finish_queries<Type>(head, first, rows, state, sums);
   }
 }
 

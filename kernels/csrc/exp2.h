@@ -9,7 +9,7 @@ namespace {
 // be rounded to bfloat16 have a shorter one, to 1e-4.
 template <class Type>
 inline vec exp2(vec x) {
-  x = x < -126.0f ? splat(-126.0f) : x;                    // NaN stays
+  x = vmax(splat(-126.0f), x);                             // NaN stays
   vec shifted = x + ROUND_TO_INTEGER;                      // the low bits are x rounded to an integer
   vec f = x - (shifted - ROUND_TO_INTEGER), p;
   if constexpr (Type::PER_WORD == 1) {

@@ -118,6 +118,18 @@ inline void store(uint16_t* to, vec x) {
   std::memcpy(to, &result, sizeof(result));
 }
 
+// Two numbers in each lane as bfloat16, rounded: the first in the lower half.
+inline vec bf16_pairs(vec low, vec high) {
+#if defined(__AVX512BF16__)
+  __m512i pairs = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  ivec order = widen(halves{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15});
+  return (vec)_mm512_permutexvar_epi16((__m512i)(order | (order + 16) << 16), pairs);
+#else
+  auto rounded = [](ivec word) { return word + 0x7fff + ((word >> 16) & 1); };
+  return (vec)((rounded((ivec)low) >> 16 & 0xffff) | (rounded((ivec)high) & static_cast<int32_t>(0xffff0000u)));
+#endif
+}
+
 // Integers of 8 bits as float32.
 inline vec load(const int8_t* from) {
   bytes value;
