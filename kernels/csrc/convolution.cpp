@@ -81,13 +81,48 @@ constexpr int64_t MOST_TILES = 128;    // of a block
 constexpr int64_t LEAST_TILES = 48;    // worth a thread of their own; each block reads all weights
 constexpr int64_t CACHE = 3 << 18;     // bytes that V and M of a block may take
 
+// Transformed weights from one output channel on: point p of them at u + p * stride, their scales at
+// scales + p * scale_stride.
+struct PackedWeights {
+  float* u;
+  int64_t stride;
+  float* scales;
+  int64_t scale_stride;
+};
+
+// The weights of a convolution. They are packed at each call: that costs little, and they may change.
+struct Weights {
+  const WinogradTransform& transform;
+  const char* w;
+  const float* factors;                                    // of int8 weights
+  int64_t in_channels, taps, element_size, per_word, scratch_size;       // element_size: of x, whose dtype a panel has
+
+  Weights(const WinogradKernels& dtype, const WinogradTransform& transform, const at::Tensor& weight,
+          const float* factors, int64_t x_element_size)
+      : transform(transform), w(static_cast<const char*>(weight.const_data_ptr())), factors(factors),
+        in_channels(weight.size(1)), taps(weight.numel() / (weight.size(0) * weight.size(1))),
+        element_size(weight.element_size()), per_word(dtype.per_word),
+        scratch_size(PANEL * in_channels * taps * x_element_size / 4) {}
+
+  // Panels [first, first + count) to the channels from which `to` counts. scratch: scratch_size floats.
+  void pack(int64_t first, int64_t count, const PackedWeights& to, float* scratch) const {
+    for (int64_t n = 0; n < count; n++) {
+      const char* from = w + (first + n) * PANEL * in_channels * taps * element_size;
+      transform.weight(from, factors == nullptr ? nullptr : factors + (first + n) * PANEL, in_channels, taps,
+                       to.u + n * PANEL * in_channels / per_word, to.stride, to.scales + n * PANEL, to.scale_stride,
+                       scratch);
+    }
+  }
+};
+
 struct WinogradConvolution {
   const WinogradKernels& dtype;
   const WinogradTransform& transform;
   const TileGrid& grid;
   int64_t variant, in_channels, out_channels, element_size;
   const char *x, *residual, *zeros;
-  const float *u, *u_scales, *bias;      // u: points are padded_stride(in_words * out_channels) words apart
+  const Weights& weights;
+  const float* bias;
   float slope;
   char* y;
 
@@ -128,7 +163,8 @@ struct WinogradConvolution {
   }
 
   // Tiles [begin, begin + tiles). Threads share the inputs, then the output channels, unless inside a parallel region.
-  void block(int64_t begin, int64_t tiles, float* v) const {
+  // packed: all weights; null: those of a group of panels are packed before they are used, and stay in cache.
+  void block(int64_t begin, int64_t tiles, float* v, const PackedWeights* packed) const {
     int64_t stride = v_stride(tiles), groups = ceil_div(out_channels, GROUP * PANEL);
     float* scales = v + transform.points * stride;
     at::parallel_for(0, tiles, 1, [&](int64_t from, int64_t to) {
@@ -137,24 +173,55 @@ struct WinogradConvolution {
       for (int64_t n = from; n < to; n++) input(begin + n, {v + n * in_words(), scales + n, memory, stride, tiles});
     });
     at::parallel_for(0, groups, 1, [&](int64_t from, int64_t to) {
-      static thread_local Scratch scratch;
+      static thread_local Scratch scratch, own_scratch;
       float* m = scratch.get(transform.points * m_stride(tiles));
-      for (int64_t group = from; group < to; group++) group_of_panels(begin, tiles, group, v, m);
+      PackedWeights own{};
+      if (packed == nullptr) own = space_for(GROUP * PANEL, own_scratch, weights.scratch_size);
+      for (int64_t group = from; group < to; group++) {
+        int64_t first = group * GROUP * PANEL, count = std::min(GROUP * PANEL, out_channels - first);
+        if (packed == nullptr) {
+          weights.pack(first / PANEL, count / PANEL, own, own.scales + transform.points * own.scale_stride);
+          group_of_panels(begin, tiles, first, count, own, v, m);
+        } else {
+          PackedWeights part{packed->u + first * in_words(), packed->stride, packed->scales + first,
+                             packed->scale_stride};
+          group_of_panels(begin, tiles, first, count, part, v, m);
+        }
+      }
     });
   }
 
-  void group_of_panels(int64_t begin, int64_t tiles, int64_t group, const float* v, float* m) const {
-    int64_t first = group * GROUP * PANEL, count = std::min(GROUP * PANEL, out_channels - first);
-    int64_t vs = v_stride(tiles), ms = m_stride(tiles), us = padded_stride(in_words() * out_channels);
+  // For the weights of `channels` output channels, and `more` floats after their scales.
+  PackedWeights space_for(int64_t channels, Scratch& scratch, int64_t more) const {
+    int64_t stride = padded_stride(in_words() * channels);
+    float* u = scratch.get(transform.points * (stride + channels) + more);
+    return {u, stride, u + transform.points * stride, channels};
+  }
+
+  void group_of_panels(int64_t begin, int64_t tiles, int64_t first, int64_t count, const PackedWeights& packed,
+                       const float* v, float* m) const {
+    int64_t vs = v_stride(tiles), ms = m_stride(tiles);
     const float* scales = v + transform.points * vs;
     for (int64_t point = 0; point < transform.points; point++) {
-      const float* b = u + point * us + first * in_words();
+      const float* b = packed.u + point * packed.stride;
       dtype.gemm(tiles, in_words(), count / PANEL, v + point * vs, in_words(), b, m + point * ms, GROUP * PANEL,
-                 point + 1 < transform.points ? b + us : nullptr);
+                 point + 1 < transform.points ? b + packed.stride : nullptr);
     }
     for (int64_t n = 0; n < tiles; n++) {
-      output(begin + n, {m + n * GROUP * PANEL, scales + n, u_scales + first, ms, tiles, out_channels}, first, count);
+      output(begin + n, {m + n * GROUP * PANEL, scales + n, packed.scales, ms, tiles, packed.scale_stride}, first,
+             count);
     }
+  }
+
+  PackedWeights pack_all() const {
+    static thread_local Scratch scratch;
+    PackedWeights all = space_for(out_channels, scratch, 0);
+    at::parallel_for(0, out_channels / PANEL, 1, [&](int64_t from, int64_t to) {
+      static thread_local Scratch panel;
+      weights.pack(from, to - from, {all.u + from * PANEL * in_words(), all.stride, all.scales + from * PANEL,
+                                     all.scale_stride}, panel.get(weights.scratch_size));
+    });
+    return all;
   }
 
   void run() const {
@@ -164,12 +231,14 @@ struct WinogradConvolution {
     int64_t blocks = ceil_div(tiles, most), shared = ceil_div(blocks, threads) * threads;
     bool alone = tiles >= shared * LEAST_TILES;            // a block for each thread, else all threads on each block
     if (alone) blocks = shared;
+    PackedWeights all{};
+    if (blocks > 1) all = pack_all();
     auto work = [&](int64_t from, int64_t to) {
       static thread_local Scratch scratch;
       float* v = scratch.get(v_floats(ceil_div(tiles, blocks)));
       for (int64_t n = from; n < to; n++) {
         int64_t begin = tiles * n / blocks, end = tiles * (n + 1) / blocks;
-        block(begin, end - begin, v);
+        block(begin, end - begin, v, blocks > 1 ? &all : nullptr);
       }
     };
     if (alone) {
@@ -179,24 +248,6 @@ struct WinogradConvolution {
     }
   }
 };
-
-// U and its scales, for output channels that are multiples of PANEL. panel_floats: scratch memory for a panel.
-void pack_weight(const WinogradKernels& dtype, const WinogradTransform& transform, const at::Tensor& weight,
-                 const float* factors, int64_t panel_floats, float* u, int64_t u_stride, float* scales) {
-  int64_t out_channels = weight.size(0), in_channels = weight.size(1);
-  int64_t taps = weight.numel() / (out_channels * in_channels);
-  auto w = static_cast<const char*>(weight.const_data_ptr());
-  int64_t panel_bytes = PANEL * in_channels * taps * weight.element_size();
-  at::parallel_for(0, out_channels / PANEL, 1, [&](int64_t from, int64_t to) {
-    static thread_local Scratch scratch;
-    float* memory = scratch.get(panel_floats);
-    for (int64_t panel = from; panel < to; panel++) {
-      transform.weight(w + panel * panel_bytes, factors == nullptr ? nullptr : factors + panel * PANEL, in_channels,
-                       taps, u + panel * PANEL * in_channels / dtype.per_word, u_stride, scales + panel * PANEL,
-                       out_channels, memory);
-    }
-  });
-}
 
 at::Tensor channels_last(const at::Tensor& x) {  // (B, C, T, F) or (B, C, N) with its channels last in memory
   int64_t last = x.dim() - 1;
@@ -222,8 +273,7 @@ void check(const at::Tensor& x, const at::Tensor& weight, int64_t variant) {
   TORCH_CHECK(x.size(1) % PANEL == 0 && weight.size(0) % PANEL == 0, "channels must be multiples of ", PANEL);
 }
 
-// The weight is packed at each call, into memory that the thread keeps: that costs little, and it may change. scale: of
-// each output channel of int8 weights.
+// scale: of each output channel of int8 weights.
 at::Tensor convolution(const at::Tensor& given, const at::Tensor& given_weight, const std::optional<at::Tensor>& bias,
                        const std::optional<at::Tensor>& given_residual, int64_t variant, int64_t dilation,
                        double slope, const std::optional<at::Tensor>& scale) {
@@ -234,12 +284,7 @@ at::Tensor convolution(const at::Tensor& given, const at::Tensor& given_weight, 
   std::optional<at::Tensor> factors = factors_of(given_weight, scale, given.scalar_type());
   at::Tensor x = channels_last(given), weight = given_weight.contiguous();
   int64_t in_channels = given.size(1), out_channels = weight.size(0);
-  int64_t u_stride = padded_stride(in_channels / dtype.per_word * out_channels);
-  static thread_local Scratch scratch;
-  float* u = scratch.get(transform.points * (u_stride + out_channels));
-  float* u_scales = u + transform.points * u_stride;
-  int64_t panel_floats = PANEL * weight[0].numel() * given.element_size() / 4;
-  pack_weight(dtype, transform, weight, float_data(factors), panel_floats, u, u_stride, u_scales);
+  Weights weights(dtype, transform, weight, float_data(factors), given.element_size());
   at::Tensor y = empty_output(x, out_channels);
   std::optional<at::Tensor> wide_bias = float_bias(bias), residual;
   if (given_residual.has_value()) {
@@ -252,7 +297,7 @@ at::Tensor convolution(const at::Tensor& given, const at::Tensor& given_weight, 
   auto data = [](const at::Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); };
   WinogradConvolution{dtype, transform, grid, variant, in_channels, out_channels, x.element_size(),
                       data(x), residual.has_value() ? data(*residual) : nullptr,
-                      reinterpret_cast<const char*>(zeros.data()), u, u_scales, float_data(wide_bias),
+                      reinterpret_cast<const char*>(zeros.data()), weights, float_data(wide_bias),
                       static_cast<float>(slope), static_cast<char*>(y.data_ptr())}.run();
   return y;
 }
