@@ -65,7 +65,7 @@ def read_tensors(folder: str | Path, variant: str | None = None, to_copy: bool =
     path = Path(folder)
     tensors: dict[str, Tensor] = {}
     places: dict[str, Path] = {}
-    for file in [path] if path.is_file() else weight_files(path, variant):
+    for file in weight_files(path, variant) if path.is_dir() or not path.exists() else [path]:
         part = read_safetensors(file) if file.suffix == ".safetensors" else _flat(read_pickle(file), file)
         twice = tensors.keys() & part.keys()
         if twice:

@@ -6,11 +6,13 @@ import re
 import pytest
 
 from ldm2 import fields
+from ldm2.batch import tables
 from ldm2.batch.rows import Rules
 from ldm2.checkpoints.convert import convert
 from ldm2.checkpoints.hub_folder import weight_files
 from ldm2.metrics.evaluation import sound_files
 from ldm2.training import data
+from ldm2.weights import read_tensors
 
 
 def _row_of_a_table(path):
@@ -25,14 +27,17 @@ def _row_of_a_batch(path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes")
-@pytest.mark.parametrize("read", [
-    data.read, _row_of_a_table, _row_of_a_batch, sound_files, fields.check_file, fields.read_json, weight_files,
-    fields.check_folder, lambda path: convert(path, path.with_name("out")),
+@pytest.mark.parametrize("name, read", [
+    ("pipe", data.read), ("pipe", _row_of_a_table), ("pipe", _row_of_a_batch), ("pipe", sound_files),
+    ("pipe", fields.check_file), ("pipe", fields.read_json), ("pipe", weight_files), ("pipe", fields.check_folder),
+    ("pipe", lambda path: convert(path, path.with_name("out"))), ("pipe.safetensors", read_tensors),
+    ("pipe.pth", read_tensors), *((f"pipe{suffix}", tables.records) for suffix in tables.SUFFIXES),
+    ("pipe.jsonl", data.read),
 ])
-def test_a_pipe_is_there_but_neither_file_nor_folder(tmp_path, read):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match=r"pipe'? is not a (file|folder)") as refusal:
-        read(tmp_path / "pipe")
+def test_a_pipe_is_there_but_neither_file_nor_folder(tmp_path, name, read):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}'? is not a (file|folder)") as refusal:
+        read(tmp_path / name)
     assert "missing" not in str(refusal.value) and "exist" not in str(refusal.value)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ldm2.fields import check_file
+
 SUFFIXES = (".jsonl", ".csv", ".parquet", ".txt")
 LONGEST_LINE = 4_000_000                   # bytes; a longer one is refused by itself
 SEPARATORS = ",;\t|"
@@ -30,6 +32,7 @@ def records(path: Path, wanted: Wanted = lambda number: True) -> Iterator[Record
         raise FileNotFoundError(f"{path} does not exist")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder")
+    check_file(path)
     read = {".jsonl": _json_lines, ".txt": _prompts, ".csv": _csv, ".parquet": _parquet}[suffix]
     return read(path, wanted)
 
