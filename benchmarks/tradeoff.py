@@ -52,9 +52,11 @@ WHOLE_RUN = (0.0, 1.0)
 REFERENCE = {"sampler": "ddim", "steps": 200, "guidance_interval": WHOLE_RUN, "cache_interval": 1, "spacing": None}
 AT_ONCE = 16                               # sounds in one batch
 STEPS = (10, 20, 50)
-FEW = (8, 10, 12, 15)                      # of the preset fast
+FEW = (8, 10, 12, 15, 25)                  # of the preset fast
 TRAILING = ("ddim", "dpmpp-2m")
-INTERVALS = ((0.0, 0.4), (0.0, 0.6), (0.0, 0.8), (0.1, 0.8), (0.2, 0.8), (0.2, 1.0), (0.4, 1.0), (0.3, 0.7))
+HALVES = ("bfloat16", "float16")           # the latter on GPUs alone
+INTERVALS = ((0.0, 0.4), (0.0, 0.6), (0.0, 0.7), (0.0, 0.8), (0.1, 0.8), (0.2, 0.8), (0.2, 1.0), (0.4, 1.0), (0.3, 0.7))
+GUIDED = (0.0, 0.7)
 Call = tuple[int, bool]                    # branches of guidance, and whether the deep part is computed
 
 
@@ -86,18 +88,21 @@ class Row:
 def ways() -> list[tuple[str, dict]]:
     """(kind, settings) of everything that is compared with the reference. The kind is the colour in the plot."""
     fast = REFERENCE | PRESETS["fast"]
-    plain = fast | {"guidance_interval": WHOLE_RUN, "cache_interval": 1}
+    more = fast | {"steps": 25}
     rows = [(name, REFERENCE | {"sampler": name, "steps": steps}) for name in SAMPLERS for steps in STEPS]
     trailing = REFERENCE | {"spacing": "trailing"}
     rows += [("trailing", trailing | {"sampler": name, "steps": steps}) for name in TRAILING for steps in STEPS]
-    rows += [("guidance interval", plain | {"guidance_interval": interval}) for interval in INTERVALS]
-    for way in (REFERENCE | {"steps": 50}, trailing | {"steps": 50}, plain, fast):
-        rows += [("DeepCache", way | {"cache_interval": n}) for n in (2, 3, 4)]
     rows += [("fewer steps", fast | {"steps": steps}) for steps in FEW]
+    rows += [("guidance interval", more | {"guidance_interval": interval}) for interval in INTERVALS]
+    rows += [("guidance interval", fast | {"steps": n, "guidance_interval": GUIDED}) for n in FEW]
+    for way in (REFERENCE | {"steps": 50}, trailing | {"steps": 50}, more, fast):
+        rows += [("DeepCache", way | {"cache_interval": n}) for n in (2, 3, 4)]
+    rows += [("dtype", way | {"dtype": dtype}) for way in (REFERENCE | {"steps": 50}, fast) for dtype in HALVES]
     instant = REFERENCE | PRESETS["instant"]
     rows += [("instant", instant | {"steps": steps}) for steps in (1, 2)]
     presets = [(f"preset {name}", REFERENCE | settings) for name, settings in PRESETS.items()]
-    return [row for row in rows if row[1] not in [settings for _, settings in presets]] + presets
+    rows = [row for row in rows if row[1] not in [settings for _, settings in presets]]
+    return [row for i, row in enumerate(rows) if row[1] not in [settings for _, settings in rows[:i]]] + presets
 
 
 def name_of(settings: dict) -> str:
@@ -106,6 +111,7 @@ def name_of(settings: dict) -> str:
     guided = "" if (start, end) == WHOLE_RUN else f", guidance {start:g}:{end:g}"
     guided += "".join(f", LoRA {word}" for word, _ in settings.get("lora", ()))
     reused = "" if settings["cache_interval"] == 1 else f", DeepCache {settings['cache_interval']}"
+    reused += f", {settings['dtype']}" if "dtype" in settings else ""
     spaced = "" if settings["spacing"] is None else f", {settings['spacing']}"
     return f"{settings['sampler']} {settings['steps']}{spaced}{guided}{reused}"
 
@@ -167,8 +173,8 @@ def calls_of(pipe: ldm2.AudioLDM2, settings: dict) -> Counter[Call]:
 
 
 def sampling(settings: dict, **defaults: float) -> Sampling:
-    """How the sampler runs; LoRAs are no part of it."""
-    return Sampling(**defaults | {name: value for name, value in settings.items() if name != "lora"})
+    """How the sampler runs; LoRAs and dtype are no part of it."""
+    return Sampling(**defaults | {name: value for name, value in settings.items() if name not in ("lora", "dtype")})
 
 
 class Comparison:
@@ -195,6 +201,9 @@ class Comparison:
         """Latents of all sounds, and the time for one."""
         shape = self.pipe.latent_shape(Settings("any").resolved(self.pipe.defaults).seconds)
         clock, parts = clock_of(self.pipe.device), []
+        dtype = settings.get("dtype")
+        if dtype is not None:
+            return self.in_dtype(dtype).run({name: value for name, value in settings.items() if name != "dtype"})
         with self.pipe.adapters.hold(settings.get("lora")):
             started = clock()
             for first in range(0, len(self.seeds), AT_ONCE):
@@ -202,6 +211,14 @@ class Comparison:
                 noise, sides = SeededNoise(self.seeds[rows]), [side.select(rows) for side in self.sides]
                 parts.append(self.pipe.denoise(*sides, noise.draw(*shape), sampling(settings), noise=noise))
             return torch.cat(parts), (clock() - started) / len(self.seeds)
+
+    @functools.cache                                       # noqa: B019
+    def in_dtype(self, dtype: str) -> Comparison:
+        """The same prompts with the model in another dtype; what compares is left out."""
+        other = copy.copy(self)
+        other.pipe = ldm2.load(self.pipe.origin["model"], device=str(self.pipe.device), dtype=dtype)
+        other.pipe.defaults.update(self.pipe.defaults)
+        return other
 
     def row(self, kind: str, settings: dict) -> Row:
         """Run, and compare."""
@@ -348,6 +365,7 @@ def main(arguments: list[str] | None = None) -> None:
     comparison = Comparison(pipe, prompts, seeds, judged=not args.no_judge, embedding=clap)
     rows = [comparison.row("reference", REFERENCE)]
     compared = [way for way in ways() if not args.only or way[0] in args.only]
+    compared = [way for way in compared if pipe.device.type == "cuda" or way[1].get("dtype") != "float16"]
     compared = [way for way in compared if all(word in pipe.loras for word, _ in way[1].get("lora", ()))]
     for kind, settings in compared:
         rows.append(comparison.row(kind, settings))

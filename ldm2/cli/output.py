@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ldm2 import atomic, audio
 from ldm2.cli import options
 from ldm2.result import output_paths
-from ldm2.settings import Output
+from ldm2.settings import PRESETS, Output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +35,7 @@ DEMO = (
 BFLOAT16 = "this CPU has instructions for bfloat16: --dtype bfloat16 is likely to be faster, at half the memory"
 KERNELS = ("the kernels for the CPU are not built, with which ldm2 is about 1.8 times as fast: run python -m "
            "ldm2.build_kernels once (a minute, needs g++), or set LDM2_KERNELS=auto")
-FAST = "{steps} steps take a while on a CPU: --preset fast takes 25 steps of a better solver, for a tenth of the work"
+FAST = "{steps} steps take a while on a CPU: --preset fast takes {fast} steps of a better solver"
 MANY_STEPS = 100
 LONGEST_STEM = 60                          # characters
 LONGEST_STEM_BYTES = 180                   # of 255 that a file name may have
@@ -180,7 +180,7 @@ def advise(pipe: AudioLDM2, dtype: str, steps: int) -> None:
     if dtype == "auto" and pipe.origin["dtype"] == "float32" and multiplies_bfloat16(pipe.device):
         say(BFLOAT16)
     if steps >= MANY_STEPS and pipe.device.type == "cpu":
-        say(FAST.format(steps=steps))
+        say(FAST.format(steps=steps, fast=PRESETS["fast"]["steps"]))
 
 
 def say(text: str) -> None:

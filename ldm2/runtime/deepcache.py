@@ -1,6 +1,7 @@
 """Deep features of the UNet computed at every N-th timestep and reused in between, where they have hardly changed.
 
-`python -m benchmarks.tradeoff` measures what it costs. At 25 steps that is seen in the sounds, so no preset has it.
+`python -m benchmarks.tradeoff` measures what it costs. At 25 steps and fewer that is seen in the sounds, so no preset
+has it.
 
 Reference: "DeepCache: Accelerating Diffusion Models for Free", arXiv:2312.00858, section 3.3 (uniform 1:N inference).
 """

@@ -127,7 +127,7 @@ def test_work_is_steps_for_a_second_of_sound():
         return measured.work(Rules({}).row(1, {"prompt": "x", **options}).kind)
 
     assert of(steps=10, seconds=2.0) == 40 and of(steps=10, seconds=2.0, guidance_scale=1.0) == 20
-    assert of(preset="fast", seconds=2.0, num_waveforms=3) == 300 and of() == 200 * 10.24 * 2
+    assert of(preset="fast", seconds=2.0, num_waveforms=3) == 144 and of() == 200 * 10.24 * 2
 
 
 def test_what_was_measured_is_what_is_expected():

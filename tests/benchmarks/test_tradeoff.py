@@ -125,6 +125,12 @@ def test_a_way_with_a_lora_is_named_and_counted_without_guidance(pipe):
     assert calls_of(pipe, instant) == {(1, True): 4}
 
 
+def test_a_way_in_another_dtype_is_near_the_same_in_float32(comparison):
+    half, same = (comparison.row("dtype", REFERENCE | {"dtype": dtype}) for dtype in ("bfloat16", "float32"))
+    assert 0 < half.latents < 0.2 and same.latents < 1e-5
+    assert half.branches == 12 and half.name == "ddim 6, bfloat16"
+
+
 def test_the_judge_hears_what_was_asked_for(comparison, monkeypatch):
     rng = np.random.default_rng(0)
     right = [make_waveform(rng, kind) for kind in comparison.kinds]
