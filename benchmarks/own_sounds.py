@@ -43,8 +43,8 @@ NEW = (
     "some bird chirping outside", "one bird, chirping", "birds that chirp in the morning", "chirps, a bird",
     "the sound of a chirping bird", "a garden bird chirps",
 )
-TRAINING = ("--steps 600 --batch-size 8 --rate 1e-3 --warmup 20 --rank 16 --layers attention,feed_forward "
-            "--snr-gamma 20 --keep-share 0.4")
+TRAINING = ("--steps 1600 --batch-size 8 --rate 1e-3 --warmup 20 --rank 8 --layers attention,feed_forward,convolution "
+            "--snr-gamma 20 --keep-share 0.35")
 
 
 def chirps(rng: np.random.Generator, num_samples: int = NUM_SAMPLES) -> np.ndarray:
@@ -93,10 +93,10 @@ def write_clips(folder: Path) -> None:
 
 
 def write_prompts(path: Path) -> None:
-    """Three captions of each kind that the model knows, for it to keep; the second prompts of the judge are others."""
+    """Up to six captions of each kind that the model knows, for it to keep; the judge's second prompts are others."""
     rng = np.random.default_rng(5)
-    lines = [caption(rng, kind, level) for kind in PROMPTS for level in ("", "", "quiet")]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [caption(rng, kind, level) for kind in PROMPTS for level in ("", "", "", "loud", "quiet", "")]
+    path.write_text("\n".join(dict.fromkeys(lines)) + "\n", encoding="utf-8")
 
 
 def check_judge(pipe: ldm2.AudioLDM2) -> dict[str, float]:
@@ -172,8 +172,8 @@ def table(
     lines = [
         "# A LoRA of tiny on 20 clips of bird chirps", "",
         f"`python -m benchmarks.own_sounds`: {seeds} sounds of each prompt, at the model's defaults. The clips are "
-        f"made by a formula, a caption each; no new prompt is among the captions; keep.txt holds three captions of "
-        f"each old kind, which the model plays itself. `{command}` took {seconds / 60:.1f} "
+        f"made by a formula, a caption each; no new prompt is among the captions; keep.txt holds up to six captions "
+        f"of each old kind, which the model plays itself. `{command}` took {seconds / 60:.1f} "
         f"min ({used / 60:.1f} core-minutes, on a machine that did other work too).", "",
         "The judge takes for chirps: " + ", ".join(f"{share:.2f} of {name}" for name, share in passed.items()) + ".",
         "", "| judge says right | without | with the LoRA |", "|---|---|---|"]
