@@ -37,8 +37,8 @@ def test_the_layout_changes_no_number(pair, rows):
     torch.testing.assert_close(
         arranged(x_t, 7, conditioning), plain(x_t, 7, conditioning), atol=1e-5, rtol=1e-5
     )
-    for name, parameter in plain.state_dict().items():
-        assert torch.equal(arranged.state_dict()[name], parameter)
+    laid_out = arranged.state_dict()
+    assert all(torch.equal(laid_out[name], parameter) for name, parameter in plain.state_dict().items())
 
 
 @torch.no_grad()

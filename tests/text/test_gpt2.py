@@ -107,7 +107,8 @@ def test_gpt2_with_word_head_loads_as_one_without():
     with_head = transformers.GPT2LMHeadModel(plain.config)
     with_head.transformer.load_state_dict(plain.state_dict())
     loaded = load_gpt2(plain.config.to_dict(), dict(with_head.state_dict()))
-    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in loaded.state_dict().items())
+    expected = plain.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
 
 
 def test_causal_masks_of_old_files_are_dropped():
