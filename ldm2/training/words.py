@@ -37,7 +37,7 @@ def encode_words(pipe: Stages, model: str, texts: Iterable[Text], store: Store, 
         with pipe.stages["text"]:
             for done, (caption, spoken) in enumerate(missing):
                 report("encoding captions", done, len(missing))
-                inputs = pipe.text.inputs(caption, transcription=spoken if pipe.text.speaks else None)
+                inputs = pipe.text.inputs(caption, transcription=spoken if pipe.text.is_speech_model else None)
                 store.put(keys[caption, spoken], {name: each.cpu() for name, each in zip(_NAMES, inputs)})
     return len(keys)
 

@@ -9,11 +9,14 @@ import ldm2
 from benchmarks import checkpoints
 from ldm2.checkpoints import lora_files
 from ldm2.cli.commands import main
+from ldm2.training import outcome
 from ldm2.training.encoding import Store, basis_of, encode_sides, join_rows
 from ldm2.training.options import DISTILL, LORA, Training
 from ldm2.training.tuning import Learner
 from ldm2.training.words import Words, encode_words
+from ldm2.weights import read_safetensors
 from tests import authors
+from tests.helpers import draw
 from tests.training.runs import losses
 
 
@@ -73,6 +76,31 @@ def test_the_projection_before_gpt2_learns_too(clips, tmp_path):
     assert torch.equal(changed.contexts[1], before.contexts[1])
     pipe.unload_lora()
     assert torch.equal(pipe.encode("a woman speaks").contexts[0], before.contexts[0])
+
+
+@torch.no_grad()
+def test_peft_takes_the_projections_part_of_the_file(tmp_path):
+    peft, diffusers = pytest.importorskip("peft"), pytest.importorskip("diffusers")
+    pipe = ldm2.load("tiny", device="cpu")
+    options = Training(LORA, layers=("attention", "projection"), rank=2, alpha=3.0).resolved()
+    trained = outcome.prepare(pipe.unet, options, pipe.text)
+    for number, parameter in enumerate(trained.module.parameters()):
+        parameter += 0.1 * draw(*parameter.shape, seed=number)
+    tensors = read_safetensors(trained.adapter().save(tmp_path / "pytorch_lora_weights.safetensors"))
+    mine, prefix = pipe.text.projection, "projection_model."
+    theirs = diffusers.AudioLDM2ProjectionModel(mine.config.clap_dim, mine.config.text_dim, mine.config.width)
+    trained.loras["projection_model"].remove()
+    theirs.load_state_dict(mine.state_dict())
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, lora_alpha=3.0, target_modules=["projection", "projection_1"]),
+                                 theirs)
+    peft.set_peft_model_state_dict(theirs, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+                                            if name.startswith(prefix)})
+    pipe.load_lora(tmp_path)
+    clap, states = draw(2, mine.config.clap_dim), draw(2, 5, mine.config.text_dim)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    found = theirs(clap[:, None], states, torch.ones(2, 1), mask).hidden_states
+    torch.testing.assert_close(mine(clap, states, mask)[0], found, rtol=1e-4, atol=1e-4)
+    assert any(name.startswith("unet.") for name in tensors)
 
 
 def test_vectors_made_anew_are_those_of_the_text_encoder_and_take_gradients(tmp_path):
