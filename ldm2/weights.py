@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +38,7 @@ Value = TypeVar("Value")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_checked: WeakSet[nn.Module] = WeakSet()                   # those without a tensor to look through, until the next load
 SMALL = 64_000_000                                         # bytes of a part that are looked through in no time
 REMAP_BYTES = 128_000_000                                      # bytes of a file that are mapped at once to be copied
 
@@ -258,6 +260,7 @@ def load(
         given = list(tensors)
         logger.debug("%s: %d tensors, dropped on purpose: %s", source, len(given), _dropped(given, table))
     del tensors                                            # whose memory goes tensor by tensor
+    global _checked
     groups = _groups(module, table)
     _check(groups, held, source)
     chosen = {next(name for name in names if name in held): (names, target) for names, target in groups}
@@ -277,7 +280,7 @@ def load(
             raise RuntimeError(f"no file fills the buffer {name}: whoever builds the module must")
         if device is not None:
             assign(module, name, buffer.to(device))
-    module.unchecked = str(source)  # type: ignore[assignment]
+    module.unchecked, _checked = str(source), WeakSet()  # type: ignore[assignment]
     if sum(target.nbytes for _, target in groups) <= SMALL:
         check_finite(module)
     return module.eval()
@@ -310,14 +313,19 @@ def _placed(
 def check_finite(module: nn.Module) -> None:
     """Raise ValueError, naming file and tensor, if weights that `load` left mapped hold NaN or infinite numbers.
 
-    They are read from the disk for it, so this belongs to the door of what needs them next. Later calls cost nothing.
+    They are read from the disk for it, so this belongs to the door of what needs them next. Later calls cost nothing,
+    not even a walk through the module, until something is loaded again.
     """
+    checked = _checked                                     # what is loaded meanwhile begins another
+    if module in checked:
+        return
     for part in module.modules():
         source = vars(part).get("unchecked")
         if source is not None:
             for name, tensor in part.state_dict().items():
                 _check_finite(tensor, name, source)
             vars(part).pop("unchecked", None)              # another thread may have come to the same end
+    checked.add(module)
 
 
 def _check_finite(tensor: Tensor, name: str, source: str | Path) -> None:
