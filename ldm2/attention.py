@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm2 import ops
 from ldm2.layers import GroupNorm, LayerNorm, Linear, tile_batch, weight_of
+
+_ABSORBED = 32                                             # positions at most: kernels hold the scores of all heads
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,33 @@ class KeyValue:
     keys: Tensor
     values: Tensor
     bias: Tensor | None = None
+
+    def lengthened(self, length: int, bias: Tensor) -> KeyValue:
+        """With positions added up to a length; `bias` is that of all."""
+        extra = (0, 0, 0, length - self.keys.shape[2])
+        return KeyValue(F.pad(self.keys, extra), F.pad(self.values, extra), bias)
+
+
+@dataclass(frozen=True)
+class AbsorbedKeyValue:
+    """The same for few positions (L <= D), with the projections of queries and outputs multiplied in.
+
+    (x W_q) k^T is x (W_q k^T), and (p v) W_out is p (v W_out): with L <= D both products on the right are smaller than
+    the matrices of the layer, and they are the same for all steps of a generation.
+    keys: (B, H, L, C), divided by sqrt(D); values: (B, C, H, L); bias as in KeyValue.
+    """
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor | None = None
+
+    def lengthened(self, length: int, bias: Tensor) -> AbsorbedKeyValue:
+        """As of KeyValue."""
+        extra = length - self.keys.shape[2]
+        return AbsorbedKeyValue(F.pad(self.keys, (0, 0, 0, extra)), F.pad(self.values, (0, extra)), bias)
+
+
+Attended = KeyValue | AbsorbedKeyValue
 
 
 def mask_bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
@@ -52,6 +82,21 @@ class Attention(nn.Module):
         """Keys and values of a context (B, L, context_dim)."""
         return KeyValue(self._split(self.to_k(context)), self._split(self.to_v(context)), bias)
 
+    def absorb(self, kv: KeyValue) -> Attended:
+        """Keys and values as `forward` takes them fastest: with the layer's own projections in them where that is less
+        work, for weights that stay as they are until `forward` is called. On a CPU a whole block is one kernel."""
+        projections, (length, width) = (self.to_q, self.to_out[0]), kv.keys.shape[2:]
+        watched = any(layer._forward_hooks or layer._forward_pre_hooks for layer in projections)    # by a LoRA, say
+        if torch.is_grad_enabled() or watched or not kv.keys.is_cuda or length > min(width, _ABSORBED):
+            return kv
+        dtype, wide = kv.keys.dtype, torch.promote_types(kv.keys.dtype, torch.float32)
+        keys, values = kv.keys.to(wide), kv.values.to(wide)
+        asks, gives = (ops.dense(weight_of(layer), wide).to(wide) for layer in projections)
+        asks = asks.unflatten(0, (self.num_heads, -1)) * keys.shape[3] ** -0.5
+        gives = gives.unflatten(1, (self.num_heads, -1))
+        return AbsorbedKeyValue(torch.einsum("bhld,hdc->bhlc", keys, asks).to(dtype),
+                                torch.einsum("bhld,chd->bchl", values, gives).to(dtype), kv.bias)
+
     def fuse_qkv(self) -> None:
         """Lay the weights of q, k and v one after the other, as one matrix. They stay three parameters."""
         if self.may_fuse_qkv:
@@ -61,8 +106,11 @@ class Attention(nn.Module):
                 layer.weight.data = weight                 # the same parameter, which an optimiser may hold
             self.qkv_fused = True
 
-    def forward(self, x: Tensor, kv: KeyValue | None = None) -> Tensor:
+    def forward(self, x: Tensor, kv: Attended | None = None) -> Tensor:
         """Attends to `kv`, to x itself if None. Keys of k * B rows tile the B rows of x."""
+        if isinstance(kv, AbsorbedKeyValue):
+            x = tile_batch(x, kv.keys.shape[0])
+            return ops.absorbed_attention(x, kv.keys, kv.values, kv.bias, self.to_out[0].bias)
         joint = self._fused_qkv() if kv is None else None
         if joint is not None:
             q, keys, values = map(self._split, ops.linear(x, joint).chunk(3, dim=-1))
@@ -126,10 +174,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, kv: KeyValue | None) -> Tensor:
+    def forward(self, x: Tensor, kv: Attended | None) -> Tensor:
         """x (B, L, C), keys of k * B rows -> (k * B, L, C)."""
         parameters = self._parameters_in_order()
-        if parameters is not None:
+        if parameters is not None and not isinstance(kv, AbsorbedKeyValue):
             context = None if kv is None else (kv.keys, kv.values, kv.bias)
             y = ops.at_once("transformer_block", x, self.attn1.num_heads, self.norm1.eps, context, parameters)
             if y is not NotImplemented:
@@ -177,12 +225,13 @@ class Transformer2D(nn.Module):
         )
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def project_kv(self, context: Tensor, bias: Tensor | None) -> tuple[KeyValue, ...]:
+    def project_kv(self, context: Tensor, bias: Tensor | None) -> tuple[Attended, ...]:
         """Keys and values of a context (B, L, context_dim) for each block."""
-        return tuple(block.attn2.project_kv(context, bias) for block in self.transformer_blocks)
+        layers = [block.attn2 for block in self.transformer_blocks]
+        return tuple(layer.absorb(layer.project_kv(context, bias)) for layer in layers)
 
-    def forward(self, x: Tensor, key_values: tuple[KeyValue | None, ...]) -> Tensor:
-        """One KeyValue per block, None for self-attention; k * B rows of keys give k * B rows of output."""
+    def forward(self, x: Tensor, key_values: tuple[Attended | None, ...]) -> Tensor:
+        """One of `project_kv` per block, None for self-attention; k * B rows of keys give k * B rows of output."""
         h = self.norm(x).flatten(2).transpose(1, 2)                          # (B, C, T, F) -> (B, T F, C)
         h = _pointwise(self.proj_in, h)
         for block, kv in zip(self.transformer_blocks, key_values, strict=True):

@@ -114,7 +114,8 @@ class ResnetBlock(nn.Module):
     """Two normalised 3x3 convolutions beside a skip connection: (B, C_in, T, F) -> (B, C_out, T, F).
 
     With `emb_dim`, `time_emb_proj` turns an embedding (rows, emb_dim) into the shift that `forward` takes; it is
-    applied outside, once per schedule, because it does not depend on x.
+    applied outside, once per schedule, because it does not depend on x. So is the bias of `conv1`, which is added at
+    the same place: the shift is time_emb_proj(embedding) + conv1.bias.
     """
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, emb_dim: int | None = None):
@@ -128,8 +129,9 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = Conv1x1(in_channels, out_channels) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """shift (1 or B or k * B, C_out) is added to each channel; k * B rows tile the result, see `tile_batch`."""
-        h = self.conv1(self.norm1(x))
+        """shift (1 or B or k * B, C_out) is added to each channel in place of conv1's bias; k * B rows tile the result,
+        see `tile_batch`."""
+        h = ops.conv3x3(self.norm1(x), weight_of(self.conv1), self.conv1.bias if shift is None else None)
         if shift is not None and shift.shape[0] != 1:
             rows = max(h.shape[0], shift.shape[0])
             h, shift = tile_batch(h, rows), tile_batch(shift, rows)
@@ -158,4 +160,4 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         size = (2 * x.shape[2], 2 * x.shape[3]) if size is None else size
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return self.conv(ops.upsample(x, size))

@@ -313,7 +313,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 
 
 @_fusible
-def conv3x3(x: Tensor, weight: Weight, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+def absorbed_attention(x: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, offset: Tensor) -> Tensor:
+    """Attention to few positions, the projections of queries and outputs within the keys and values.
+
+    x (B, Q, C), keys (B, H, L, C), values (B, C, H, L), bias broadcastable to (B, H, Q, L) or None, offset (C,) of the
+    output -> (B, Q, C): the sum over the heads h of softmax(x keys_h^T + bias) values_h^T, plus the offset.
+    """
+    scores = (x @ keys.flatten(1, 2).mT).unflatten(-1, keys.shape[1:3])      # (B, Q, H, L)
+    if bias is not None:
+        scores = scores + bias.transpose(1, 2)
+    return offset + scores.softmax(-1).flatten(2) @ values.flatten(2).mT
+
+
+@_fusible
+def conv3x3(x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """Convolution of x (B, C_in, T, F) with 3x3 kernels, zeros beside the map, plus a residual (B, C_out, T, F)."""
     y = F.conv2d(x, dense(weight, x.dtype), bias, padding=1)
     return y if residual is None else residual + y
@@ -326,25 +339,15 @@ def conv1x1(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
 
 
 @_fusible
+def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest-neighbor interpolation of x (B, C, T, F) to `size`."""
+    return F.interpolate(x, size=size, mode="nearest")
+
+
+@_fusible
 def leaky_relu(x: Tensor, slope: float) -> Tensor:
     """x where x is positive, slope * x elsewhere."""
     return F.leaky_relu(x, slope)
-
-
-@_fusible
-def add_leaky_relu(x: Tensor, added: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """(x + added, leaky_relu(x + added)) for a sum that is needed itself as well. Both of one shape."""
-    x = x + added
-    return x, F.leaky_relu(x, slope)
-
-
-@_fusible
-def add_up(x: Tensor, added: Tensor, total: Tensor | None = None, count: int = 1) -> Tensor:
-    """(total + x + added) / count for tensors of one shape: with `count` blocks in the total, the mean of them."""
-    x = x + added
-    if total is not None:
-        x += total
-    return x if count == 1 else x / count
 
 
 @_fusible
@@ -369,16 +372,14 @@ def residual_blocks(x: Tensor, slope: float, dilations: tuple[tuple[int, ...], .
     A block is pairs of a dilated and a plain convolution of leaky_relu, each pair beside a skip connection. dilations:
     those of each block; parameters: weight and bias of each pair's first and second convolution, block by block.
     """
-    shared, total = leaky_relu(x, slope), None
+    total: Tensor | None = None
     given: Iterator[Any] = iter(parameters)
-    for done, block in enumerate(dilations, start=1):
-        y, activated = x, shared
-        for pair, dilation in enumerate(block, start=1):
+    for block in dilations:
+        y = x
+        for dilation in block:
             weight = dense(next(given), x.dtype)
             reach = dilation * (weight.shape[2] // 2)
-            h = F.conv1d(activated, weight, next(given), padding=reach, dilation=dilation)
-            h = conv1d.reference(leaky_relu(h, slope), next(given), next(given))
-            if pair < len(block):
-                y, activated = add_leaky_relu(y, h, slope)
-        total = add_up(y, h, total, len(dilations) if done == len(dilations) else 1)
-    return total
+            h = F.conv1d(leaky_relu(y, slope), weight, next(given), padding=reach, dilation=dilation)
+            y = y + conv1d.reference(leaky_relu(h, slope), next(given), next(given))
+        total = y if total is None else total + y
+    return total / len(dilations)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm2.config import VocoderConfig
+from ldm2.runtime.graphs import replayed
 from ldm2.vae import VAE, Posterior
 from ldm2.vocoder import Vocoder
 from ldm2.windows import Window
@@ -54,10 +55,11 @@ def vocode(
     # One block: pieces would scatter the heap.
     result = torch.empty(len(mel), hop * num_frames + beyond, dtype=torch.float32, device="cpu")
     size = chunk + left + right if loop else min(chunk + left + right, num_frames)                  # the same each time
+    run = replayed(vocoder, vocoder)
     for start in range(0, num_frames, chunk):
         end = min(start + chunk, num_frames)
         begin = start - left if loop else min(max(start - left, 0), num_frames - size)
-        waveform = vocoder(mel[:, :, torch.arange(begin, begin + size, device=mel.device) % num_frames])
+        waveform = run(mel[:, :, torch.arange(begin, begin + size, device=mel.device) % num_frames])
         stop = hop * end + (beyond if end == num_frames else 0)
         result[:, hop * start : stop] = waveform[:, hop * (start - begin) : stop - hop * begin]
         after_chunk()
@@ -82,13 +84,13 @@ def decode(
     log-mel on average and 2.6 at most (the whole differs from the original by 2.7 on average); tiles of 64 frames that
     share 16 by 0.52 and 4.6, so tiles should not be short. `python -m benchmarks.long_sound --tiles` measures it.
     """
-    factor = vae.config.downsampling
+    factor, run = vae.config.downsampling, replayed(vae, vae.decode)
     batch, _, num_frames, num_bins = latents.shape
     mel = latents.new_zeros(batch, 1, factor * num_frames, factor * num_bins, dtype=torch.float32)
     for tile in tiles:
         frames = (factor * tile.frames[:, None] + torch.arange(factor, device="cpu")).flatten().to(mel.device)
         weights = tile.weights.repeat_interleave(factor).to(mel.device)[:, None]
-        mel.index_add_(2, frames, vae.decode(latents[:, :, tile.frames.to(mel.device)]).float() * weights)
+        mel.index_add_(2, frames, run(latents[:, :, tile.frames.to(mel.device)]).float() * weights)
         after_tile()
     return mel.to(latents.dtype)
 

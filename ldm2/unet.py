@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm2 import ops
-from ldm2.attention import KeyValue, Transformer2D, mask_bias
+from ldm2.attention import Attended, Transformer2D, mask_bias
 from ldm2.conditioning import Conditioning
 from ldm2.config import UNetConfig, context_index
 from ldm2.layers import (
@@ -37,7 +37,7 @@ from ldm2.layers import (
 _EPS = 1e-5                                                # of the group norms outside the transformers
 
 Shifts = Iterator[Tensor]                                  # one (rows, C) per ResnetBlock, in order of execution
-KeyValues = Iterator[tuple[KeyValue | None, ...]]          # one entry per Transformer2D, in order of execution
+KeyValues = Iterator[tuple[Attended | None, ...]]          # one entry per Transformer2D, in order of execution
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PreparedConditioning:
     """A conditioning of `rows` rows, as the layers of one UNet use it."""
 
     rows: int
-    key_values: tuple[tuple[KeyValue | None, ...], ...]    # per transformer and layer; None = self-attention
+    key_values: tuple[tuple[Attended | None, ...], ...]    # per transformer and layer; None = self-attention
     film: Tensor | None                                    # (rows, E), the condition's part of all the shifts
 
 
@@ -225,16 +225,18 @@ class UNet(nn.Module):
         return [*self.down_blocks, self.mid_block, *self.up_blocks]
 
     def _projected(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Weight and bias of the projections, one after the other."""
-        return ((ops.dense(weight_of(proj), dtype), proj.bias) for proj in self._projections())
+        """Weight and bias of the projections, one after the other. The bias is that of the convolution before as well:
+        see ResnetBlock."""
+        return ((ops.dense(weight_of(resnet.time_emb_proj), dtype), resnet.time_emb_proj.bias + resnet.conv1.bias)
+                for resnet in self._resnets())
 
-    def _projections(self) -> list[nn.Linear]:
-        return [resnet.time_emb_proj for block in self._blocks() for resnet in block.resnets]
+    def _resnets(self) -> list[ResnetBlock]:
+        return [resnet for block in self._blocks() for resnet in block.resnets]
 
     def _shifts(self, time: Tensor, prepared: PreparedConditioning) -> tuple[Tensor, ...]:
         if prepared.film is not None:
             time = prepared.film + (time if len(time) == 1 else tile_batch(time, prepared.rows))
-        return time.split([proj.out_features for proj in self._projections()], dim=1)
+        return time.split([resnet.conv1.out_channels for resnet in self._resnets()], dim=1)
 
     def _check(self, x_t: Tensor, time: Tensor, prepared: PreparedConditioning) -> None:
         if x_t.dim() != 4 or x_t.shape[1] != self.config.in_channels:

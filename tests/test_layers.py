@@ -72,7 +72,7 @@ def test_a_resnet_block_equals_diffusers(in_channels, out_channels, emb_dim):
     ).eval()
     theirs.load_state_dict(ours.state_dict())
     x, emb = draw(2, in_channels, 5, 3), None if emb_dim is None else draw(2, emb_dim, seed=1)
-    shift = None if emb_dim is None else ours.time_emb_proj(F.silu(emb))
+    shift = None if emb_dim is None else ours.time_emb_proj(F.silu(emb)) + ours.conv1.bias
     torch.testing.assert_close(ours(x, shift), theirs(x, emb), atol=1e-5, rtol=1e-5)
 
 

@@ -103,20 +103,11 @@ def test_add_layer_norm_returns_the_sum_and_its_normalisation(dtype):
     assert_near(normed, normalised(expected, (-1,), 1e-5) * weight.double() + bias.double(), dtype)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_add_leaky_relu_returns_the_sum_and_its_leaky_relu(dtype):
-    x, added = draw(2, 5, 6, dtype=dtype), draw(2, 5, 6, seed=1, dtype=dtype)
-    expected = x.double() + added.double()
-    total, activated = ops.add_leaky_relu(x, added, 0.1)
-    assert_near(total, expected, dtype)
-    assert_near(activated, torch.where(expected > 0, expected, 0.1 * expected), dtype)
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_add_up_divides_the_total_by_the_count(dtype):
-    x, added, total = (draw(2, 5, 6, seed=seed, dtype=dtype) for seed in range(3))
-    assert_near(ops.add_up(x, added), x.double() + added.double(), dtype)
-    assert_near(ops.add_up(x, added, total, 3), (x.double() + added.double() + total.double()) / 3, dtype)
+@pytest.mark.parametrize("size", [(10, 12), (9, 11)])
+def test_upsample_takes_the_nearest_position(size):
+    x = draw(2, 3, 5, 6)
+    rows, columns = (torch.arange(new) * old // new for new, old in zip(size, x.shape[2:]))
+    assert torch.equal(ops.upsample(x, size), x[:, :, rows][..., columns])
 
 
 @pytest.mark.parametrize("offset", [0.0, 300.0])

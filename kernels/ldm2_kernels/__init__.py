@@ -19,18 +19,18 @@ MODULES: dict[str, dict[str, str | None]] = {
         "group_norm_silu": "ldm2_kernels.group_norm",
         "add_layer_norm": "ldm2_kernels.layer_norm",
         "geglu": "ldm2_kernels.geglu",
-        "add_leaky_relu": "ldm2_kernels.leaky_relu",
-        "add_up": "ldm2_kernels.leaky_relu",
-        "attention": None,
+        "layer_norm": "ldm2_kernels.layer_norm",
+        "upsample": "ldm2_kernels.upsample",
+        "attention": "ldm2_kernels.attention",
+        "absorbed_attention": "ldm2_kernels.attention",
         "linear": None,
         "linear_geglu": None,
-        "layer_norm": None,
         "leaky_relu": None,
         "conv3x3": "ldm2_kernels.convolution",
         "conv1x1": "ldm2_kernels.convolution",
-        "conv1d": None,
-        "conv_transpose1d": None,
-        "residual_blocks": None,
+        "conv1d": "ldm2_kernels.residual_blocks",
+        "conv_transpose1d": "ldm2_kernels.residual_blocks",
+        "residual_blocks": "ldm2_kernels.residual_blocks",
     },
     "cpu": {
         "conv3x3": "ldm2_kernels.cpu",
@@ -46,9 +46,9 @@ MODULES: dict[str, dict[str, str | None]] = {
         "linear_geglu": "ldm2_kernels.cpu",
         "geglu": None,
         "attention": "ldm2_kernels.cpu",
+        "absorbed_attention": None,
         "leaky_relu": None,
-        "add_leaky_relu": None,
-        "add_up": None,
+        "upsample": None,
     },
 }
 
@@ -58,20 +58,15 @@ SEQUENCES: dict[str, dict[str, str]] = {"cpu": {"transformer_block": "ldm2_kerne
 # Why an operation without a kernel needs none there.
 REASONS: dict[str, dict[str, str]] = {
     "cuda": {
-        "attention": "FlashAttention and the like",
         "linear": "cuBLAS",
         "linear_geglu": "cuBLAS, and the kernel of geglu",
-        "layer_norm": "is one pass already",
         "leaky_relu": "is one pass already",
-        "conv1d": "cuDNN",
-        "conv_transpose1d": "cuDNN",
-        "residual_blocks": "cuDNN, and kernels between its convolutions",
     },
     "cpu": {
+        "absorbed_attention": "two products, and a small part of a step",
         "geglu": "part of the linear layer before it",
         "leaky_relu": "part of the residual blocks",
-        "add_leaky_relu": "part of the residual blocks",
-        "add_up": "part of the residual blocks",
+        "upsample": "memory-bound, and a small part of a step",
     },
 }
 

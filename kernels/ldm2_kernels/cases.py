@@ -10,6 +10,7 @@ from torch import Tensor
 
 GROUPS = 32
 EPS = 1e-5
+CONTEXT = 8                                                # vectors of a prompt
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,14 @@ def cases(
         "linear_geglu": lambda: (new(*tokens), weight(2 * hidden, channels), new(2 * hidden)),
         "geglu": lambda: (new(2, s.tokens, hidden), new(2, s.tokens, hidden)),
         "attention": lambda: tuple(new(2, s.heads, s.tokens, channels // s.heads) for _ in range(3)),
+        "absorbed_attention": lambda: (
+            new(*tokens), new(2, s.heads, CONTEXT, channels) / channels ** 0.5, new(2, channels, s.heads, CONTEXT),
+            new(2, 1, 1, CONTEXT), new(channels),
+        ),
         "conv3x3": lambda: (laid(new(*maps)), laid(weight(channels, channels, 3, 3)), new(channels), laid(new(*maps))),
         "conv1x1": lambda: (laid(new(2, wider, *maps[2:])), laid(weight(channels, wider, 1, 1)), new(channels)),
         "leaky_relu": lambda: (new(*wave), 0.1),
-        "add_leaky_relu": lambda: (new(*wave), new(*wave), 0.1),
-        "add_up": lambda: (new(*wave), new(*wave), new(*wave), 3),
+        "upsample": lambda: (laid(new(*maps)), (2 * s.frames, 2 * s.bins)),
         "conv1d": lambda: (new(1, s.mels, s.mel_frames), weight(8 * inside, s.mels, 7), new(8 * inside)),
         "conv_transpose1d": lambda: (new(1, 2 * inside, s.wave * 2 // 5), weight(2 * inside, inside, 16), new(inside),
                                      4, 6),

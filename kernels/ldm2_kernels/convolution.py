@@ -49,10 +49,12 @@ def _(y, bias, residual):
     return torch.empty_like(y, memory_format=layout_of(y))
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """`ops.conv3x3`; the sum with bias and residual is rounded once."""
     if residual is None:
         return F.conv2d(x, weight, bias, padding=1)
+    if bias is None:
+        return NotImplemented
     return _add_bias_residual(F.conv2d(x, weight, padding=1), bias, residual)
 
 

@@ -208,7 +208,7 @@ def _dense(weight: Any, dtype: torch.dtype) -> Tensor:
 
 
 @_kernel
-def conv3x3(x: Tensor, weight: Any, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+def conv3x3(x: Tensor, weight: Any, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """Result in channels-last memory, whatever the input's."""
     values, scale = _parts(weight)
     if not _pays(values):

@@ -1,5 +1,5 @@
-"""The UNet's step as a CUDA graph: one launch in place of the thousand or so that it is made of, which a fast GPU runs
-quicker than they can be issued.
+"""The UNet's step, the VAE and the vocoder as CUDA graphs: one launch in place of the hundreds that each is made of,
+which a fast GPU runs quicker than they can be issued.
 
 A graph is a recording of launches with all addresses in it. It serves every call of the same shapes once its inputs are
 copied to where the recorded call had them. So that a prompt of another length seldom means another graph, the contexts
@@ -12,25 +12,27 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ldm2 import ops
-from ldm2.attention import KeyValue
+from ldm2.attention import Attended
 from ldm2.runtime.compilation import CompiledUNet, is_compiled, stepper
 from ldm2.unet import PreparedConditioning, UNet
 
 BUCKET = 8                                                 # tokens
 WARM_UP = 2                                                # calls after which a shape is worth a recording
-KEPT = 8                                                   # graphs of one UNet
+KEPT = 8                                                   # graphs of one module
 
 Results = tuple[Tensor, ...]
+Recorded = TypeVar("Recorded")
 Capture = Callable[[Callable[[], Results]], tuple[Callable[[], object], Results]]
 
-_graphs: WeakIdKeyDictionary = WeakIdKeyDictionary()       # first parameter of a UNet -> its Graphs, gone with it
+_graphs: WeakIdKeyDictionary = WeakIdKeyDictionary()       # first parameter of a module -> its Graphs, gone with it
 _lock = threading.Lock()                                   # of the table; each Graphs has its own
 
 
@@ -41,15 +43,37 @@ def accelerated(unet: UNet) -> UNet | CompiledUNet | GraphedUNet:
     recorded, or under `ops.backend("reference")`, go to the UNet as well.
     """
     device = next(unet.parameters()).device
-    if device.type != "cuda" or torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
-        return stepper(unet)
-    return GraphedUNet(stepper(unet), graphs_of(unet, device))
+    return GraphedUNet(stepper(unet), graphs_of(unet, device)) if _records(device) else stepper(unet)
 
 
-def graphs_of(unet: UNet, device: torch.device) -> Graphs:
-    """The recorded CUDA graphs of a UNet; new ones if its weights have moved. A compiled UNet has graphs of its own."""
-    first, addresses = next(unet.parameters()), tuple(parameter.data_ptr() for parameter in unet.parameters())
-    compiled = is_compiled(unet)
+def replayed(module: nn.Module, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`call`, a method of a module from one tensor to one, which runs as CUDA graphs where `accelerated` would."""
+    device = next(module.parameters()).device
+    if not _records(device):
+        return call
+    graphs = graphs_of(module, device)
+
+    def run(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or ops.asked() == "reference":
+            return call(x)
+        with graphs.lock:
+            graph = graphs.get((ops.asked(), _kind(x)), lambda: GraphedCall(call, x, graphs.capture))
+            if graph is not None:
+                return graph(x)
+        return call(x)
+
+    return run
+
+
+def _records(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+
+
+def graphs_of(module: nn.Module, device: torch.device) -> Graphs:
+    """The recorded CUDA graphs of a module; new ones if its weights have moved. A compiled UNet has graphs of its own.
+    """
+    first, addresses = next(module.parameters()), tuple(parameter.data_ptr() for parameter in module.parameters())
+    compiled = isinstance(module, UNet) and is_compiled(module)
     with _lock:
         kinds = _graphs.setdefault(first, {})
         if any(graphs.addresses != addresses for graphs in kinds.values()):
@@ -61,14 +85,14 @@ def graphs_of(unet: UNet, device: torch.device) -> Graphs:
         return kinds[compiled]
 
 
-def forget(unet: UNet) -> None:
-    """Let go of a UNet's graphs, and of their memory; for one whose weights are about to move."""
+def forget(module: nn.Module) -> None:
+    """Let go of a module's graphs, and of their memory; for one whose weights are about to move."""
     with _lock:
-        _graphs.pop(next(unet.parameters()), None)
+        _graphs.pop(next(module.parameters()), None)
 
 
 class Graphs:
-    """The graphs of one UNet by the shapes of their calls; the one used longest ago makes room for a new one.
+    """The graphs of one module by the shapes of their calls; the one used longest ago makes room for a new one.
 
     capture:   capture(run) -> (replay, results): run() recorded, and the tensors that replay() fills with its results
     addresses: of the parameters, which the graphs read
@@ -79,9 +103,9 @@ class Graphs:
         self.capture, self.addresses, self.warm_up = capture, addresses, warm_up
         self.lock = threading.Lock()
         self._calls: dict[tuple, int] = {}
-        self._graphs: dict[tuple, Graph] = {}
+        self._graphs: dict[tuple, Any] = {}
 
-    def get(self, key: tuple, make: Callable[[], Graph]) -> Graph | None:
+    def get(self, key: tuple, make: Callable[[], Recorded]) -> Recorded | None:
         """The graph for a key; None for its first calls, to be run as they are: they compile and choose kernels."""
         graph = self._graphs.pop(key, None)
         if graph is None:
@@ -117,6 +141,21 @@ class Graph:
             self.owner = weakref.ref(prepared)
         self.replay()
         return tuple(result.clone() for result in self.results)              # the next call overwrites them
+
+
+class GraphedCall:
+    """A recorded call from one tensor to one, on an input of its own."""
+
+    def __init__(self, call: Callable[[Tensor], Tensor], x: Tensor, capture: Capture):
+        with torch.inference_mode(False):                  # as in Graph
+            self.x = torch.empty_like(x)
+        self.x.copy_(x)
+        self.replay, self.results = capture(lambda: (call(self.x),))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.x.copy_(x)
+        self.replay()
+        return self.results[0].clone()                     # the next call overwrites it
 
 
 class GraphedUNet:
@@ -186,17 +225,16 @@ def pad_to_bucket(prepared: PreparedConditioning) -> PreparedConditioning:
     """
     biases: dict[tuple[int, int], Tensor] = {}             # one for all layers, as before
 
-    def longer(kv: KeyValue | None) -> KeyValue | None:
+    def longer(kv: Attended | None) -> Attended | None:
         extra = 0 if kv is None else -kv.keys.shape[2] % BUCKET
-        if not extra:
+        if kv is None or not extra:
             return kv
         length = kv.keys.shape[2]
         bias = kv.keys.new_zeros(prepared.rows, 1, 1, length) if kv.bias is None else kv.bias
         place = (id(kv.bias), length)
         if place not in biases:
             biases[place] = F.pad(bias, (0, extra), value=-torch.inf)
-        keys, values = (F.pad(tensor, (0, 0, 0, extra)) for tensor in (kv.keys, kv.values))
-        return KeyValue(keys, values, biases[place])
+        return kv.lengthened(length + extra, biases[place])
 
     key_values = tuple(tuple(longer(kv) for kv in layers) for layers in prepared.key_values)
     return replace(prepared, key_values=key_values)
@@ -217,10 +255,10 @@ def replaced(prepared: PreparedConditioning, change: Callable[[Tensor], Tensor])
     """A conditioning with each tensor changed; those that were one tensor are one again."""
     new = {id(tensor): change(tensor) for tensor in tensors(prepared)}
 
-    def of(kv: KeyValue | None) -> KeyValue | None:
+    def of(kv: Attended | None) -> Attended | None:
         if kv is None:
             return None
-        return KeyValue(new[id(kv.keys)], new[id(kv.values)], new.get(id(kv.bias)))
+        return type(kv)(new[id(kv.keys)], new[id(kv.values)], new.get(id(kv.bias)))
 
     key_values = tuple(tuple(of(kv) for kv in layers) for layers in prepared.key_values)
     return PreparedConditioning(prepared.rows, key_values, new.get(id(prepared.film)))

@@ -101,9 +101,9 @@ class Loaded:
             raise ValueError("int8 weights are made as they are read: load the model again, with the device and dtype")
         if self.low_memory:
             raise ValueError(f"low_memory reads the parts for {self.device}: load the model again for {device}")
-        graphs.forget(self.unet)
         with self.adapters.bare():                         # a sum is rounded once, in the new dtype
             for module in (self.unet, self.vae, self.vocoder):
+                graphs.forget(module)
                 weight_layout.arrange(module.to(device, dtype))
             self.text = self.adapters.text = text
         self.device, self.dtype, self._ranker = device, dtype, None

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ldm2.attention import Attention
+from ldm2.vocoder import ResidualBlock
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -27,3 +28,7 @@ def for_tensor_cores(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, Attention):
             part.fuse_qkv()
+        elif isinstance(part, ResidualBlock | nn.ConvTranspose1d):
+            for weight in part.parameters():
+                if weight.dim() == 3:                      # for which there is no such format
+                    weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)

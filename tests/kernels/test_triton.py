@@ -14,7 +14,17 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from ldm2_kernels import MODULES, check, convolution, geglu, group_norm, layer_norm, leaky_relu  # noqa: E402
+from ldm2_kernels import (  # noqa: E402
+    MODULES,
+    attention,
+    check,
+    convolution,
+    geglu,
+    group_norm,
+    layer_norm,
+    residual_blocks,
+    upsample,
+)
 from ldm2_kernels.cases import TALL, cases  # noqa: E402
 
 from ldm2 import ops  # noqa: E402
@@ -22,6 +32,7 @@ from tests import helpers  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+MULTIPLIED = FLOATS if DEVICE == "cuda" else FLOATS[:2]    # the interpreter takes bfloat16 for integers in products
 FLOOR = 4                                                  # roundings of the largest result
 
 
@@ -50,7 +61,7 @@ def assert_as_exact_as_pytorch(kernel, reference, *args, formula=None):
     return results[0]
 
 
-@pytest.mark.parametrize("dtype", FLOATS if DEVICE == "cuda" else FLOATS[:2])       # the interpreter cuts bfloat16 off
+@pytest.mark.parametrize("dtype", MULTIPLIED)
 @pytest.mark.parametrize("name", [name for name, module in MODULES["cuda"].items() if module is not None])
 def test_what_a_gpu_is_checked_with_holds_here(name, dtype):
     kernel = getattr(importlib.import_module(MODULES["cuda"][name]), name)
@@ -75,6 +86,7 @@ def small_parts(monkeypatch):
     """Groups of more than 32 elements are shared by several programs, of 32 elements each."""
     monkeypatch.setattr(group_norm, "WHOLE", 32)
     monkeypatch.setattr(group_norm, "PART", 32)
+    monkeypatch.setattr(group_norm, "TILE", 32)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -100,9 +112,11 @@ def test_group_norm(small_parts, dtype, shape):
     assert_as_exact_as_pytorch(group_norm.group_norm, ops.group_norm.reference, x, 2, weight, bias, 1e-6)
 
 
-@pytest.mark.parametrize("positions", [(5, 3), (9, 3)])
-def test_group_norm_keeps_channels_last(small_parts, positions):
-    x, weight, bias, shift = norm_inputs(2, 6, *positions, dtype=torch.float32, rows=2)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [None, 1, 2])
+@pytest.mark.parametrize("positions, offset", [((5, 3), 0), ((9, 3), 0), ((41, 2), 0), ((13, 5), 300.0)])
+def test_group_norm_keeps_channels_last(small_parts, positions, offset, dtype, rows):
+    x, weight, bias, shift = norm_inputs(2, 6, *positions, dtype=dtype, rows=rows, offset=offset)
     x = x.to(memory_format=torch.channels_last)
     kernel, reference = group_norm.group_norm_silu, ops.group_norm_silu.reference
     y = assert_as_exact_as_pytorch(kernel, reference, x, 3, weight, bias, 1e-5, shift)
@@ -186,27 +200,107 @@ def test_geglu_of_other_strides():
     assert_as_exact_as_pytorch(geglu.geglu, ops.geglu.reference, value, gate)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", [(2, 3, 7), (1, 2, 1025)])
-def test_add_leaky_relu(dtype, shape):
-    x, added = draw(*shape, dtype=dtype), draw(*shape, seed=1, dtype=dtype)
-    assert_as_exact_as_pytorch(leaky_relu.add_leaky_relu, ops.add_leaky_relu.reference, x, added, 0.1)
+@pytest.mark.parametrize("dtype", MULTIPLIED)
+@pytest.mark.parametrize("queries, keys, width", [(70, 8, 32), (5, 33, 48), (64, 1, 80), (3, 200, 16), (1, 70, 6)])
+@pytest.mark.parametrize("biased", [None, "keys", "all"])
+def test_attention_to_few_keys(dtype, queries, keys, width, biased):
+    q, k, v = (draw(2, length, 3 * width, seed=i, dtype=dtype).unflatten(-1, (3, -1)).transpose(1, 2)
+               for i, length in enumerate((queries, keys, keys)))
+    bias = {"keys": draw(2, 1, 1, keys, seed=4, dtype=dtype), "all": draw(2, 3, queries, keys, seed=5, dtype=dtype),
+            None: None}[biased]
+    y = assert_as_exact_as_pytorch(attention.attention, ops.attention.reference, q, k, v, bias)
+    assert y.transpose(1, 2).is_contiguous()
+
+
+def test_attention_to_what_is_dropped_for_good():
+    q, k, v = draw(1, 1, 4, 16), draw(1, 1, 5, 16, seed=1), draw(1, 1, 5, 16, seed=2)
+    bias = torch.zeros(1, 1, 4, 5, device=DEVICE)
+    bias[..., 2:] = -torch.inf
+    bias[..., 1, :] = -torch.inf
+    y = attention.attention(q, k, v, bias)
+    assert y[0, 0, 1].abs().max() == 0
+    bias[..., 1, :] = 0
+    expected = ops.attention.reference(q, k[:, :, :2], v[:, :, :2])
+    torch.testing.assert_close(y[:, :, [0, 2, 3]], expected[:, :, [0, 2, 3]])
+
+
+@pytest.mark.parametrize("dtype", MULTIPLIED)
+@pytest.mark.parametrize("queries, heads, keys, channels",
+                         [(70, 8, 8, 96), (5, 2, 13, 40), (17, 4, 1, 64), (3, 1, 32, 70), (20, 12, 5, 72)])
+@pytest.mark.parametrize("biased", [None, "keys", "all"])
+def test_attention_with_absorbed_projections(dtype, queries, heads, keys, channels, biased):
+    x, offset = draw(2, queries, channels, dtype=dtype), draw(channels, seed=3, dtype=dtype)
+    k = draw(2, heads, keys, channels, seed=1, dtype=dtype) * channels ** -0.5
+    v = draw(2, channels, heads, keys, seed=2, dtype=dtype)
+    bias = {"keys": draw(2, 1, 1, keys, seed=4, dtype=dtype), "all": draw(2, heads, queries, keys, seed=5, dtype=dtype),
+            None: None}[biased]
+    kernel, reference = attention.absorbed_attention, ops.absorbed_attention.reference
+    assert_as_exact_as_pytorch(kernel, reference, x, k, v, bias, offset)
+
+
+def test_attention_with_scores_that_no_program_holds_is_left_to_pytorch():
+    x, k, v = draw(1, 5, 16), draw(1, 9, 33, 16), draw(1, 16, 9, 33)
+    assert attention.absorbed_attention(x, k, v, None, draw(16)) is NotImplemented
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("totalled", [False, True])
-@pytest.mark.parametrize("count", [1, 3])
-def test_add_up(dtype, totalled, count):
-    x, added = draw(2, 3, 7, dtype=dtype), draw(2, 7, 3, seed=1, dtype=dtype).mT
-    total = draw(2, 3, 7, seed=2, dtype=dtype) if totalled else None
-    assert_as_exact_as_pytorch(leaky_relu.add_up, ops.add_up.reference, x, added, total, count)
+@pytest.mark.parametrize("shape", [(2, 5, 6), (1, 17, 130), (7, 8)])
+def test_layer_norm(dtype, shape):
+    sizes = [shape, shape[-1:], shape[-1:]]
+    x, weight, bias = (draw(*size, seed=i, dtype=dtype) for i, size in enumerate(sizes))
+    assert_as_exact_as_pytorch(layer_norm.layer_norm, ops.layer_norm.reference, x, weight, bias, 1e-5)
+
+
+@pytest.mark.parametrize("laid", [last, torch.Tensor.contiguous])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 700, 3, 1)])
+def test_upsample(laid, shape):
+    x = laid(draw(*shape))
+    size = (2 * shape[2], 2 * shape[3])
+    y = upsample.upsample(x, size)
+    assert torch.equal(y, ops.upsample.reference(x, size))
+    assert y.stride() == ops.upsample.reference(x, size).stride()
+    assert upsample.upsample(x, (size[0] - 1, size[1])) is NotImplemented
+
+
+def tall(x):
+    """Channels last of three axes."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def blocks(channels, dtype, laid):
+    sizes = [size for size in (3, 5) for _ in range(4)]
+    pairs = [(laid(draw(channels, channels, size, seed=i, dtype=dtype) / channels), draw(channels, seed=i, dtype=dtype))
+             for i, size in enumerate(sizes)]
+    return [tensor for pair in pairs for tensor in pair]
+
+
+@pytest.mark.parametrize("dtype", MULTIPLIED)
+@pytest.mark.parametrize("laid", [tall, torch.Tensor.contiguous])
+@pytest.mark.parametrize("shape", [(2, 6, 45), (1, 1, 17), (1, 20, 301), (1, 40, 33)])
+def test_residual_blocks(dtype, laid, shape):
+    x, dilations = laid(draw(*shape, dtype=dtype)), ((1, 3), (2, 1))
+    args = x, 0.1, dilations, *blocks(shape[1], dtype, laid)
+    y = assert_as_exact_as_pytorch(residual_blocks.residual_blocks, ops.residual_blocks.reference, *args)
+    assert y.stride() == x.stride() or 1 in shape
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("laid", [tall, torch.Tensor.contiguous])
+@pytest.mark.parametrize("channels", [(6, 5), (6, 1), (33, 1), (1, 1)])
+def test_convolutions_of_sequences(dtype, laid, channels):
+    inside, outside = channels
+    x, bias = laid(draw(2, inside, 150, dtype=dtype)), draw(outside, seed=2, dtype=dtype)
+    weight = laid(draw(outside, inside, 7, seed=1, dtype=dtype))
+    assert_as_exact_as_pytorch(residual_blocks.conv1d, ops.conv1d.reference, x, weight, bias)
+    for taps, stride, padding in ((8, 4, 2), (16, 5, 5), (3, 2, 0), (2, 3, 0)):
+        weight = laid(draw(inside, outside, taps, seed=1, dtype=dtype))
+        kernel, reference = residual_blocks.conv_transpose1d, ops.conv_transpose1d.reference
+        assert_as_exact_as_pytorch(kernel, reference, x, weight, bias, stride, padding)
 
 
 @pytest.mark.parametrize("kernel, args", [
     (layer_norm.add_layer_norm, (draw(2, 3), draw(3), draw(3), draw(3), 1e-5)),
     (geglu.geglu, (draw(2, 3), draw(1, 3))),
-    (leaky_relu.add_leaky_relu, (draw(2, 3), draw(1, 3), 0.1)),
-    (leaky_relu.add_up, (draw(2, 3), draw(2, 3), draw(1, 3))),
 ])
 def test_shapes_that_pytorch_would_broadcast_are_left_to_it(kernel, args):
     assert kernel(*args) is NotImplemented
@@ -218,8 +312,16 @@ OPERATORS = [
      lambda: (draw(2, 4, 5, 3).to(memory_format=torch.channels_last), 2, draw(4), draw(4), 1e-5, None, False)),
     (layer_norm._add_layer_norm, lambda: (draw(2, 6), draw(2, 6), draw(6), draw(6), 1e-5)),
     (geglu._geglu, lambda: draw(2, 6).chunk(2, dim=-1)),
-    (leaky_relu._add_leaky_relu, lambda: (draw(2, 6), draw(2, 6), 0.1)),
-    (leaky_relu._add_up, lambda: (draw(2, 6), draw(2, 6), None, 1)),
+    (layer_norm._layer_norm, lambda: (draw(2, 6), draw(6), draw(6), 1e-5)),
+    (attention._attention, lambda: (draw(1, 2, 5, 4), draw(1, 2, 3, 4), draw(1, 2, 3, 4), draw(1, 1, 1, 3))),
+    (attention._absorbed_attention,
+     lambda: (draw(1, 5, 4), draw(1, 2, 3, 4), draw(1, 4, 2, 3), draw(1, 1, 1, 3), draw(4))),
+    (upsample._upsample, lambda: (last(draw(1, 2, 3, 4)),)),
+    (residual_blocks._bias_leaky_relu, lambda: (draw(1, 2, 6), draw(2), 0.1)),
+    (residual_blocks._add_leaky_relu, lambda: (draw(1, 2, 6), draw(2), draw(1, 2, 6), 0.1)),
+    (residual_blocks._add_up, lambda: (draw(1, 2, 6), draw(2), draw(1, 2, 6), None, 1)),
+    (residual_blocks._few_conv1d, lambda: (draw(1, 2, 6), draw(2, 2, 3), 1)),
+    (residual_blocks._narrow_conv1d, lambda: (draw(1, 2, 6), draw(1, 2, 3), draw(1))),
 ]
 
 
@@ -234,6 +336,6 @@ def test_kernels_compile_for_gpus(capability, dtype, tmp_path):
     root = Path(__file__).parents[2]
     paths = [str(root / "kernels"), str(root), os.environ.get("PYTHONPATH", "")]
     settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "tests.compile_kernels", str(capability), dtype]
+    command = [sys.executable, "-m", "tests.kernels.compile_kernels", str(capability), dtype]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

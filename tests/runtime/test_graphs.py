@@ -270,6 +270,24 @@ def test_a_recording_that_fails_leaves_the_stream_as_it_was(monkeypatch):
     assert current[0] is default
 
 
+@torch.no_grad()
+def test_a_call_from_tensor_to_tensor_is_recorded(tape, monkeypatch):
+    vae = VAE(VAEConfig(1, 1, 4, (8, 16), 1, 4, 1.0))
+    assert graphs.replayed(vae, vae.decode) == vae.decode  # on a CPU
+    monkeypatch.setattr(graphs, "_records", lambda device: True)
+    monkeypatch.setattr(graphs, "CudaCapture", lambda device: tape)
+    run = graphs.replayed(vae, vae.decode)
+    kept = [run(draw(1, 4, 6, 4, seed=i)) for i in range(5)]
+    for i, mel in enumerate(kept):
+        torch.testing.assert_close(mel, vae.decode(draw(1, 4, 6, 4, seed=i)), atol=1e-5, rtol=0)
+    assert tape.recorded == 1
+    with torch.enable_grad():
+        assert graphs.replayed(vae, vae.decode)(draw(1, 4, 6, 4)).requires_grad
+    with ops.backend("reference"):
+        run(draw(1, 4, 5, 4))
+    assert tape.recorded == 1
+
+
 @pytest.mark.cuda
 @on_cuda
 def test_graphs_on_cuda_are_gone_with_the_weights_they_read():
@@ -288,6 +306,6 @@ def test_generation_on_cuda_is_near_that_of_plain_pytorch(tiny_checkpoint, sampl
     settings = {"seconds": 0.64, "steps": 8, "seed": 1, "sampler": sampler}
     with ops.backend("reference"):
         expected = pipe.generate("rain", **settings).waveforms
-    for _ in range(2):
+    for _ in range(4):                                     # the VAE and the vocoder are recorded in the third
         got = pipe.generate("rain", **settings).waveforms
         torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(expected), atol=2e-3, rtol=0)
