@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,7 +26,7 @@ from ldm2.checkpoints import int8, pickle_file
 from ldm2.checkpoints.hub_folder import weight_files
 from ldm2.fields import check_file, few, first_line, named
 from ldm2.ops import Int8, Weight, dense
-from ldm2.runtime import int8_layers
+from ldm2.runtime import finite, int8_layers
 from ldm2.runtime.device import computing_dtype, dtype_name
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,6 @@ Value = TypeVar("Value")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_checked: WeakSet[nn.Module] = WeakSet()                   # those without a tensor to look through, until the next load
 SMALL = 64_000_000                                         # bytes of a part that are looked through in no time
 REMAP_BYTES = 128_000_000                                      # bytes of a file that are mapped at once to be copied
 
@@ -253,14 +251,13 @@ def load(
     `table` drops is not expected either: such a buffer keeps the value that it has. Returns the module, in eval mode,
     without gradients. Raises ValueError if names, shapes or kinds of numbers differ, listing a few, before it assigns
     any, and for NaN and infinite numbers. Large mapped weights are not looked through for these here, but by
-    `check_finite`.
+    `ldm2.runtime.finite`.
     """
     held = rename(int8.paired(tensors, source), table, source=source, keep_others=True)
     if logger.isEnabledFor(logging.DEBUG):
         given = list(tensors)
         logger.debug("%s: %d tensors, dropped on purpose: %s", source, len(given), _dropped(given, table))
     del tensors                                            # whose memory goes tensor by tensor
-    global _checked
     groups = _groups(module, table)
     _check(groups, held, source)
     chosen = {next(name for name in names if name in held): (names, target) for names, target in groups}
@@ -280,9 +277,9 @@ def load(
             raise RuntimeError(f"no file fills the buffer {name}: whoever builds the module must")
         if device is not None:
             assign(module, name, buffer.to(device))
-    module.unchecked, _checked = str(source), WeakSet()  # type: ignore[assignment]
+    finite.leave_unchecked(module, source)
     if sum(target.nbytes for _, target in groups) <= SMALL:
-        check_finite(module)
+        finite.check_finite(module)
     return module.eval()
 
 
@@ -306,35 +303,8 @@ def _placed(
         kind = computing_dtype(dtype) if weight.is_floating_point() else None
         placed = weight.to(device=device, dtype=kind, copy=dtype == torch.int8)
     if placed is not weight:
-        _check_finite(placed, name, source)
+        finite.check_tensor(placed, name, source)
     return placed
-
-
-def check_finite(module: nn.Module) -> None:
-    """Raise ValueError, naming file and tensor, if weights that `load` left mapped hold NaN or infinite numbers.
-
-    They are read from the disk for it, so this belongs to the door of what needs them next. Later calls cost nothing,
-    not even a walk through the module, until something is loaded again.
-    """
-    checked = _checked                                     # what is loaded meanwhile begins another
-    if module in checked:
-        return
-    for part in module.modules():
-        source = vars(part).get("unchecked")
-        if source is not None:
-            for name, tensor in part.state_dict().items():
-                _check_finite(tensor, name, source)
-            vars(part).pop("unchecked", None)              # another thread may have come to the same end
-    checked.add(module)
-
-
-def _check_finite(tensor: Tensor, name: str, source: str | Path) -> None:
-    # A sum is NaN or infinite where any number is, and takes no memory; it is the exact look that decides.
-    if not tensor.is_floating_point() or tensor.is_meta or torch.isfinite(tensor.sum(dtype=torch.float32)):
-        return
-    if not torch.isfinite(tensor).all():
-        kind = dtype_name(tensor.dtype)
-        raise ValueError(f"{source}: {name} holds NaN or infinite numbers in {kind}: the weights are damaged")
 
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:

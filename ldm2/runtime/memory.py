@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ldm2 import weights
-from ldm2.runtime import weight_layout
+from ldm2.runtime import finite, weight_layout
 from ldm2.runtime.inference import check_precision, ordinary
 from ldm2.runtime.machine import memory
 
@@ -80,7 +80,7 @@ class Stage:
         if self._load is not None:
             with ordinary():
                 loaded = self._load(self.device)
-                weights.check_finite(loaded)
+                finite.check_finite(loaded)
                 _take_over(self.module, loaded)
             if self.woken is not None:
                 self.woken()
@@ -109,7 +109,7 @@ def in_stage(name: str) -> Callable[[Callable], Callable]:
         def run(pipe, *args, **keywords):
             check_precision(pipe.device, pipe.dtype)
             for part in (pipe.text, pipe.unet, pipe.vae, pipe.vocoder):
-                weights.check_finite(part)                 # before minutes of work, not after
+                finite.check_finite(part)                 # before minutes of work, not after
             with pipe.adapters.hold_in(name), pipe.stages[name]:
                 return function(pipe, *args, **keywords)
 

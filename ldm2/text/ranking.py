@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ldm2 import weights
 from ldm2.audio import check_rows, resample
 from ldm2.fields import Fields, read_json
+from ldm2.runtime import finite
 from ldm2.runtime.host import usual_numpy
 from ldm2.runtime.inference import inference
 from ldm2.text.configs import transformers_config
@@ -103,7 +104,7 @@ class ClapAudio(nn.Module):
                 if hasattr(module, "create_relative_position_index"):
                     module.relative_position_index = module.create_relative_position_index()
         weights.load(audio, tensors, table=CLAP_AUDIO_ONLY, dtype=torch.float32, device=device, source=source)
-        weights.check_finite(audio)                        # a score of NaN would put candidates into any order
+        finite.check_finite(audio)                        # a score of NaN would put candidates into any order
         return audio
 
     def forward(self, waveforms: np.ndarray, sample_rate: int) -> Tensor:
