@@ -91,13 +91,16 @@ class Linear(nn.Linear):
 
 
 class Conv3x3(nn.Conv2d):
-    """3x3 convolution that keeps T and F: (B, C_in, T, F) -> (B, C_out, T, F), plus a residual where one is given."""
+    """3x3 convolution that keeps T and F: (B, C_in, T, F) -> (B, C_out, T, F), plus a residual where one is given.
+
+    biased: False leaves the bias out, for who adds it elsewhere.
+    """
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return ops.conv3x3(x, weight_of(self), self.bias, residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None, biased: bool = True) -> Tensor:
+        return ops.conv3x3(x, weight_of(self), self.bias if biased else None, residual)
 
 
 class Conv1x1(nn.Conv2d):
@@ -131,7 +134,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """shift (1 or B or k * B, C_out) is added to each channel in place of conv1's bias; k * B rows tile the result,
         see `tile_batch`."""
-        h = ops.conv3x3(self.norm1(x), weight_of(self.conv1), self.conv1.bias if shift is None else None)
+        h = self.conv1(self.norm1(x), biased=shift is None)
         if shift is not None and shift.shape[0] != 1:
             rows = max(h.shape[0], shift.shape[0])
             h, shift = tile_batch(h, rows), tile_batch(shift, rows)

@@ -21,7 +21,7 @@ class _FrozenConv(torch.autograd.Function):
     """ops.conv3x3 whose weight and bias need no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
         return ops.conv3x3(x, weight, bias, residual)
 
@@ -33,16 +33,17 @@ class _FrozenConv(torch.autograd.Function):
         back = None
         if needs_x:
             turned = weight.to(grad.dtype).transpose(0, 1).flip(2, 3).contiguous()
-            back = ops.conv3x3(grad, turned, turned.new_zeros(len(turned)))
+            back = ops.conv3x3(grad, turned, None)
         return back, None, None, grad if needs_residual else None
 
 
-def _forward(conv: Conv3x3, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def _forward(conv: Conv3x3, x: Tensor, residual: Tensor | None = None, biased: bool = True) -> Tensor:
     """As Conv3x3.forward."""
+    bias = conv.bias if biased else None
     asked = torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad))
     if not asked or conv.weight.requires_grad or nn.utils.parametrize.is_parametrized(conv):
-        return ops.conv3x3(x, conv.weight, conv.bias, residual)
-    return _FrozenConv.apply(x, conv.weight, conv.bias, residual)
+        return ops.conv3x3(x, conv.weight, bias, residual)
+    return _FrozenConv.apply(x, conv.weight, bias, residual)
 
 
 def hasten(module: nn.Module) -> None:
