@@ -43,8 +43,8 @@ NEW = (
     "some bird chirping outside", "one bird, chirping", "birds that chirp in the morning", "chirps, a bird",
     "the sound of a chirping bird", "a garden bird chirps",
 )
-TRAINING = ("--steps 1200 --batch-size 8 --rate 1e-3 --warmup 20 --rank 8 --layers attention,feed_forward,convolution "
-            "--snr-gamma 20 --keep-share 0.65")
+TRAINING = ("--steps 750 --batch-size 8 --rate 1e-3 --warmup 20 --rank 8 --layers attention,feed_forward,convolution "
+            "--snr-gamma 20 --keep-share 0.4")
 
 
 def chirps(rng: np.random.Generator, num_samples: int = NUM_SAMPLES) -> np.ndarray:
