@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from ldm2 import loading
 from ldm2.checkpoints import reading
 from ldm2.cli import commands
 
@@ -68,13 +69,16 @@ WITH_COMMANDS = [page for page in PAGES if commands_of(page)]
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty current folder but for the sound that the examples edit. Who asks for no number of steps gets few."""
+    """An empty current folder but for the sound that the examples edit. Who asks for no number of steps gets few; nor
+    does a model with that default outlive the example, as the one that `ldm2.generate` keeps would."""
     defaults = reading._defaults
     monkeypatch.setattr(reading, "_defaults", lambda path: defaults(path) | {"steps": 4})
     monkeypatch.chdir(tmp_path)
     seconds = np.arange(1.5 * 16000) / 16000
     soundfile.write("bell.wav", 0.3 * np.exp(-3 * seconds) * np.sin(2 * np.pi * 440 * seconds), 16000)
-    return tmp_path
+    loading._loaded.cache_clear()
+    yield tmp_path
+    loading._loaded.cache_clear()
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=ids(WITH_PYTHON))
