@@ -63,7 +63,7 @@ REASONS: dict[str, dict[str, str]] = {
         "leaky_relu": "is one pass already",
     },
     "cpu": {
-        "absorbed_attention": "two products, and a small part of a step",
+        "absorbed_attention": "keys and values have no projections in them there",
         "geglu": "part of the linear layer before it",
         "leaky_relu": "part of the residual blocks",
         "upsample": "memory-bound, and a small part of a step",

@@ -1,32 +1,15 @@
-"""What follows a convolution on CUDA: its bias and the residual in one pass, in Triton, as cuDNN adds neither; and 1x1
-convolutions as matrix products, whose epilogue adds the bias.
+"""Convolutions of maps on CUDA: cuDNN's with bias and residual in one pass after it, and 1x1 ones as matrix products,
+whose epilogue adds the bias.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ldm2_kernels.combine import combine
 from ldm2_kernels.layout import layout_of
-
-BLOCK = 2048
-
-
-@triton.jit
-def _add(y, bias, residual, total, positions, size, CHANNELS: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    block, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    n = block * BLOCK + lane
-    if LAST:                                               # so that the compiler sees that neighbours lie together
-        channel = ((block * BLOCK % CHANNELS).to(tl.int32) + lane) % CHANNELS
-    else:
-        channel = (n // positions % CHANNELS).to(tl.int32)
-    value = tl.load(y + n, mask=n < size, other=0.0).to(tl.float32)
-    value += tl.load(bias + channel).to(tl.float32)
-    value += tl.load(residual + n, mask=n < size, other=0.0).to(tl.float32)
-    tl.store(total + n, value, mask=n < size)
 
 
 @torch.library.custom_op(
@@ -35,12 +18,8 @@ def _add(y, bias, residual, total, positions, size, CHANNELS: tl.constexpr, LAST
 def _add_bias_residual(y, bias, residual):
     layout = layout_of(y)
     y, residual = y.contiguous(memory_format=layout), residual.contiguous(memory_format=layout)
-    total, size = torch.empty_like(y, memory_format=layout), y.numel()
-    with torch.cuda.device_of(y):
-        _add[(triton.cdiv(size, BLOCK),)](
-            y, bias, residual, total, y[0, 0].numel(), size, CHANNELS=y.shape[1], LAST=layout == torch.channels_last,
-            BLOCK=BLOCK, num_warps=8,
-        )
+    total = torch.empty_like(y, memory_format=layout)
+    combine(y, bias, layout == torch.channels_last, residual, sums=total)
     return total
 
 

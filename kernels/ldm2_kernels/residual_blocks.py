@@ -3,7 +3,7 @@
 cuDNN convolves; what stands between two convolutions (bias, skip connection, activation, mean of the blocks) is one
 pass, in Triton. PyTorch's conv1d would transpose input and output at each call, so these are convolutions of maps that
 are one row high. Two kinds are in Triton as well: the last one, to a single channel, which fills no tensor core, and
-those of few channels, among which are some that cuDNN does without tensor cores (38 ms in place of 0.02 on an H200).
+those of few channels, among which is one that cuDNN does without tensor cores (38 ms on an H200, its like 0.02).
 """
 
 from __future__ import annotations
@@ -14,33 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
+from ldm2_kernels.combine import combine
+
 SAMPLES = 128                                              # of a program of our convolutions
-FEW = 32                                                   # channels
-
-
-@triton.jit
-def _combine(
-    h, bias, x, total, sums, activated, slope, count, positions, size, CHANNELS: tl.constexpr,
-    X: tl.constexpr, TOTAL: tl.constexpr, SUM: tl.constexpr, ACTIVATE: tl.constexpr, LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """(h + bias + x + total) / count, itself and its leaky ReLU, whichever of them are there and asked for."""
-    block, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    n = block * BLOCK + lane
-    if LAST:                                               # so that the compiler sees that neighbors lie together
-        channel = ((block * BLOCK % CHANNELS).to(tl.int32) + lane) % CHANNELS
-    else:
-        channel = (n // positions % CHANNELS).to(tl.int32)
-    value = tl.load(h + n, mask=n < size, other=0.0).to(tl.float32) + tl.load(bias + channel).to(tl.float32)
-    if X:
-        value += tl.load(x + n, mask=n < size, other=0.0).to(tl.float32)
-    if TOTAL:
-        value += tl.load(total + n, mask=n < size, other=0.0).to(tl.float32)
-    if SUM:
-        tl.store(sums + n, value / count, mask=n < size)
-    if ACTIVATE:
-        tl.store(activated + n, tl.where(value > 0, value, slope * value), mask=n < size)
+FEW, NARROW = 32, 64                                       # channels of theirs
 
 
 @triton.jit
@@ -88,16 +65,6 @@ def _last(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.transpose(1, 2).is_contiguous()
 
 
-def _launch(h, bias, x, total, sums, activated, slope, count):
-    last = _last(h)
-    with torch.cuda.device_of(h):
-        _combine[(triton.cdiv(h.numel(), BLOCK),)](
-            h, bias, x, total, sums, activated, slope, count, h.shape[2], h.numel(), CHANNELS=h.shape[1],
-            X=x is not None, TOTAL=total is not None, SUM=sums is not None, ACTIVATE=activated is not None, LAST=last,
-            BLOCK=BLOCK, num_warps=4,
-        )
-
-
 def _dense(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Tensors of one shape, dense and in the order of the first."""
     if _last(like):
@@ -111,7 +78,7 @@ def _dense(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def _bias_leaky_relu(h, bias, slope):
     h, = _dense(h)
     y = torch.empty_like(h)
-    _launch(h, bias, None, None, None, y, slope, 1)
+    combine(h, bias, _last(h), activated=y, slope=slope)
     return y
 
 
@@ -122,7 +89,7 @@ def _bias_leaky_relu(h, bias, slope):
 def _add_leaky_relu(h, bias, x, slope):
     h, x = _dense(h, x)
     sums, y = torch.empty_like(h), torch.empty_like(h)
-    _launch(h, bias, x, None, sums, y, slope, 1)
+    combine(h, bias, _last(h), x, sums=sums, activated=y, slope=slope)
     return sums, y
 
 
@@ -133,7 +100,7 @@ def _add_leaky_relu(h, bias, x, slope):
 def _add_up(h, bias, x, total, count):
     h, x, total = _dense(h, x, total)
     y = torch.empty_like(h)
-    _launch(h, bias, x, total, y, None, 0.0, count)
+    combine(h, bias, _last(h), x, total, sums=y, count=count)
     return y
 
 
@@ -197,22 +164,22 @@ def _rows_last(weight: Tensor) -> bool:
     return weight.transpose(1, 2).is_contiguous() and not weight.is_contiguous()
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
     reach = dilation * (weight.shape[2] // 2)
     if not _rows_last(weight):
-        return F.conv1d(x, weight, bias, padding=reach, dilation=dilation)
-    if weight.shape[0] == weight.shape[1] <= FEW and bias is None:
+        return F.conv1d(x, weight, padding=reach, dilation=dilation)
+    if weight.shape[0] == weight.shape[1] <= FEW:
         return _few_conv1d(x, weight, dilation)
-    return F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), bias, padding=(0, reach), dilation=(1, dilation)).squeeze(2)
+    return F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), padding=(0, reach), dilation=(1, dilation)).squeeze(2)
 
 
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`ops.conv1d`, in the layout of the weight."""
+    """`ops.conv1d`: that to a single channel is ours."""
     if not isinstance(weight, Tensor):
         return NotImplemented
-    if weight.shape[0] == 1 and weight.shape[1] <= BLOCK:
+    if weight.shape[0] == 1 and weight.shape[1] <= NARROW:
         return _narrow_conv1d(x, weight, bias)
-    return _convolve(x, weight, bias)
+    return F.conv1d(x, weight, bias, padding=weight.shape[2] // 2)
 
 
 def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
@@ -242,7 +209,7 @@ def residual_blocks(x: Tensor, slope: float, dilations: tuple[tuple[int, ...], .
     for done, block in enumerate(dilations, start=1):
         y, activated = x, shared
         for pair, dilation in enumerate(block, start=1):
-            h = _bias_leaky_relu(_convolve(activated, next(given), dilation=dilation), next(given), slope)
+            h = _bias_leaky_relu(_convolve(activated, next(given), dilation), next(given), slope)
             h, bias = _convolve(h, next(given)), next(given)
             if pair < len(block):
                 y, activated = _add_leaky_relu(h, bias, y, slope)

@@ -7,7 +7,7 @@ The interpreter takes more than the compiler does; this shows that the kernels a
 
 import sys
 
-from ldm2_kernels import attention, convolution, geglu, group_norm, layer_norm, residual_blocks, upsample
+from ldm2_kernels import attention, combine, geglu, group_norm, layer_norm, residual_blocks, upsample
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -35,7 +35,6 @@ KERNELS = [
     *[(group_norm._normalize, {**shift, **PART, "SILU": False, "PARTS": 128}) for shift in ({"SHIFT": True}, PLAIN)],
     *[(group_norm._spread, {**shift, **PART, "PARTS": 64, "WIDTH": 16}) for shift in ({"SHIFT": True}, PLAIN)],
     (group_norm._normalize_last, {**LAST, "SILU": True}),
-    *[(convolution._add, {"BLOCK": convolution.BLOCK, "CHANNELS": 640, "LAST": last}) for last in (False, True)],
     (layer_norm._kernel, {"ROWS": 4, "BLOCK": 1024, "ADD": True}),
     (layer_norm._kernel, {"ROWS": 4, "BLOCK": 1024, "ADD": False, "added": None, "total": None}),
     *[(attention._kernel, {"BIAS": bias, "QUERIES": 64, "KEYS": keys, "WIDTH": 64})
@@ -45,7 +44,7 @@ KERNELS = [
                                               {"KEYS": 32, "QUERIES": 16, "CHUNK": 32})],
     (upsample._kernel, {"BLOCK": upsample.BLOCK}),
     (geglu._kernel, {"BLOCK": geglu.BLOCK}),
-    *[(residual_blocks._combine, {"CHANNELS": 128, "LAST": last, "BLOCK": residual_blocks.BLOCK, **what})
+    *[(combine._kernel, {"CHANNELS": 640, "LAST": last, "BLOCK": combine.BLOCK, **what})
       for last in (False, True) for what in (ACTIVATED, SUMMED)],
     (residual_blocks._few, {"CHANNELS": 32, "TAPS": 11, "WIDTH": 32, "SAMPLES": residual_blocks.SAMPLES}),
     (residual_blocks._narrow, {"CHANNELS": 32, "TAPS": 7, "WIDTH": 32, "SAMPLES": residual_blocks.SAMPLES}),
