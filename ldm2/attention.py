@@ -86,8 +86,9 @@ class Attention(nn.Module):
         """Keys and values as `forward` takes them fastest: with the layer's own projections in them where that is less
         work, for weights that stay as they are until `forward` is called. On a CPU a whole block is one kernel."""
         projections, (length, width) = (self.to_q, self.to_out[0]), kv.keys.shape[2:]
-        watched = any(layer._forward_hooks or layer._forward_pre_hooks for layer in projections)    # by a LoRA, say
-        if torch.is_grad_enabled() or watched or not kv.keys.is_cuda or length > min(width, _ABSORBED):
+        if torch.is_grad_enabled() or not kv.keys.is_cuda or length > min(width, _ABSORBED):
+            return kv
+        if not all(map(_is_plain, projections)):
             return kv
         dtype, wide = kv.keys.dtype, torch.promote_types(kv.keys.dtype, torch.float32)
         keys, values = kv.keys.to(wide), kv.values.to(wide)
@@ -176,8 +177,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, kv: Attended | None) -> Tensor:
         """x (B, L, C), keys of k * B rows -> (k * B, L, C)."""
-        parameters = self._parameters_in_order()
-        if parameters is not None and not isinstance(kv, AbsorbedKeyValue):
+        if not isinstance(kv, AbsorbedKeyValue) and (parameters := self._parameters_in_order()) is not None:
             context = None if kv is None else (kv.keys, kv.values, kv.bias)
             y = ops.at_once("transformer_block", x, self.attn1.num_heads, self.norm1.eps, context, parameters)
             if y is not NotImplemented:
@@ -196,9 +196,8 @@ class TransformerBlock(nn.Module):
             self.norm2, second.to_q, second.to_k, second.to_v, second.to_out[0],
             self.norm3, widening.proj, narrowing,
         ]
-        for part in (first, second, self.ff, widening, *parts):
-            if type(part) not in _PLAIN or part._forward_hooks or part._forward_pre_hooks:
-                return None
+        if not all(map(_is_plain, (first, second, self.ff, widening, *parts))):
+            return None
         for part in parts:
             parameters.append(weight_of(part))
             if part.bias is not None:
@@ -207,6 +206,11 @@ class TransformerBlock(nn.Module):
 
 
 _PLAIN = {Attention, FeedForward, GEGLU, LayerNorm, Linear, nn.Linear}
+
+
+def _is_plain(part: nn.Module) -> bool:
+    """Whether the weights of a layer are all there is to it: it is what it was, and nobody watches its calls."""
+    return type(part) in _PLAIN and not part._forward_hooks and not part._forward_pre_hooks
 
 
 class Transformer2D(nn.Module):

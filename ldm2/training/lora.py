@@ -89,7 +89,7 @@ class Lora:
                 self._undo.append(layer.register_forward_hook(part.added).remove)
         for attention in (each for each in module.modules() if isinstance(each, Attention)):
             self._undo.append(partial(setattr, attention, "qkv_fused", attention.qkv_fused))
-            attention.qkv_fused = False                       # one product of q, k and v would pass by their hooks
+            attention.qkv_fused = False                    # one product of q, k and v would pass by their hooks
 
     def parameters(self) -> list[nn.Parameter]:
         """What is to be trained: float32, two matrices a layer."""
