@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
@@ -244,6 +244,12 @@ def at_once(name: str, x: Tensor, *args: Any) -> Any:
     if any(tensor.device != x.device for tensor in tensors) or _obstacle(floating) is not None:
         return NotImplemented
     return _kernels[x.device.type][name](x, *args)
+
+
+def memory_kept(device_type: str) -> AbstractContextManager:
+    """`with` it, kernels that keep the memory of their results do so until the end, for results to come."""
+    there = _choice("memory_kept", device_type)[0]
+    return _kernels[device_type]["memory_kept"]() if there else nullcontext()
 
 
 def _refusal(name: str, like: Tensor, there: bool, obstacle: str | None) -> str:

@@ -255,11 +255,12 @@ at::Tensor channels_last(const at::Tensor& x) {  // (B, C, T, F) or (B, C, N) wi
   return moved.is_contiguous() ? x : moved.contiguous().movedim(last, 1);
 }
 
-at::Tensor empty_output(const at::Tensor& x, c10::SymInt channels) {
+// Of a result whose channels are last in memory, in the order of memory.
+c10::SymDimVector output_sizes(const at::Tensor& x, c10::SymInt channels) {
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
   sizes.erase(sizes.begin() + 1);
   sizes.push_back(channels);
-  return at::empty_symint(sizes, x.options()).movedim(x.dim() - 1, 1);
+  return sizes;
 }
 
 void check(const at::Tensor& x, const at::Tensor& weight, int64_t variant) {
@@ -285,7 +286,8 @@ at::Tensor convolution(const at::Tensor& given, const at::Tensor& given_weight, 
   at::Tensor x = channels_last(given), weight = given_weight.contiguous();
   int64_t in_channels = given.size(1), out_channels = weight.size(0);
   Weights weights(dtype, transform, weight, float_data(factors), given.element_size());
-  at::Tensor y = empty_output(x, out_channels);
+  at::Tensor y = empty_result(C10_AS_INTARRAYREF_SLOW(output_sizes(x, out_channels)), x.scalar_type())
+                     .movedim(x.dim() - 1, 1);
   std::optional<at::Tensor> wide_bias = float_bias(bias), residual;
   if (given_residual.has_value()) {
     TORCH_CHECK(given_residual->sizes() == y.sizes() && given_residual->scalar_type() == x.scalar_type(),
@@ -305,7 +307,7 @@ at::Tensor convolution(const at::Tensor& given, const at::Tensor& given_weight, 
 at::Tensor convolution_meta(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>&,
                             const std::optional<at::Tensor>&, int64_t, int64_t, double,
                             const std::optional<at::Tensor>&) {
-  return empty_output(x, weight.sym_size(0));
+  return at::empty_symint(output_sizes(x, weight.sym_size(0)), x.options()).movedim(x.dim() - 1, 1);
 }
 
 TORCH_LIBRARY_FRAGMENT(ldm2_cpu, library) {

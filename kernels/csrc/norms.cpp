@@ -1,5 +1,7 @@
 // Layer and group normalization.
 
+#include <ATen/ops/empty_like.h>
+
 #include "transformer.h"
 
 namespace ldm2 {
@@ -19,8 +21,8 @@ std::pair<at::Tensor, at::Tensor> add_layer_norm(const at::Tensor& x, const std:
   }
   TORCH_CHECK(!added.has_value() || (added->scalar_type() == type && added->sizes() == x.sizes() &&
               added->is_contiguous()), "what is added must be as x");
-  at::Tensor sum = added.has_value() ? at::empty(x.sizes(), x.options()) : at::Tensor();
-  at::Tensor y = at::empty(x.sizes(), x.options());
+  at::Tensor sum = added.has_value() ? empty_result(x.sizes(), type) : at::Tensor();
+  at::Tensor y = empty_result(x.sizes(), type);
   LayerNorm job{width, x.const_data_ptr(), added.has_value() ? added->const_data_ptr() : nullptr,
                 weight.const_data_ptr(), bias.const_data_ptr(), static_cast<float>(eps),
                 added.has_value() ? sum.data_ptr() : nullptr, y.data_ptr()};
@@ -100,7 +102,8 @@ at::Tensor group_norm(const at::Tensor& x, int64_t groups, const at::Tensor& giv
   TORCH_CHECK(!shift.has_value() || (shift->dim() == 2 && shift->size(1) == channels &&
               (shift->size(0) == 1 || shift->size(0) == batch)), "the shift must be (B or 1, C)");
   const NormKernels& norms = wide ? kernels().norm_float : kernels().norm_bfloat16;
-  at::Tensor weight = *float_bias(given_weight), bias = *float_bias(given_bias), y = at::empty_like(x);
+  at::Tensor weight = *float_bias(given_weight), bias = *float_bias(given_bias);
+  at::Tensor y = empty_result({batch, x.size(2), x.size(3), channels}, type).movedim(3, 1);
   at::Tensor pivots = x.select(2, 0).select(2, 0).to(at::kFloat).contiguous();            // (B, C)
   std::optional<at::Tensor> shifts = float_bias(shift);
   int64_t parts = ceil_div(positions, PART), size = channels * x.element_size();

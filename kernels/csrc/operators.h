@@ -1,21 +1,17 @@
-// What the operators share: the kernels in use, and scratch memory.
+// What the operators share: the kernels in use, and memory.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <optional>
 #include <vector>
 
 #include "kernels.h"
+#include "memory.h"
 
 namespace ldm2 {
 
@@ -45,33 +41,5 @@ inline std::optional<at::Tensor> factors_of(const at::Tensor& weight, const std:
 inline const float* float_data(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr;
 }
-
-// Memory that a thread keeps from call to call: fresh pages cost as much as the work on them. Its contents are lost.
-class Scratch {
- public:
-  float* get(int64_t floats) {
-    if (floats > size_) {
-      memory_.reset();
-      size_ = 0;
-      int64_t unit = floats * 4 < HUGE_PAGE ? 64 : HUGE_PAGE, bytes = ceil_div(floats * 4, unit) * unit;
-      memory_.reset(static_cast<float*>(std::aligned_alloc(unit, bytes)));
-      TORCH_CHECK(memory_ != nullptr, "out of memory for ", floats, " floats of scratch space");
-      size_ = bytes / 4;
-#if defined(__linux__)
-      // Products walk through more pages than the processor has addresses of: a tenth faster with 512 times fewer.
-      if (unit == HUGE_PAGE) madvise(memory_.get(), bytes, MADV_HUGEPAGE);
-#endif
-    }
-    return memory_.get();
-  }
-
- private:
-  static constexpr int64_t HUGE_PAGE = 2 << 20;
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<float, Free> memory_;
-  int64_t size_ = 0;
-};
 
 }  // namespace ldm2

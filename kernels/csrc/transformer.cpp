@@ -36,7 +36,7 @@ at::Tensor add_linear(const at::Tensor& x, const at::Tensor& given, const std::o
   std::optional<at::Tensor> wide_bias = float_bias(bias);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = width;
-  at::Tensor y = at::empty(sizes, x.options());
+  at::Tensor y = empty_result(sizes, type);
   TORCH_CHECK(!residual.has_value() || (residual->sizes() == y.sizes() && residual->scalar_type() == type &&
               residual->is_contiguous() && !gated), "residual must be ", y.sizes(), " in ", type);
   RowView rows(x);
@@ -95,7 +95,7 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   TORCH_CHECK(!bias.has_value() || (bias->scalar_type() == type && bias->dim() == 4 && bias->size(1) == 1 &&
               bias->size(2) == 1 && bias->size(3) == keys && (bias->size(0) == 1 || bias->size(0) == batch)),
               "the bias must be (B, 1, 1, L) in q's dtype");
-  at::Tensor y = at::empty({batch, queries, heads, width}, q.options());
+  at::Tensor y = empty_result({batch, queries, heads, width}, type);
   // Each item of work lays out all keys and values of its head, so heads are cut only where threads would be idle.
   int64_t threads = at::get_num_threads();
   int64_t pieces = std::min(ceil_div(2 * threads, batch * heads), ceil_div(queries, 64));

@@ -1,8 +1,6 @@
 // What a block of a transformer shares with the operators that it is made of.
 #pragma once
 
-#include <ATen/ops/empty_like.h>
-
 #include <utility>
 
 #include "operators.h"

@@ -22,6 +22,7 @@ import torch
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+OPERATORS = ("operators", "memory", "convolution", "norms", "transformer")          # that see PyTorch
 # Instruction sets and their flags.
 SETS = {"baseline": []}
 if platform.machine() == "x86_64":
@@ -47,11 +48,11 @@ def compile_library(sources: Path) -> bytes:
     if compiler is None or shutil.which(compiler) is None:
         raise ValueError(f"no C++ compiler found: install g++ or set CXX (now {compiler or 'not set'})")
     torch_folder = Path(torch.__file__).parent
-    # Only these files see PyTorch. OpenMP's own library is not linked: PyTorch brings the one whose threads it uses.
+    # OpenMP's own library is not linked: PyTorch brings the one whose threads it uses.
     headers = ["-fopenmp", "-isystem", str(torch_folder / "include"),
                f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     with tempfile.TemporaryDirectory() as scratch:
-        objects = {name: (f"{name}.cpp", headers) for name in ("operators", "convolution", "norms", "transformer")} | {
+        objects = {name: (f"{name}.cpp", headers) for name in OPERATORS} | {
             name: ("kernels.cpp", [f"-DLDM2_SET={name}", *flags]) for name, flags in SETS.items()
         }
         commands = [

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ldm2 import weights
+from ldm2 import ops, weights
 from ldm2.runtime import finite, weight_layout
 from ldm2.runtime.inference import check_precision, ordinary
 from ldm2.runtime.machine import memory
@@ -110,7 +110,7 @@ def in_stage(name: str) -> Callable[[Callable], Callable]:
             check_precision(pipe.device, pipe.dtype)
             for part in (pipe.text, pipe.unet, pipe.vae, pipe.vocoder):
                 finite.check_finite(part)                 # before minutes of work, not after
-            with pipe.adapters.hold_in(name), pipe.stages[name]:
+            with pipe.adapters.hold_in(name), pipe.stages[name], ops.memory_kept(pipe.device.type):
                 return function(pipe, *args, **keywords)
 
         return run
