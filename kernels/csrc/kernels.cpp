@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "norm.h"
+#include "strassen.h"
 #include "winograd_tiles.h"
 
 #define TEXT_OF(name) #name
@@ -14,6 +15,6 @@
 
 ldm2::Kernels ldm2::JOINED(kernels_, LDM2_SET)() {
   return {TEXT(LDM2_SET), winograd<WinogradFloat>(), winograd<WinogradBFloat16>(), norms<Float32>(),
-          norms<BFloat16>(), linear<Float32>, linear<BFloat16>, attention<Float32>, attention<BFloat16>,
-          attention_scratch};
+          norms<BFloat16>(), linear<Float32>, linear<BFloat16>, strassen_rows, strassen, attention<Float32>,
+          attention<BFloat16>, attention_scratch};
 }

@@ -77,11 +77,12 @@ struct NormKernels {
 // y (rows, width) = x (rows, depth; x_stride apart) w^T + bias + residual, w (width, depth), width a multiple of PANEL.
 // gated: w and bias have a second half of as many rows, whose GELU multiplies what the first half gives. x, w and y are
 // float32 or bfloat16 (depth and x_stride even), the bias is float32. factors: null, or what the rows of w, which then
-// are integers of 8 bits, are multiplied with. residual: null, or as y, and not for gated ones.
+// are integers of 8 bits, are multiplied with. row_factors: null, or what the products of the rows of x are. residual:
+// null, or as y, and not for gated ones.
 struct Linear {
   int64_t rows, depth, width, x_stride;
   const void *x, *w;
-  const float *factors, *bias;
+  const float *factors, *row_factors, *bias;
   const void* residual;
   void* y;
   bool gated;
@@ -103,6 +104,21 @@ constexpr int64_t linear_scratch(int64_t depth) {
   return 2 * PANEL * (depth + LINEAR_TILE_ROWS) + LINEAR_TILE_ROWS * depth;
 }
 
+// Linear layers by Strassen's algorithm, see strassen.h.
+constexpr int64_t STRASSEN_PRODUCTS = 7;
+constexpr int64_t STRASSEN_CACHE = 1 << 23;          // bytes of operands of x that are multiplied with all weights
+
+// The columns of y that are made together.
+constexpr int64_t strassen_unit(bool gated) { return gated ? 2 * PANEL : 4 * PANEL; }
+
+// Floats from the operands of one pair of rows to those of the next.
+constexpr int64_t strassen_stride(int64_t depth) { return padded_stride(STRASSEN_PRODUCTS * depth / 2); }
+
+// Floats that it needs: the operands of four panels, six tiles of sums, and a factor for each row of w.
+constexpr int64_t strassen_scratch(int64_t depth, int64_t w_rows) {
+  return STRASSEN_PRODUCTS * PANEL * depth + 12 * LINEAR_TILE_ROWS * PANEL + w_rows;
+}
+
 struct Kernels {
   const char* name;
   WinogradKernels winograd_float, winograd_bfloat16;
@@ -110,6 +126,11 @@ struct Kernels {
   // Columns [16 * first, 16 * end) of y.
   void (*linear_float)(const Linear& job, int64_t first, int64_t end, float* scratch);
   void (*linear_bfloat16)(const Linear& job, int64_t first, int64_t end, float* scratch);
+  // The same in float32 by Strassen's algorithm. First operands and factors of pairs [first, end) of rows of x; then,
+  // with these as row_factors, columns [unit * first, unit * end) of y. rows are even, depth is a multiple of
+  // 2 * PANEL, width one of the unit.
+  void (*strassen_rows)(const Linear& job, int64_t first, int64_t end, float* operands, float* factors);
+  void (*strassen)(const Linear& job, int64_t first, int64_t end, const float* operands, float* scratch);
   void (*attention_float)(const Head& head, float* scratch);
   void (*attention_bfloat16)(const Head& head, float* scratch);
   int64_t (*attention_scratch)(int64_t keys, int64_t width);                 // floats

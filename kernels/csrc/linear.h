@@ -12,10 +12,11 @@ namespace {
 constexpr int64_t PAIR = 2 * PANEL;
 static_assert(TILE_ROWS <= ldm2::LINEAR_TILE_ROWS);
 
-// LANES sums of products as results: times the factors of their columns, plus the bias.
-inline vec complete(const ldm2::Linear& job, const float* sums, int64_t column) {
+// LANES sums of products as results: times the factors of their row and their columns, plus the bias.
+inline vec complete(const ldm2::Linear& job, const float* sums, int64_t row, int64_t column) {
   vec result = load(sums);
   if (job.factors != nullptr) result *= load(job.factors + column);
+  if (job.row_factors != nullptr) result *= job.row_factors[row];
   return job.bias == nullptr ? result : result + load(job.bias + column);
 }
 
@@ -28,14 +29,15 @@ void finish(const ldm2::Linear& job, int64_t row, int64_t rows, const int64_t* c
     auto to = static_cast<typename Type::element*>(job.y) + (row + i) * job.width + columns[0];
     if (job.gated) {
       for (int64_t n = 0; n < PANEL; n += LANES) {
-        vec value = complete(job, from + n, columns[0] + n), gate = complete(job, from + PANEL + n, columns[1] + n);
+        vec value = complete(job, from + n, row + i, columns[0] + n);
+        vec gate = complete(job, from + PANEL + n, row + i, columns[1] + n);
         store(to + n, value * gelu<Type>(gate));
       }
     } else {
       auto added = static_cast<const typename Type::element*>(job.residual);
       if (added != nullptr) added += (row + i) * job.width + columns[0];
       for (int64_t n = 0; n < panels * PANEL; n += LANES) {
-        vec value = complete(job, from + n, columns[0] + n);
+        vec value = complete(job, from + n, row + i, columns[0] + n);
         store(to + n, added == nullptr ? value : value + load(added + n));
       }
     }

@@ -66,9 +66,21 @@ inline const float* opaque(const float* address) {
   return address;
 }
 
-// c (ROWS, PANELS * 16) = a (ROWS, depth) x b (PANELS, depth, 16), or c += it. ldb: words from panel to panel.
-template <class Type, bool ADD, int ROWS, int PANELS>
-void register_tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+// Where sums go: to c, or they are added to it. `put` takes LANES of them, `from` gives the part from a place on.
+template <bool ADD>
+struct Into {
+  float* c;
+  int64_t ldc;
+  Into from(int64_t row, int64_t column) const { return {c + row * ldc + column, ldc}; }
+  void put(int64_t row, int64_t column, vec sum) const {
+    float* to = c + row * ldc + column;
+    store(to, ADD ? load(to) + sum : sum);
+  }
+};
+
+// a (ROWS, depth) x b (PANELS, depth, 16) into a target (ROWS, PANELS * 16). ldb: words from panel to panel.
+template <class Type, int ROWS, int PANELS, class Target>
+void register_tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, const Target& target,
                    const Ahead& ahead) {
   constexpr int WIDTH = PANEL / LANES, COLUMNS = PANELS * WIDTH, GROUPS = (ROWS + 3) / 4;
   vec sums[ROWS][COLUMNS] = {};
@@ -103,51 +115,54 @@ void register_tile(int64_t depth, const float* a, int64_t lda, const float* b, i
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; i++) {
 #pragma GCC unroll 8
-    for (int j = 0; j < COLUMNS; j++) {
-      float* to = c + i * ldc + j * LANES;
-      store(to, ADD ? load(to) + sums[i][j] : sums[i][j]);
-    }
+    for (int j = 0; j < COLUMNS; j++) target.put(i, j * LANES, sums[i][j]);
   }
 }
 
 constexpr int TILE_ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 3;   // 24 sums of 32 registers, 12 or 12 of 16
 constexpr int TILE_PANELS = LANES == 16 ? 2 : 1;
 
-template <class Type, bool ADD, int ROWS, int PANELS>
-void register_tile_of(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                      int64_t ldc, const Ahead& ahead) {
+template <class Type, int ROWS, int PANELS, class Target>
+void register_tile_of(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+                      const Target& target, const Ahead& ahead) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
-      register_tile<Type, ADD, ROWS, PANELS>(depth, a, lda, b, ldb, c, ldc, ahead);
+      register_tile<Type, ROWS, PANELS>(depth, a, lda, b, ldb, target, ahead);
     } else {
-      register_tile_of<Type, ADD, ROWS - 1, PANELS>(rows, depth, a, lda, b, ldb, c, ldc, ahead);
+      register_tile_of<Type, ROWS - 1, PANELS>(rows, depth, a, lda, b, ldb, target, ahead);
     }
   }
 }
 
-template <class Type, bool ADD, int PANELS>
-void panel_columns(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                   int64_t ldc, Ahead& ahead) {
+template <class Type, int PANELS, class Target>
+void panel_columns(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+                   const Target& target, Ahead& ahead) {
   int64_t blocks = (rows + TILE_ROWS - 1) / TILE_ROWS;
   for (int64_t n = 0; n < blocks; n++) {                   // blocks of nearly equal height: no thin last one
     int64_t begin = rows * n / blocks, end = rows * (n + 1) / blocks;
-    register_tile_of<Type, ADD, TILE_ROWS, PANELS>(end - begin, depth, a + begin * lda, lda, b, ldb, c + begin * ldc,
-                                                   ldc, ahead);
+    register_tile_of<Type, TILE_ROWS, PANELS>(end - begin, depth, a + begin * lda, lda, b, ldb, target.from(begin, 0),
+                                              ahead);
     if (ahead.next < ahead.end) ahead.next += depth / Ahead::STRIDE * Ahead::LINE;
   }
 }
 
 // Moves `ahead` on by what it has fetched.
+template <class Type, class Target>
+void product(int64_t rows, int64_t depth, int64_t panels, const float* a, int64_t lda, const float* b, int64_t ldb,
+             const Target& target, Ahead& ahead) {
+  int64_t p = 0;
+  for (; p + TILE_PANELS <= panels; p += TILE_PANELS) {
+    panel_columns<Type, TILE_PANELS>(rows, depth, a, lda, b + p * ldb, ldb, target.from(0, p * PANEL), ahead);
+  }
+  for (; p < panels; p++) {
+    panel_columns<Type, 1>(rows, depth, a, lda, b + p * ldb, ldb, target.from(0, p * PANEL), ahead);
+  }
+}
+
 template <class Type, bool ADD>
 void product(int64_t rows, int64_t depth, int64_t panels, const float* a, int64_t lda, const float* b, int64_t ldb,
              float* c, int64_t ldc, Ahead& ahead) {
-  int64_t p = 0;
-  for (; p + TILE_PANELS <= panels; p += TILE_PANELS) {
-    panel_columns<Type, ADD, TILE_PANELS>(rows, depth, a, lda, b + p * ldb, ldb, c + p * PANEL, ldc, ahead);
-  }
-  for (; p < panels; p++) {
-    panel_columns<Type, ADD, 1>(rows, depth, a, lda, b + p * ldb, ldb, c + p * PANEL, ldc, ahead);
-  }
+  product<Type>(rows, depth, panels, a, lda, b, ldb, Into<ADD>{c, ldc}, ahead);
 }
 
 template <class Type, bool ADD>

@@ -21,6 +21,74 @@ struct RowView {
   }
 };
 
+// The rows [first, end) of a linear layer.
+Linear rows_of(const Linear& job, int64_t first, int64_t end, int64_t element_size) {
+  Linear part = job;
+  part.rows = end - first;
+  part.x = static_cast<const char*>(job.x) + first * job.x_stride * element_size;
+  part.y = static_cast<char*>(job.y) + first * job.width * element_size;
+  if (job.residual != nullptr) {
+    part.residual = static_cast<const char*>(job.residual) + first * job.width * element_size;
+  }
+  if (job.row_factors != nullptr) part.row_factors = job.row_factors + first;
+  return part;
+}
+
+// compute(first row, its end, first unit of columns, its end) for all of them. Units are shared out among threads, and
+// the rows too where there are more threads than units, in pieces of at least `fewest`.
+template <class Compute>
+void share_out(int64_t rows, int64_t fewest, int64_t units, const Compute& compute) {
+  int64_t parts = std::min(ceil_div(2 * at::get_num_threads(), units), ceil_div(rows, fewest));
+  if (units % at::get_num_threads() == 0) parts = 1;
+  at::parallel_for(0, units * parts, 1, [&](int64_t from, int64_t to) {
+    while (from < to) {
+      int64_t part = from / units, unit = from % units, end = std::min(units, unit + to - from);
+      compute(rows * part / parts, rows * (part + 1) / parts, unit, end);
+      from += end - unit;
+    }
+  });
+}
+
+void multiply(const Linear& job, at::ScalarType type) {
+  auto compute = type == at::kFloat ? kernels().linear_float : kernels().linear_bfloat16;
+  int64_t panels = job.width / PANEL;                      // which are laid out in pairs
+  share_out(job.rows, 48, ceil_div(panels, 2), [&](int64_t row, int64_t end_row, int64_t pair, int64_t end) {
+    static thread_local Scratch scratch;
+    compute(rows_of(job, row, end_row, at::elementSize(type)), 2 * pair, std::min(2 * end, panels),
+            scratch.get(linear_scratch(job.depth)));
+  });
+}
+
+constexpr int64_t FEWEST_ROWS = 128, LEAST_DEPTH = 256;    // below, sums and laying out cost more than they save
+
+// Whether Strassen's algorithm takes a layer, and is faster. Rows are paired within an item of the batch, which has
+// `rows` of them. How many items there are does not matter: what becomes of one does not depend on others.
+bool suits_strassen(const Linear& job, int64_t rows) {
+  return job.factors == nullptr && rows % 2 == 0 && rows >= FEWEST_ROWS && job.depth >= LEAST_DEPTH &&
+         job.depth % (2 * PANEL) == 0 && job.width % strassen_unit(job.gated) == 0;
+}
+
+// Operands of x are made in pieces that the cache of all cores holds, shared by the threads.
+void strassen(const Linear& given) {
+  static thread_local Scratch shared;
+  int64_t stride = strassen_stride(given.depth), pairs = given.rows / 2;
+  int64_t blocks = ceil_div(4 * pairs * stride, STRASSEN_CACHE), most = ceil_div(pairs, blocks);
+  float *operands = shared.get(most * (stride + 2)), *factors = operands + most * stride;
+  for (int64_t block = 0; block < blocks; block++) {
+    Linear job = rows_of(given, 2 * (pairs * block / blocks), 2 * (pairs * (block + 1) / blocks), sizeof(float));
+    at::parallel_for(0, job.rows / 2, 16, [&](int64_t first, int64_t end) {
+      kernels().strassen_rows(job, first, end, operands, factors);
+    });
+    job.row_factors = factors;
+    int64_t units = job.width / strassen_unit(job.gated);
+    share_out(job.rows / 2, 24, units, [&](int64_t pair, int64_t end_pair, int64_t unit, int64_t end) {
+      static thread_local Scratch scratch;
+      kernels().strassen(rows_of(job, 2 * pair, 2 * end_pair, sizeof(float)), unit, end, operands + pair * stride,
+                         scratch.get(strassen_scratch(job.depth, job.gated ? 2 * job.width : job.width)));
+    });
+  }
+}
+
 // gated: the first half of the weight's rows gives values, the GELU of the second half multiplies them.
 // scale: of each output channel of int8 weights. residual: dense and as the result, to which it is added.
 at::Tensor add_linear(const at::Tensor& x, const at::Tensor& given, const std::optional<at::Tensor>& bias, bool gated,
@@ -41,29 +109,13 @@ at::Tensor add_linear(const at::Tensor& x, const at::Tensor& given, const std::o
               residual->is_contiguous() && !gated), "residual must be ", y.sizes(), " in ", type);
   RowView rows(x);
   Linear job{rows.count, rows.width, width, rows.stride, rows.tensor.const_data_ptr(), weight.const_data_ptr(),
-             float_data(factors), float_data(wide_bias), residual.has_value() ? residual->const_data_ptr() : nullptr,
-             y.data_ptr(), gated};
-  int64_t size = x.element_size();
-  auto compute = type == at::kFloat ? kernels().linear_float : kernels().linear_bfloat16;
-  // Pairs of panels are shared out, and the rows too where there are more threads than pairs.
-  int64_t panels = width / PANEL, pairs = ceil_div(panels, 2);
-  int64_t parts = std::min(ceil_div(2 * at::get_num_threads(), pairs), ceil_div(job.rows, 48));
-  if (pairs % at::get_num_threads() == 0) parts = 1;
-  at::parallel_for(0, pairs * parts, 1, [&](int64_t from, int64_t to) {
-    static thread_local Scratch scratch;
-    float* memory = scratch.get(linear_scratch(job.depth));
-    while (from < to) {
-      int64_t part = from / pairs, pair = from % pairs, end = std::min(pairs, pair + to - from);
-      int64_t row = job.rows * part / parts;
-      Linear piece = job;
-      piece.rows = job.rows * (part + 1) / parts - row;
-      piece.x = static_cast<const char*>(job.x) + row * job.x_stride * size;
-      piece.y = static_cast<char*>(job.y) + row * job.width * size;
-      if (job.residual != nullptr) piece.residual = static_cast<const char*>(job.residual) + row * job.width * size;
-      compute(piece, 2 * pair, std::min(2 * end, panels), memory);
-      from += end - pair;
-    }
-  });
+             float_data(factors), nullptr, float_data(wide_bias),
+             residual.has_value() ? residual->const_data_ptr() : nullptr, y.data_ptr(), gated};
+  if (type == at::kFloat && suits_strassen(job, rows.count / x.size(0))) {
+    strassen(job);
+  } else {
+    multiply(job, type);
+  }
   return y;
 }
 

@@ -1,10 +1,10 @@
 """Kernels for the CPU: Winograd convolutions (arXiv:1509.09308), which take a half to a quarter of the multiplications,
-linear layers and attention.
+linear layers, those of many rows by Strassen's algorithm, and attention.
 
 The operators are C++ (`kernels/csrc`), built by `python -m ldm2.build_kernels` and found here; importing this builds
-nothing. They are for inference, in float32 and bfloat16. The error of float32 convolutions against float64 is larger
-than that of direct ones, but stays below 3e-6 of the root mean square of the result; in bfloat16 the rounding of the
-result outweighs all others.
+nothing. They are for inference, in float32 and bfloat16. The errors of float32 convolutions and linear layers
+against float64 are larger than those of direct ones, but stay below 3e-6 of the root mean square of the result; in
+bfloat16 the rounding of the result outweighs all others.
 
 The best instruction set of the machine is used. The environment variable LDM2_CPU_ISA, read when the library is loaded,
 masks those above the one that it names: baseline, avx2, avx512 or avx512_bf16. One that the machine lacks is never
