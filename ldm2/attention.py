@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ldm2 import ops
 from ldm2.layers import GroupNorm, LayerNorm, Linear, tile_batch, weight_of
 
-_ABSORBED = 32                                             # positions at most: kernels hold the scores of all heads
+# Positions at most to which projections are absorbed. Kernels of a GPU hold the scores of all heads of a query.
+_MOST_ON_GPU, _MOST = 32, 64
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class AbsorbedKeyValue:
 
     (x W_q) k^T is x (W_q k^T), and (p v) W_out is p (v W_out): with L <= D both products on the right are smaller than
     the matrices of the layer, and they are the same for all steps of a generation.
-    keys: (B, H, L, C), divided by sqrt(D); values: (B, C, H, L); bias as in KeyValue.
+    keys: (B, H, L, C), divided by sqrt(D); values: (B, C, H, L); bias as in KeyValue. On a CPU positions lie before
+    heads in memory: the kernel there cuts off those at the end that are masked.
     """
 
     keys: Tensor
@@ -84,9 +86,9 @@ class Attention(nn.Module):
 
     def absorb(self, kv: KeyValue) -> Attended:
         """Keys and values as `forward` takes them fastest: with the layer's own projections in them where that is less
-        work, for weights that stay as they are until `forward` is called. On a CPU a whole block is one kernel."""
+        work, for weights that stay as they are until `forward` is called."""
         projections, (length, width) = (self.to_q, self.to_out[0]), kv.keys.shape[2:]
-        if torch.is_grad_enabled() or not kv.keys.is_cuda or length > min(width, _ABSORBED):
+        if torch.is_grad_enabled() or length > min(width, _MOST_ON_GPU if kv.keys.is_cuda else _MOST):
             return kv
         if not all(map(_is_plain, projections)):
             return kv
@@ -95,8 +97,11 @@ class Attention(nn.Module):
         asks, gives = (ops.dense(weight_of(layer), wide).to(wide) for layer in projections)
         asks = asks.unflatten(0, (self.num_heads, -1)) * keys.shape[3] ** -0.5
         gives = gives.unflatten(1, (self.num_heads, -1))
-        return AbsorbedKeyValue(torch.einsum("bhld,hdc->bhlc", keys, asks).to(dtype),
-                                torch.einsum("bhld,chd->bchl", values, gives).to(dtype), kv.bias)
+        keys, values = torch.einsum("bhld,hdc->bhlc", keys, asks), torch.einsum("bhld,chd->bchl", values, gives)
+        if keys.is_cuda:
+            return AbsorbedKeyValue(keys.to(dtype).contiguous(), values.to(dtype).contiguous(), kv.bias)
+        return AbsorbedKeyValue(keys.transpose(1, 2).to(dtype).contiguous().transpose(1, 2),
+                                values.mT.to(dtype).contiguous().mT, kv.bias)
 
     def fuse_qkv(self) -> None:
         """Lay the weights of q, k and v one after the other, as one matrix. They stay three parameters."""
@@ -177,9 +182,10 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, kv: Attended | None) -> Tensor:
         """x (B, L, C), keys of k * B rows -> (k * B, L, C)."""
-        if not isinstance(kv, AbsorbedKeyValue) and (parameters := self._parameters_in_order()) is not None:
+        absorbed = isinstance(kv, AbsorbedKeyValue)
+        if not (absorbed and x.is_cuda) and (parameters := self._parameters_in_order()) is not None:
             context = None if kv is None else (kv.keys, kv.values, kv.bias)
-            y = ops.at_once("transformer_block", x, self.attn1.num_heads, self.norm1.eps, context, parameters)
+            y = ops.at_once("transformer_block", x, self.attn1.num_heads, self.norm1.eps, context, absorbed, parameters)
             if y is not NotImplemented:
                 return y
         x, h = self.norm2.add_and_norm(x, self.attn1(self.norm1(x)))

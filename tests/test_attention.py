@@ -6,7 +6,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from benchmarks.checkpoints import randomise
-from ldm2.attention import Attention, Transformer2D, TransformerBlock, mask_bias
+from ldm2.attention import AbsorbedKeyValue, Attention, KeyValue, Transformer2D, TransformerBlock, mask_bias
 from tests.helpers import draw
 
 
@@ -24,17 +24,20 @@ def test_a_transformer_block_equals_diffusers(context_dim):
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("context_dim", [None, 12])
-def test_a_transformer_over_positions_equals_diffusers(depth, context_dim):
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_transformer_over_positions_equals_diffusers(depth, context_dim, grad):
     ours = randomise(Transformer2D(16, 4, depth, context_dim, groups=8), seed=2)
     theirs = Transformer2DModel(
         4, 4, in_channels=16, num_layers=depth, cross_attention_dim=context_dim, norm_num_groups=8,
         double_self_attention=context_dim is None,
     ).eval()
     theirs.load_state_dict(ours.state_dict())
-    x, context = draw(2, 16, 5, 3), None if context_dim is None else draw(2, 5, context_dim, seed=1)
-    key_values = (None,) * depth if context is None else ours.project_kv(context, None)
-    expected = theirs(x, encoder_hidden_states=context).sample
-    torch.testing.assert_close(ours(x, key_values), expected, atol=2e-5, rtol=1e-5)
+    x, context = draw(2, 16, 5, 3), None if context_dim is None else draw(2, 4, context_dim, seed=1)
+    with torch.set_grad_enabled(grad):
+        key_values = (None,) * depth if context is None else ours.project_kv(context, None)
+        assert context is None or isinstance(key_values[0], KeyValue if grad else AbsorbedKeyValue)
+        expected = theirs(x, encoder_hidden_states=context).sample
+        torch.testing.assert_close(ours(x, key_values), expected, atol=2e-5, rtol=1e-5)
 
 
 def test_dropped_tokens_do_not_matter():

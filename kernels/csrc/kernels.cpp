@@ -2,6 +2,7 @@
 
 #include "kernels.h"
 
+#include "absorbed.h"
 #include "attention.h"
 #include "linear.h"
 #include "norm.h"
@@ -16,5 +17,5 @@
 ldm2::Kernels ldm2::JOINED(kernels_, LDM2_SET)() {
   return {TEXT(LDM2_SET), winograd<WinogradFloat>(), winograd<WinogradBFloat16>(), norms<Float32>(),
           norms<BFloat16>(), linear<Float32>, linear<BFloat16>, strassen_rows, strassen, attention<Float32>,
-          attention<BFloat16>, attention_scratch};
+          attention<BFloat16>, attention_scratch, absorbed<Float32>, absorbed<BFloat16>, absorbed_scratch};
 }

@@ -95,6 +95,18 @@ struct Head {
   void* out;
 };
 
+// Attention whose keys (positions, heads, channels) and values (channels; value_stride apart; positions, heads) have the
+// projections in them: y = sum over the heads of softmax(x keys^T + bias) values^T, plus offset and residual. x, y and
+// residual are dense rows (queries, channels), all float32 or all bfloat16 (channels and value_stride even). channels: a
+// multiple of PANEL. bias: null, or a number for each position. residual: null, or as y.
+struct Absorbed {
+  int64_t queries, channels, heads, positions, value_stride;
+  const void *x, *keys, *values;
+  const float *bias, *offset;
+  const void* residual;
+  void* y;
+};
+
 constexpr int64_t LINEAR_CACHE = 1 << 19;            // bytes of x that are multiplied with all weights in turn
 constexpr int64_t LINEAR_LEAST_ROWS = 240;           // for which it pays to lay out a panel
 constexpr int64_t LINEAR_TILE_ROWS = 12;
@@ -134,6 +146,9 @@ struct Kernels {
   void (*attention_float)(const Head& head, float* scratch);
   void (*attention_bfloat16)(const Head& head, float* scratch);
   int64_t (*attention_scratch)(int64_t keys, int64_t width);                 // floats
+  void (*absorbed_float)(const Absorbed& job, float* scratch);
+  void (*absorbed_bfloat16)(const Absorbed& job, float* scratch);
+  int64_t (*absorbed_scratch)(int64_t channels, int64_t heads, int64_t positions);
 };
 
 Kernels kernels_baseline();

@@ -201,6 +201,8 @@ class Parameters {
 
   void skip(int64_t count) { next_ += count; }
 
+  const at::Tensor& take() { return tensors_[next_++]; }
+
  private:
   at::TensorList tensors_;
   const c10::List<std::optional<at::Tensor>>& scales_;
@@ -214,22 +216,30 @@ at::Tensor tile_batch(const at::Tensor& x, int64_t rows) {
   return x.size(0) == rows ? x : x.repeat({rows / x.size(0), 1, 1});
 }
 
-// x + self-attention, then + attention to keys and values (B', H, L, D) or to itself again, then + the gated linear
-// layers, each of the layer norm of what stands before it. B' is a multiple of x's B, and becomes that of the result.
+// x + self-attention, then + attention to keys and values (B', H, L, D), or such as add_absorbed_attention takes, or to
+// itself again, then + the gated linear layers, each of the layer norm of what stands before it. B' is a multiple of
+// x's B, and becomes that of the result.
 at::Tensor transformer_block(const at::Tensor& given, at::TensorList tensors,
                              const c10::List<std::optional<at::Tensor>>& scales,
                              const std::optional<at::Tensor>& keys, const std::optional<at::Tensor>& values,
-                             const std::optional<at::Tensor>& bias, int64_t heads, double eps) {
+                             const std::optional<at::Tensor>& bias, bool absorbed, int64_t heads, double eps) {
   TORCH_CHECK(tensors.size() == BLOCK_PARAMETERS && scales.size() == BLOCK_PARAMETERS, "a block has ",
               BLOCK_PARAMETERS, " parameters, got ", tensors.size());
   TORCH_CHECK(given.dim() == 3 && given.size(2) % heads == 0 && keys.has_value() == values.has_value(),
               "a block does not take ", given.sizes(), " in ", heads, " heads");
+  TORCH_CHECK(keys.has_value() || !absorbed, "what is absorbed needs keys and values");
   Parameters parameters(tensors, scales);
   auto split = [&](const at::Tensor& x) { return x.view({x.size(0), x.size(1), heads, -1}).transpose(1, 2); };
   auto join = [](const at::Tensor& x) { return x.transpose(1, 2).flatten(2); };
   at::Tensor x = given.contiguous();
   for (bool crossing : {false, true}) {
-    at::Tensor h = parameters.layer_norm(x, eps), q = parameters.linear(h, false), attended;
+    at::Tensor h = parameters.layer_norm(x, eps);
+    if (crossing && absorbed) {
+      parameters.skip(4);                                  // which made the keys and values, or are within them
+      x = add_absorbed_attention(h, *keys, *values, bias, parameters.take(), x);
+      continue;
+    }
+    at::Tensor q = parameters.linear(h, false), attended;
     if (crossing && keys.has_value()) {
       parameters.skip(2);                                  // which made the keys and values
       x = tile_batch(x, keys->size(0));
@@ -249,7 +259,7 @@ TORCH_LIBRARY_FRAGMENT(ldm2_cpu, library) {
   library.def("attention(Tensor q, Tensor k, Tensor v, Tensor? bias) -> Tensor");
   library.def(
       "transformer_block(Tensor x, Tensor[] parameters, Tensor?[] scales, Tensor? keys, Tensor? values, Tensor? bias, "
-      "int heads, float eps) -> Tensor");
+      "bool absorbed, int heads, float eps) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ldm2_cpu, CPU, library) {

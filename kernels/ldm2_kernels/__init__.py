@@ -46,7 +46,7 @@ MODULES: dict[str, dict[str, str | None]] = {
         "linear_geglu": "ldm2_kernels.cpu",
         "geglu": None,
         "attention": "ldm2_kernels.cpu",
-        "absorbed_attention": None,
+        "absorbed_attention": "ldm2_kernels.cpu",
         "leaky_relu": None,
         "upsample": None,
     },
@@ -66,7 +66,6 @@ REASONS: dict[str, dict[str, str]] = {
         "leaky_relu": "is one pass already",
     },
     "cpu": {
-        "absorbed_attention": "keys and values have no projections in them there",
         "geglu": "part of the linear layer before it",
         "leaky_relu": "part of the residual blocks",
         "upsample": "memory-bound, and a small part of a step",

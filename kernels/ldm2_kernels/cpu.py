@@ -309,6 +309,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     return torch.ops.ldm2_cpu.attention(q, k, v, bias)
 
 
+@_kernel
+def absorbed_attention(x: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, offset: Tensor) -> Tensor:
+    """Masked positions at the end of an image take no part; keys and values are taken as they lie in memory."""
+    if not takes_absorbed(x, keys, bias) or len(x) != len(keys):
+        return NotImplemented
+    return _plain(torch.ops.ldm2_cpu.absorbed_attention, x, keys, values, bias, offset)
+
+
+def takes_absorbed(x: Tensor, keys: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernel takes attention of x (B, N, C) to keys (B', H, L, C), B' a multiple of B."""
+    rows, heads, length, channels = keys.shape
+    plain = bias is None or bias.shape in ((1, 1, 1, length), (rows, 1, 1, length))
+    even = x.dtype == torch.float32 or heads * length % 2 == 0
+    return plain and even and channels % _PANEL == 0
+
+
 def _linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     values, scale = _parts(weight)
     if not _has_panels(x, values, _PANEL):

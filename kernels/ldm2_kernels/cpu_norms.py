@@ -48,26 +48,30 @@ def group_norm_silu(
 
 
 def transformer_block(
-    x: Tensor, num_heads: int, eps: float, context: tuple[Tensor, Tensor, Tensor | None] | None, parameters: list
+    x: Tensor, num_heads: int, eps: float, context: tuple[Tensor, Tensor, Tensor | None] | None, absorbed: bool,
+    parameters: list,
 ) -> Tensor:
     """A `TransformerBlock` of ldm2 as one operator, which makes its products without a return to Python.
 
     x (B, L, C); context: keys, values and bias of the second attention, None where that is to x itself
+    absorbed: whether keys and values have the projections in them
     parameters: weight and bias of each layer in order of use (a bias only where there is one). Weights may be `Int8`.
     """
     (_, rows, channels), products = x.shape, x.dtype == torch.float32 or cpu._bfloat16() == "products"
     if x.dtype == torch.float16 or not products or rows < cpu._FEWEST_ROWS or channels % (num_heads * cpu._PANEL):
         return NotImplemented
     keys, values, bias = (None, None, None) if context is None else context
+    if keys is not None and (len(keys) % len(x) or (absorbed and not cpu.takes_absorbed(x, keys, bias))):
+        return NotImplemented
     for kept in (keys, values):
-        if kept is not None and (kept.stride(3) != 1 or kept.stride(2) % 2 or len(kept) % len(x)):
+        if kept is not None and not absorbed and (kept.stride(3) != 1 or kept.stride(2) % 2):
             return NotImplemented
     if bias is not None and (keys is None or bias.shape[1:] != (1, 1, keys.shape[2])):
         return NotImplemented
     scales = _NONE
     if any(not isinstance(parameter, Tensor) for parameter in parameters):
         parameters, scales = zip(*map(cpu._parts, parameters), strict=True)
-    return torch.ops.ldm2_cpu.transformer_block(x, parameters, scales, keys, values, bias, num_heads, eps)
+    return torch.ops.ldm2_cpu.transformer_block(x, parameters, scales, keys, values, bias, absorbed, num_heads, eps)
 
 
 def _dense_rows(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ from ldm2_kernels import cpu
 from ldm2_kernels.check import excess
 
 from ldm2 import ops
-from ldm2.attention import KeyValue, TransformerBlock, mask_bias
+from ldm2.attention import AbsorbedKeyValue, TransformerBlock, mask_bias
 from ldm2.checkpoints.int8 import quantize
 from ldm2.runtime.int8_layers import install
 from ldm2.training.lora import add_lora
@@ -28,15 +28,17 @@ def make_block(context=True, channels=64, heads=2, dtype=torch.float32):
     return block.to(dtype).eval().requires_grad_(False)
 
 
-def context_of(block, batch=2, dtype=torch.float32):
+def context_of(block, batch=2, dtype=torch.float32, absorbed=False):
     """Keys and values of 7 tokens, the last two of which one row does not have."""
     mask = torch.ones(batch, 7)
     mask[-1, 5:] = 0
-    return block.attn2.project_kv(draw(batch, 7, WIDTH, seed=5).to(dtype), mask_bias(mask, draw(1).to(dtype)))
+    with torch.no_grad():
+        kv = block.attn2.project_kv(draw(batch, 7, WIDTH, seed=5).to(dtype), mask_bias(mask, draw(1).to(dtype)))
+        return block.attn2.absorb(kv) if absorbed else kv
 
 
 def double(kv):
-    return None if kv is None else KeyValue(*(None if part is None else part.double()
+    return None if kv is None else type(kv)(*(None if part is None else part.double()
                                               for part in (kv.keys, kv.values, kv.bias)))
 
 
@@ -50,11 +52,12 @@ def is_one(monkeypatch, block, x, kv):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("context", ["", "prompt", "absorbed prompt"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_block_is_as_exact_as_the_rule_asks(instruction_set, monkeypatch, batch, context, dtype):
-    block, x = make_block(context, dtype=dtype), draw(batch, 45, 64).to(dtype)
-    kv = context_of(block, dtype=dtype) if context else None
+    block, x = make_block(bool(context), dtype=dtype), draw(batch, 45, 64).to(dtype)
+    kv = context_of(block, dtype=dtype, absorbed="absorbed" in context) if context else None
+    assert isinstance(kv, AbsorbedKeyValue) == ("absorbed" in context)
     got = block(x, kv)
     assert is_one(monkeypatch, block, x, kv) == (dtype == torch.float32 or cpu._bfloat16() == "products")
     with ops.backend("reference"):
@@ -63,12 +66,13 @@ def test_a_block_is_as_exact_as_the_rule_asks(instruction_set, monkeypatch, batc
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_block_with_int8_weights_is_that_of_the_widened_ones(library, monkeypatch, dtype):
+@pytest.mark.parametrize("absorbed", [False, True])
+def test_a_block_with_int8_weights_is_that_of_the_widened_ones(library, monkeypatch, dtype, absorbed):
     block, x = make_block(dtype=dtype), draw(2, 45, 64).to(dtype)
-    kv = context_of(block, dtype=dtype)
     for name, weight in list(block.named_parameters()):
         if weight.dim() == 2 and "attn2.to_k" not in name and "attn2.to_v" not in name:
             assert install(block, name, quantize(name, weight.float()), dtype)
+    kv = context_of(block, dtype=dtype, absorbed=absorbed)
     got = block(x, kv)
     assert is_one(monkeypatch, block, x, kv) == (dtype == torch.float32 or cpu._bfloat16() == "products")
     with ops.backend("reference"):
@@ -76,9 +80,10 @@ def test_a_block_with_int8_weights_is_that_of_the_widened_ones(library, monkeypa
     torch.testing.assert_close(got, plain, atol=2e-5 if dtype == torch.float32 else 0.05, rtol=0)
 
 
-def test_neither_strides_nor_threads_change_a_block(library):
+@pytest.mark.parametrize("absorbed", [False, True])
+def test_neither_strides_nor_threads_change_a_block(library, absorbed):
     block, x = make_block(), draw(2, 45, 64)
-    kv = context_of(block)
+    kv = context_of(block, absorbed=absorbed)
 
     def result(threads, strided):
         torch.set_num_threads(threads)
@@ -91,6 +96,15 @@ def test_neither_strides_nor_threads_change_a_block(library):
     assert all(torch.equal(first, other) for other in others)
 
 
+def test_a_block_with_absorbed_projections_is_that_without(library):
+    block, x = make_block(), draw(1, 45, 64)
+    torch.testing.assert_close(block(x, context_of(block, absorbed=True)), block(x, context_of(block)))
+    before = block(x, context_of(block, absorbed=True))
+    block.attn2.to_q.weight.mul_(2)                        # each generation absorbs anew
+    torch.testing.assert_close(block(x, context_of(block, absorbed=True)), block(x, context_of(block)))
+    assert (block(x, context_of(block, absorbed=True)) - before).abs().max() > 0.01
+
+
 def test_layers_that_are_watched_or_replaced_are_called_one_by_one(library, monkeypatch):
     block, x = make_block(), draw(2, 45, 64)
     kv, seen = context_of(block), []
@@ -99,8 +113,9 @@ def test_layers_that_are_watched_or_replaced_are_called_one_by_one(library, monk
         for watch in (layer.register_forward_hook, layer.register_forward_pre_hook):
             hook = watch(lambda *_: seen.append(1))
             assert not is_one(monkeypatch, block, x, kv)
+            assert not is_one(monkeypatch, block, x, context_of(block, absorbed=layer is not block.attn2.to_q))
             hook.remove()
-    assert len(seen) == 12 and is_one(monkeypatch, block, x, kv)
+    assert len(seen) == 24 and is_one(monkeypatch, block, x, kv)
 
     class Doubled(torch.nn.Linear):
         def forward(self, x):
@@ -130,6 +145,8 @@ def test_gradients_autocast_and_few_rows_take_the_layers_one_by_one(library, mon
     assert not is_one(monkeypatch, block, x[:, :5], kv)
     odd = make_block(channels=40)
     assert not is_one(monkeypatch, odd, draw(2, 45, 40), context_of(odd))
+    assert not is_one(monkeypatch, odd, draw(2, 45, 40), context_of(odd, absorbed=True))
+    assert not is_one(monkeypatch, block, x[:, :5], context_of(block, absorbed=True))
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_one(monkeypatch, block, x, kv)
     with ops.backend("reference"):
@@ -151,6 +168,8 @@ def test_weights_that_are_not_in_memory_are_refused(library):
 def test_the_operator_refuses_what_does_not_fit(library):
     block, x = make_block(), draw(2, 45, 64)
     with pytest.raises(RuntimeError, match="a block has 20 parameters, got 3"):
-        library.transformer_block(x, [x] * 3, [None] * 3, None, None, None, 2, 1e-5)
+        library.transformer_block(x, [x] * 3, [None] * 3, None, None, None, False, 2, 1e-5)
     with pytest.raises(RuntimeError, match="a block does not take"):
-        library.transformer_block(x, block._parameters_in_order(), [None] * 20, None, None, None, 3, 1e-5)
+        library.transformer_block(x, block._parameters_in_order(), [None] * 20, None, None, None, False, 3, 1e-5)
+    with pytest.raises(RuntimeError, match="what is absorbed needs keys"):
+        library.transformer_block(x, block._parameters_in_order(), [None] * 20, None, None, None, True, 2, 1e-5)
