@@ -75,10 +75,14 @@ struct Scale {
   }
 };
 
+// Of the largest of `count` numbers. Without their signs, floats are ordered as their bits.
 inline Scale scale_of(const float* from, int64_t count) {
-  vec largest{};
-  for (int64_t k = 0; k < count; k += LANES) largest = vmax((vec)((ivec)load(from + k) & 0x7fffffff), largest);
-  return Scale(reduce_max(largest));
+  ivec largest{};
+  for (int64_t k = 0; k < count; k += LANES) {
+    ivec bits = (ivec)load(from + k) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  return Scale(reduce_max((vec)largest));
 }
 
 void strassen_rows(const ldm2::Linear& job, int64_t first, int64_t end, float* operands, float* factors) {
