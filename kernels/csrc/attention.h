@@ -80,13 +80,13 @@ void softmax(float* scores, int64_t count, float scale, const float* bias, Softm
       top[j] = vmax(score, top[j]);
     }
   }
-  vec offset[VECTORS];
+  vec offset[VECTORS], sum[VECTORS];
   for (int j = 0; j < VECTORS; j++) {
     vec now = vmax(BIASED ? top[j] : top[j] * scale, state.largest[j]);
     offset[j] = now > -INFINITY ? now : vec{};             // all masked so far
     shrink[j] = exp2<Float32>(state.largest[j] - offset[j]);
     state.largest[j] = now;
-    state.sum[j] *= shrink[j];
+    sum[j] = state.sum[j] * shrink[j];
   }
   int64_t words = (count + PER_WORD - 1) / PER_WORD;
   for (int64_t word = 0; word < words; word++) {
@@ -100,11 +100,12 @@ void softmax(float* scores, int64_t count, float scale, const float* bias, Softm
         vec weight = exp2<Type>(BIASED ? score - offset[j] : score * scale - offset[j]);
         if constexpr (BIASED) weight = score == -INFINITY ? vec{} : weight;
         weights[i][j] = weight;
-        state.sum[j] += weight;
+        sum[j] += weight;
       }
     }
     store_weights(panels, words, word, weights, Type{});
   }
+  std::copy_n(sum, VECTORS, state.sum);
 }
 
 // Floats that a head needs.

@@ -386,6 +386,15 @@ def test_a_row_whose_keys_are_all_masked_attends_to_nothing(library, dtype, keys
     torch.testing.assert_close(got[0], v[0, :, -1:].expand_as(got[0]))
 
 
+def test_weights_of_attention_are_as_exact_as_float32(instruction_set):
+    scores = -torch.cat([torch.linspace(0, 4, 14), torch.tensor([200.0, 1e30])])
+    q, k = torch.zeros(1, 1, 24, 16), torch.zeros(1, 1, 16, 16)
+    q[..., 0], k[..., 0] = 4, scores                       # divided by the root of the width
+    got, expected = ops.attention(q, k, torch.eye(16)[None, None])[0, 0], scores.double().softmax(0)
+    assert (got[:, :14] / expected[:14] - 1).abs().max() < 1e-6
+    assert got[:, 14:].abs().max() < 1e-37
+
+
 def test_attention_hides_no_nan(library):
     q, k, v = attention_inputs(30, 20, 16)
     q[0, 1, 7, 3] = torch.nan
