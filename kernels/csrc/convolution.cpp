@@ -7,14 +7,16 @@
 namespace ldm2 {
 namespace {
 
-// Which transform: 3x3 kernels on maps of any width or of width 2, one-dimensional kernels of 3, 7 and 11 taps.
-enum Variant : int64_t { WIDE = 0, NARROW = 1, TAPS3 = 3, TAPS7 = 7, TAPS11 = 11 };
+// Which transform: 3x3 kernels on maps of any width or of width 2, one-dimensional kernels of 3, 4, 7 and 11 taps. A
+// kernel of n taps sees n / 2 positions before its own.
+enum Variant : int64_t { WIDE = 0, NARROW = 1, TAPS3 = 3, TAPS4 = 4, TAPS7 = 7, TAPS11 = 11 };
 
 const WinogradTransform& transform_of(const WinogradKernels& dtype, int64_t variant) {
   switch (variant) {
     case WIDE: return dtype.conv3x3;
     case NARROW: return dtype.conv3x3_narrow;
     case TAPS3: return dtype.conv3;
+    case TAPS4: return dtype.conv4;
     case TAPS7: return dtype.conv7;
     case TAPS11: return dtype.conv11;
     default: TORCH_CHECK(false, "unknown variant of convolution ", variant);
@@ -23,15 +25,18 @@ const WinogradTransform& transform_of(const WinogradKernels& dtype, int64_t vari
 
 // The map (T, F) that is cut into tiles; a sequence with dilation d is a map of d columns, each cut by itself.
 struct TileGrid {
-  int64_t batch, rows, columns, length;  // length: positions in one item; column f of row t is position t * columns + f
+  int64_t batch, rows, columns;          // column f of row t is position t * columns + f
+  int64_t in_length, out_length;         // positions in one item
   int64_t tile_rows, tile_columns;       // tiles in one item
   bool sequence;
 
-  TileGrid(const WinogradTransform& t, int64_t variant, int64_t batch, int64_t first, int64_t second, int64_t dilation)
-      : batch(batch), sequence(variant >= TAPS3) {
-    length = sequence ? first : first * second;
-    columns = sequence ? dilation : second;
-    rows = ceil_div(length, columns);
+  // x: (B, C, T, F) or (B, C, N). longer: positions that the result has beyond those of x.
+  TileGrid(const WinogradTransform& t, int64_t variant, const at::Tensor& x, int64_t dilation, int64_t longer)
+      : batch(x.size(0)), sequence(variant >= TAPS3) {
+    columns = sequence ? dilation : x.size(3);
+    in_length = sequence ? x.size(2) : x.size(2) * columns;
+    out_length = in_length + longer;
+    rows = ceil_div(out_length, columns);
     int64_t tall = sequence ? t.outer_outputs * t.inner_outputs : t.outer_outputs;
     tile_rows = ceil_div(rows, tall);
     tile_columns = sequence ? columns : ceil_div(columns, t.inner_outputs);
@@ -45,7 +50,7 @@ class TilePositions {
   TilePositions(const WinogradTransform& t, const TileGrid& grid, int64_t variant, int64_t index) : grid_(grid) {
     int64_t column = index % grid.tile_columns;
     int64_t row = index / grid.tile_columns % grid.tile_rows;
-    first_ = index / (grid.tile_columns * grid.tile_rows) * grid.length;
+    item_ = index / (grid.tile_columns * grid.tile_rows);
     if (grid.sequence) {
       step_ = t.inner_outputs;
       row_ = row * t.outer_outputs * step_;
@@ -59,27 +64,29 @@ class TilePositions {
     }
   }
   int64_t input(int outer, int inner) const {
-    return grid_.sequence ? at(row_ - halo_row_ + step_ * outer + inner, column_)
-                          : at(row_ - halo_row_ + outer, column_ - halo_column_ + inner);
+    return grid_.sequence ? at(row_ - halo_row_ + step_ * outer + inner, column_, grid_.in_length)
+                          : at(row_ - halo_row_ + outer, column_ - halo_column_ + inner, grid_.in_length);
   }
   int64_t output(int outer, int inner) const {
-    return grid_.sequence ? at(row_ + step_ * outer + inner, column_) : at(row_ + outer, column_ + inner);
+    return grid_.sequence ? at(row_ + step_ * outer + inner, column_, grid_.out_length)
+                          : at(row_ + outer, column_ + inner, grid_.out_length);
   }
 
  private:
-  int64_t at(int64_t row, int64_t column) const {
+  int64_t at(int64_t row, int64_t column, int64_t length) const {
     if (row < 0 || column < 0 || column >= grid_.columns) return -1;
     int64_t position = row * grid_.columns + column;
-    return position < grid_.length ? first_ + position : -1;
+    return position < length ? item_ * length + position : -1;
   }
   const TileGrid& grid_;
-  int64_t first_, row_, column_, step_ = 1, halo_row_, halo_column_ = 0;
+  int64_t item_, row_, column_, step_ = 1, halo_row_, halo_column_ = 0;
 };
 
 constexpr int64_t GROUP = 2;           // panels of output channels that are finished together
 constexpr int64_t MOST_TILES = 128;    // of a block
 constexpr int64_t LEAST_TILES = 48;    // worth a thread of their own; each block reads all weights
 constexpr int64_t CACHE = 3 << 18;     // bytes that V and M of a block may take
+constexpr int64_t WHOLE = 8 << 20;     // that V of all tiles may take where all packed weights would take more
 
 // Transformed weights from one output channel on: point p of them at u + p * stride, their scales at
 // scales + p * scale_stride.
@@ -95,20 +102,21 @@ struct Weights {
   const WinogradTransform& transform;
   const char* w;
   const float* factors;                                    // of int8 weights
-  int64_t in_channels, taps, element_size, per_word, scratch_size;       // element_size: of x, whose dtype a panel has
+  int64_t in_channels, taps, element_size, per_word, scratch_size;       // element_size: of w
+  bool taps_first;                                         // w lies as (out, taps, in), not as (out, in, taps)
 
   Weights(const WinogradKernels& dtype, const WinogradTransform& transform, const at::Tensor& weight,
           const float* factors, int64_t x_element_size)
       : transform(transform), w(static_cast<const char*>(weight.const_data_ptr())), factors(factors),
         in_channels(weight.size(1)), taps(weight.numel() / (weight.size(0) * weight.size(1))),
         element_size(weight.element_size()), per_word(dtype.per_word),
-        scratch_size(PANEL * in_channels * taps * x_element_size / 4) {}
+        scratch_size(PANEL * in_channels * taps * x_element_size / 4), taps_first(!weight.is_contiguous()) {}
 
   // Panels [first, first + count) to the channels from which `to` counts. scratch: scratch_size floats.
   void pack(int64_t first, int64_t count, const PackedWeights& to, float* scratch) const {
     for (int64_t n = 0; n < count; n++) {
       const char* from = w + (first + n) * PANEL * in_channels * taps * element_size;
-      transform.weight(from, factors == nullptr ? nullptr : factors + (first + n) * PANEL, in_channels, taps,
+      transform.weight(from, factors == nullptr ? nullptr : factors + (first + n) * PANEL, in_channels, taps, taps_first,
                        to.u + n * PANEL * in_channels / per_word, to.stride, to.scales + n * PANEL, to.scale_stride,
                        scratch);
     }
@@ -229,7 +237,8 @@ struct WinogradConvolution {
     int64_t bytes = transform.points * 4 * (in_words() + GROUP * PANEL);     // of a tile
     int64_t most = std::clamp(CACHE / bytes, LEAST_TILES, MOST_TILES);
     int64_t blocks = ceil_div(tiles, most), shared = ceil_div(blocks, threads) * threads;
-    bool alone = tiles >= shared * LEAST_TILES;            // a block for each thread, else all threads on each block
+    if (tiles < out_channels && v_floats(tiles) * 4 <= WHOLE) blocks = shared = 1;
+    bool alone = blocks > 1 && tiles >= shared * LEAST_TILES;                // a block for each thread, else all threads on each block
     if (alone) blocks = shared;
     PackedWeights all{};
     if (blocks > 1) all = pack_all();
@@ -256,9 +265,10 @@ at::Tensor channels_last(const at::Tensor& x) {  // (B, C, T, F) or (B, C, N) wi
 }
 
 // Of a result whose channels are last in memory, in the order of memory.
-c10::SymDimVector output_sizes(const at::Tensor& x, c10::SymInt channels) {
+c10::SymDimVector output_sizes(const at::Tensor& x, c10::SymInt channels, int64_t longer) {
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
   sizes.erase(sizes.begin() + 1);
+  sizes[1] += longer;
   sizes.push_back(channels);
   return sizes;
 }
@@ -274,19 +284,23 @@ void check(const at::Tensor& x, const at::Tensor& weight, int64_t variant) {
   TORCH_CHECK(x.size(1) % PANEL == 0 && weight.size(0) % PANEL == 0, "channels must be multiples of ", PANEL);
 }
 
-// scale: of each output channel of int8 weights.
+// scale: of each output channel of int8 weights. longer: positions that the result has beyond those of x, a sequence
+// without dilation.
 at::Tensor convolution(const at::Tensor& given, const at::Tensor& given_weight, const std::optional<at::Tensor>& bias,
                        const std::optional<at::Tensor>& given_residual, int64_t variant, int64_t dilation,
-                       double slope, const std::optional<at::Tensor>& scale) {
+                       double slope, const std::optional<at::Tensor>& scale, int64_t longer) {
   bool wide = given.scalar_type() == at::kFloat;
   const WinogradKernels& dtype = wide ? kernels().winograd_float : kernels().winograd_bfloat16;
   const WinogradTransform& transform = transform_of(dtype, variant);
   check(given, given_weight, variant);
   std::optional<at::Tensor> factors = factors_of(given_weight, scale, given.scalar_type());
-  at::Tensor x = channels_last(given), weight = given_weight.contiguous();
+  TORCH_CHECK(longer == 0 || (longer > 0 && variant >= TAPS3 && dilation == 1), "a result cannot be ", longer,
+              " longer");
+  bool taps_first = given_weight.dim() == 3 && given_weight.mT().is_contiguous();
+  at::Tensor x = channels_last(given), weight = taps_first ? given_weight : given_weight.contiguous();
   int64_t in_channels = given.size(1), out_channels = weight.size(0);
   Weights weights(dtype, transform, weight, float_data(factors), given.element_size());
-  at::Tensor y = empty_result(C10_AS_INTARRAYREF_SLOW(output_sizes(x, out_channels)), x.scalar_type())
+  at::Tensor y = empty_result(C10_AS_INTARRAYREF_SLOW(output_sizes(x, out_channels, longer)), x.scalar_type())
                      .movedim(x.dim() - 1, 1);
   std::optional<at::Tensor> wide_bias = float_bias(bias), residual;
   if (given_residual.has_value()) {
@@ -294,7 +308,7 @@ at::Tensor convolution(const at::Tensor& given, const at::Tensor& given_weight, 
                 "residual must be ", y.sizes(), " in ", x.scalar_type());
     residual = channels_last(*given_residual);
   }
-  TileGrid grid(transform, variant, x.size(0), x.size(2), x.dim() == 4 ? x.size(3) : 1, dilation);
+  TileGrid grid(transform, variant, x, dilation, longer);
   std::vector<float> zeros(in_channels);
   auto data = [](const at::Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); };
   WinogradConvolution{dtype, transform, grid, variant, in_channels, out_channels, x.element_size(),
@@ -306,14 +320,14 @@ at::Tensor convolution(const at::Tensor& given, const at::Tensor& given_weight, 
 
 at::Tensor convolution_meta(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>&,
                             const std::optional<at::Tensor>&, int64_t, int64_t, double,
-                            const std::optional<at::Tensor>&) {
-  return at::empty_symint(output_sizes(x, weight.sym_size(0)), x.options()).movedim(x.dim() - 1, 1);
+                            const std::optional<at::Tensor>&, int64_t longer) {
+  return at::empty_symint(output_sizes(x, weight.sym_size(0), longer), x.options()).movedim(x.dim() - 1, 1);
 }
 
 TORCH_LIBRARY_FRAGMENT(ldm2_cpu, library) {
   library.def(
       "convolution(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int variant, int dilation, float slope, "
-      "Tensor? scale=None) -> Tensor");
+      "Tensor? scale=None, int longer=0) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ldm2_cpu, CPU, library) {

@@ -38,17 +38,17 @@ struct WinogradTransform {
   // rows[o] points to the channels of output o, null outside the map; bias and residual[o] are added.
   void (*output)(const TileSums& tile, int64_t channels, const float* bias, const void* const* residual,
                  void* const* rows);
-  // The weights of PANEL output channels, w (PANEL, in_channels, taps): words of point p at u + p * stride, scales of
+  // The weights of PANEL output channels, w (PANEL, in_channels, taps), or (PANEL, taps, in_channels): words of point p at u + p * stride, scales of
   // its PANEL channels at scales + p * scale_stride. factors: null, or what the channels of w, which then are integers
   // of 8 bits, are multiplied with.
-  void (*weight)(const void* w, const float* factors, int64_t in_channels, int64_t taps, float* u, int64_t stride,
-                 float* scales, int64_t scale_stride, float* scratch);
+  void (*weight)(const void* w, const float* factors, int64_t in_channels, int64_t taps, bool taps_first, float* u,
+                 int64_t stride, float* scales, int64_t scale_stride, float* scratch);
 };
 
 // The convolutions of one dtype.
 struct WinogradKernels {
   int per_word;                                            // channels in a word of an operand
-  WinogradTransform conv3x3, conv3x3_narrow, conv3, conv7, conv11;
+  WinogradTransform conv3x3, conv3x3_narrow, conv3, conv4, conv7, conv11;
   // c (rows, 16 * panels; ldc apart) = a (rows, depth words; lda apart) x packed b (panels, depth, 16). next: null, or
   // the b of the next product, which is fetched meanwhile.
   void (*gemm)(int64_t rows, int64_t depth, int64_t panels, const float* a, int64_t lda, const float* b, float* c,

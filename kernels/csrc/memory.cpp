@@ -113,6 +113,7 @@ class Pool final : public at::Allocator {
 };
 
 TORCH_LIBRARY_FRAGMENT(ldm2_cpu, library) {
+  library.def("empty_result(int[] sizes, ScalarType dtype) -> Tensor", empty_result);
   library.def("keep_memory(bool begin) -> ()", [](bool begin) { Pool::pool().keep(begin); });
   library.def("result_bytes() -> (int, int)", [] { return Pool::pool().bytes(); });
 }

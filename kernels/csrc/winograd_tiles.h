@@ -60,12 +60,13 @@ template <int POINTS>
 void quantize(const float* v, int64_t stride, int64_t channels, const ldm2::TransformedTile& tile) {
   constexpr int ROUNDED = (POINTS + LANES - 1) / LANES * LANES;
   float squares[ROUNDED] = {}, factors[ROUNDED];
-  constexpr int CHAINS = POINTS % 4 == 0 ? 4 : 3;          // points at once, as one sum waits for the one before it
+  // Points at once, as one sum waits for the one before it.
+  constexpr int CHAINS = POINTS % 4 == 0 ? 4 : POINTS % 3 == 0 ? 3 : 7;
   static_assert(POINTS % CHAINS == 0);
   for (int p = 0; p < POINTS; p += CHAINS) {
     vec sums[CHAINS] = {};
     for (int64_t c = 0; c < channels; c += LANES) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < CHAINS; i++) {
         vec x = load(v + (p + i) * stride + c);
         sums[i] += x * x;
@@ -181,6 +182,18 @@ inline vec panel_element(const float* panel, int64_t n, int lane, uint16_t) {
   return (vec)(n % 2 == 0 ? word << 16 : word & static_cast<int32_t>(0xffff0000u));
 }
 
+// A transposed panel of the weights of LANES output channels: `taps` of each input channel.
+template <class Element>
+struct TapPanel {
+  const float* words;
+  int64_t taps, channel_step, tap_step;
+  int lane;
+
+  vec operator()(int64_t channel, int64_t tap) const {
+    return panel_element(words, channel * channel_step + tap * tap_step, lane, Element{});
+  }
+};
+
 // The inner transform of all taps of one input channel, for LANES output channels. tap: from its place to a vector.
 template <class Outer, class Inner, class Tap>
 void inner_weights(int64_t taps, Tap tap, vec half[Outer::TAPS][Inner::POINTS]) {
@@ -203,12 +216,11 @@ void outer_weights(const vec half[Outer::TAPS][Inner::POINTS], int point, vec* t
 }
 
 // use(p, even, odd) for the points of each pair of input channels, from channel c.
-template <class Element, class Outer, class Inner, class Use>
-void weight_pair(const float* panel, int64_t c, int64_t taps, int lane, Use use) {
+template <class Outer, class Inner, class Panel, class Use>
+void weight_pair(const Panel& panel, int64_t c, Use use) {
   vec half[2][Outer::TAPS][Inner::POINTS];
   for (int64_t n = 0; n < 2; n++) {
-    auto tap = [&](int64_t t) { return panel_element(panel, (c + n) * taps + t, lane, Element{}); };
-    inner_weights<Outer, Inner>(taps, tap, half[n]);
+    inner_weights<Outer, Inner>(panel.taps, [&](int64_t tap) { return panel(c + n, tap); }, half[n]);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < Inner::POINTS; i++) {
@@ -221,16 +233,14 @@ void weight_pair(const float* panel, int64_t c, int64_t taps, int lane, Use use)
 }
 
 // Bounds of the magnitude of LANES output channels at all points: what the largest magnitude of each tap can give.
-template <class Outer, class Inner>
-void weight_bounds(const float* panel, int64_t in_channels, int64_t taps, int lane, vec* bounds) {
+template <class Outer, class Inner, class Panel>
+void weight_bounds(const Panel& panel, int64_t in_channels, vec* bounds) {
   for (int p = 0; p < Outer::POINTS * Inner::POINTS; p++) bounds[p] = vec{};
-  for (int64_t t = 0; t < taps; t++) {
+  for (int64_t t = 0; t < panel.taps; t++) {
     vec largest{};
-    for (int64_t c = 0; c < in_channels; c++) {
-      largest = vmax(absolute(panel_element(panel, c * taps + t, lane, uint16_t{})), largest);
-    }
+    for (int64_t c = 0; c < in_channels; c++) largest = vmax(absolute(panel(c, t)), largest);
     vec half[Outer::TAPS][Inner::POINTS];
-    inner_weights<Outer, Inner>(taps, [&](int64_t n) { return n == t ? largest : vec{}; }, half);
+    inner_weights<Outer, Inner>(panel.taps, [&](int64_t n) { return n == t ? largest : vec{}; }, half);
     for (int i = 0; i < Inner::POINTS; i++) {
       vec transformed[Outer::POINTS];
       outer_weights<Outer, Inner>(half, i, transformed);
@@ -239,50 +249,50 @@ void weight_bounds(const float* panel, int64_t in_channels, int64_t taps, int la
   }
 }
 
-// Scales of LANES output channels at all points, from `lane`; what makes integers of them into `factors`.
-template <class Outer, class Inner>
-void weight_scales(const float* panel, int64_t in_channels, int64_t taps, int lane, float* scales, int64_t scale_stride,
-                   vec* factors) {
+// Scales of the output channels of a panel at all points; what makes integers of them into `factors`.
+template <class Outer, class Inner, class Panel>
+void weight_scales(const Panel& panel, int64_t in_channels, float* scales, int64_t scale_stride, vec* factors) {
   constexpr int POINTS = Outer::POINTS * Inner::POINTS;
   vec squares[POINTS] = {}, bounds[POINTS];
-  weight_bounds<Outer, Inner>(panel, in_channels, taps, lane, bounds);
+  weight_bounds<Outer, Inner>(panel, in_channels, bounds);
   for (int64_t c = 0; c < in_channels; c += 2) {
-    weight_pair<uint16_t, Outer, Inner>(panel, c, taps, lane, [&](int p, vec even, vec odd) {
+    weight_pair<Outer, Inner>(panel, c, [&](int p, vec even, vec odd) {
       squares[p] = squares[p] + even * even + odd * odd;
     });
   }
   for (int p = 0; p < POINTS; p++) {
     for (int i = 0; i < LANES; i++) {
       float scale = scale_of(squares[p][i], bounds[p][i], in_channels, WEIGHT_NORM);
-      scales[p * scale_stride + lane + i] = scale;
+      scales[p * scale_stride + panel.lane + i] = scale;
       factors[p][i] = factor_of(scale);
     }
   }
 }
 
 template <class Type, class Outer, class Inner>
-void weight_panel(const void* w, const float* channel_factors, int64_t in_channels, int64_t taps, float* u,
-                  int64_t stride, float* scales, int64_t scale_stride, float* panel) {
+void weight_panel(const void* w, const float* channel_factors, int64_t in_channels, int64_t taps, bool taps_first,
+                  float* u, int64_t stride, float* scales, int64_t scale_stride, float* scratch) {
   using element = typename Type::element;
   int64_t words = in_channels * taps * sizeof(element) / sizeof(float);
   if (channel_factors == nullptr) {
-    transpose(static_cast<const float*>(w), words, PANEL, words, panel);
+    transpose(static_cast<const float*>(w), words, PANEL, words, scratch);
   } else {
     transpose_integers<std::conditional_t<sizeof(element) == 4, Float32, BFloat16>>(static_cast<const int8_t*>(w),
-                                                                                    words, panel);
+                                                                                    words, scratch);
   }
   for (int lane = 0; lane < PANEL; lane += LANES) {
+    TapPanel<element> panel{scratch, taps, taps_first ? 1 : taps, taps_first ? in_channels : 1, lane};
     vec channel = channel_factors == nullptr ? splat(1.0f) : load(channel_factors + lane);
     vec factors[Outer::POINTS * Inner::POINTS];
     if constexpr (Type::operand::PER_WORD == 2) {
-      weight_scales<Outer, Inner>(panel, in_channels, taps, lane, scales, scale_stride, factors);
+      weight_scales<Outer, Inner>(panel, in_channels, scales, scale_stride, factors);
       for (int p = 0; channel_factors != nullptr && p < Outer::POINTS * Inner::POINTS; p++) {
         store(scales + p * scale_stride + lane, load(scales + p * scale_stride + lane) * channel);
       }
     }
     for (int64_t c = 0; c < in_channels; c += 2) {
       float* to = u + c / Type::operand::PER_WORD * PANEL + lane;
-      weight_pair<element, Outer, Inner>(panel, c, taps, lane, [&](int p, vec even, vec odd) {
+      weight_pair<Outer, Inner>(panel, c, [&](int p, vec even, vec odd) {
         if constexpr (Type::operand::PER_WORD == 1) {
           store(to + p * stride, even * channel);
           store(to + p * stride + PANEL, odd * channel);
@@ -325,7 +335,7 @@ ldm2::WinogradTransform transform() {
 template <class Type>
 ldm2::WinogradKernels winograd() {
   return {Type::operand::PER_WORD, transform<Type, F43, F43>(), transform<Type, F23, Pair>(),
-          transform<Type, Plain, F63>(), transform<Type, F32, F44>(), transform<Type, F43, F44>(),
+          transform<Type, Plain, F63>(), transform<Type, Plain, F44>(), transform<Type, F32, F44>(), transform<Type, F43, F44>(),
           gemm<typename Type::operand>};
 }
 

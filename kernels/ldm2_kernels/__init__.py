@@ -47,8 +47,8 @@ MODULES: dict[str, dict[str, str | None]] = {
         "geglu": None,
         "attention": "ldm2_kernels.cpu",
         "absorbed_attention": "ldm2_kernels.cpu",
-        "leaky_relu": None,
-        "upsample": None,
+        "leaky_relu": "ldm2_kernels.cpu",
+        "upsample": "ldm2_kernels.cpu",
     },
 }
 
@@ -67,8 +67,6 @@ REASONS: dict[str, dict[str, str]] = {
     },
     "cpu": {
         "geglu": "part of the linear layer before it",
-        "leaky_relu": "part of the residual blocks",
-        "upsample": "memory-bound, and a small part of a step",
     },
 }
 

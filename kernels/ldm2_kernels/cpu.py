@@ -19,7 +19,7 @@ import logging
 import os
 import platform
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ _HERE = Path(__file__).parent
 _PANEL = 16                                                # channels come in multiples of this (kernels.h)
 _WIDE, _NARROW = 0, 1                                      # variants of 3x3 kernels; of one axis: the number of taps
 _LINES = (3, 7, 11)                                        # kernel sizes of one axis that have a variant
+_WINDOW = 4                                                # and one for the windows of transposed convolutions
 _FEWEST_CHANNELS = 32                                      # below, the transforms cost more than they save
 _FEWEST_ROWS = 24                                          # of a linear layer or attention; below, PyTorch is as fast
 _FEWEST_POSITIONS = 256                                    # of sequences; below, packing costs more than it saves
@@ -242,28 +243,52 @@ def conv1x1(x: Tensor, weight: Any, bias: Tensor) -> Tensor:
 
 @_kernel
 def conv1d(x: Tensor, weight: Any, bias: Tensor) -> Tensor:
-    """As the convolutions of the residual blocks, with nothing before it."""
-    return _leaky_conv(x, weight, bias, None, 1, 1.0)
+    """As the convolutions of the residual blocks, with nothing before it. A last one, to a single channel, is a product
+    with all taps at once and the sums along its diagonals."""
+    outs, _, taps = weight.shape
+    if outs >= _PANEL or x.dtype != torch.float32 or not isinstance(weight, Tensor):
+        return _leaky_conv(x, weight, bias, None, 1, 1.0)
+    columns = x.mT @ weight.permute(1, 0, 2).flatten(1)                      # (B, N, C_out * taps)
+    padded = F.pad(columns, (0, 0, taps // 2, taps // 2))
+    size, strides = (len(x), outs, x.shape[2], taps), (padded[0].numel(), taps, outs * taps, outs * taps + 1)
+    return padded.as_strided(size, strides).sum(-1) + bias[:, None]
 
 
 @_kernel
 def conv_transpose1d(x: Tensor, weight: Any, bias: Tensor, stride: int, padding: int) -> Tensor:
-    """One matrix product: a window of inputs gives the `stride` outputs that depend on no others. Channels are last."""
+    """A window of inputs gives the `stride` outputs that depend on no others: so it is an ordinary convolution with
+    `stride` times the channels, of which those of a position lie one after the other. Channels are last."""
     values, scale = _parts(weight)
     (batch, _, length), (ins, outs, taps) = x.shape, values.shape
-    reach = -(-taps // stride)                             # inputs in a window; between them and the next item, zeros
-    steps = length + 2 * (reach - 1)
-    padded = x.new_zeros(batch * steps + reach - 1, ins)
-    padded[: batch * steps].view(batch, steps, ins)[:, reach - 1 : reach - 1 + length] = x.mT
-    windows = padded.flatten().unfold(0, reach * ins, ins)                   # (B * steps, reach * C_in)
+    reach = -(-taps // stride)                             # inputs in a window
     blocks = values.new_zeros(stride, outs, reach, ins)
     parts = values.flatten(1).T.contiguous().view(outs, taps, ins).split(stride, dim=1)
     for i, part in enumerate(reversed(parts)):             # the last input of a window meets the first taps
         blocks[: part.shape[1], :, i] = part.transpose(0, 1)
-    matrix = blocks.view(stride * outs, reach * ins)
-    joint = matrix if scale is None else type(weight)(matrix, scale.view(outs, 1).repeat(stride, 1))
-    y = _linear(windows, joint, bias.repeat(stride))
-    return y.view(batch, steps * stride, outs)[:, padding : (length - 1) * stride + taps - padding].mT
+    joint = blocks.view(stride * outs, reach * ins)
+    given = joint if scale is None else type(weight)(joint, scale.view(outs, 1).repeat(stride, 1))
+    apply = _windows_by_winograd if reach == _WINDOW and padding >= stride and _pays(values) else _windows
+    y, first = apply(x, given, bias.repeat(stride), reach)
+    start = padding - first * stride
+    return y.reshape(batch, -1, outs)[:, start : start + (length - 1) * stride + taps - 2 * padding].mT
+
+
+def _windows_by_winograd(x: Tensor, matrix: Any, bias: Tensor, reach: int) -> tuple[Tensor, int]:
+    """As `_windows`, but for the first window, and for those after the one that begins with the last input but two."""
+    values, scale = _parts(matrix)
+    taps = values.view(len(values), reach, -1).mT
+    return torch.ops.ldm2_cpu.convolution(x, taps, bias, None, reach, 1, 1.0, scale, 1).mT, 1
+
+
+def _windows(x: Tensor, matrix: Any, bias: Tensor, reach: int) -> tuple[Tensor, int]:
+    """The product of a matrix (D, reach * C) with each window of x (B, C, N), between zeros: (B, windows, D), and the
+    number of the first window, which ends with the first input."""
+    batch, ins, length = x.shape
+    steps = length + 2 * (reach - 1)
+    padded = x.new_zeros(batch * steps + reach - 1, ins)
+    padded[: batch * steps].view(batch, steps, ins)[:, reach - 1 : reach - 1 + length] = x.mT
+    windows = padded.flatten().unfold(0, reach * ins, ins)                   # (B * steps, reach * C)
+    return _linear(windows, matrix, bias).view(batch, steps, -1), 0
 
 
 @_kernel
@@ -277,6 +302,22 @@ def residual_blocks(x: Tensor, slope: float, dilations: tuple[tuple[int, ...], .
             y = _leaky_conv(h, next(given), next(given), y, 1, slope)
         total = y if total is None else total.add_(y)
     return total.div_(len(dilations))
+
+
+@_kernel
+def leaky_relu(x: Tensor, slope: float) -> Tensor:
+    """PyTorch's, in memory that is kept; most of them are part of the residual blocks."""
+    y = _kept_like(x, x.shape)
+    return F.leaky_relu(x, slope) if y is None else torch.ops.aten.leaky_relu.out(x, slope, out=y)
+
+
+@_kernel
+def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """PyTorch's, in memory that is kept."""
+    y = _kept_like(x, (*x.shape[:2], *size))
+    if y is None:
+        return F.interpolate(x, size=size, mode="nearest")
+    return torch.ops.aten.upsample_nearest2d.out(x, size, out=y)
 
 
 @_kernel
@@ -323,6 +364,14 @@ def takes_absorbed(x: Tensor, keys: Tensor, bias: Tensor | None) -> bool:
     plain = bias is None or bias.shape in ((1, 1, 1, length), (rows, 1, 1, length))
     even = x.dtype == torch.float32 or heads * length % 2 == 0
     return plain and even and channels % _PANEL == 0
+
+
+def _kept_like(x: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """Room for a result (B, C, ...) in memory that is kept, channels last; None where those of x are not, or for a model
+    that is compiled."""
+    if torch.compiler.is_compiling() or not x.movedim(1, -1).is_contiguous():
+        return None
+    return torch.ops.ldm2_cpu.empty_result([shape[0], *shape[2:], shape[1]], x.dtype).movedim(-1, 1)
 
 
 def _linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:

@@ -70,6 +70,32 @@ def test_conv_transpose1d_is_as_exact_as_the_rule_asks(library, ins, outs, taps,
     assert_within_the_accuracy_rule(ops.conv_transpose1d, transposed_inputs(ins, outs, taps, length, stride))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length, padding", [(1, 5), (3, 6), (4, 8), (31, 4), (70, 7), (20, 3), (20, 0)])
+def test_conv_transpose1d_of_windows_of_four_takes_any_padding(instruction_set, length, padding, dtype):
+    x, weight, bias = draw(2, 64, length), draw(64, 32, 16, seed=1) / 16, draw(32, seed=2)
+    assert_within_the_accuracy_rule(ops.conv_transpose1d, [*(t.to(dtype) for t in (x, weight, bias)), 4, padding])
+
+
+def test_the_taps_of_a_kernel_may_lie_before_its_channels(library):
+    x, weight = draw(1, 32, 300).mT.contiguous().mT, draw(48, 32, 7, seed=1)
+    expected = library.convolution(x, weight, None, None, 7, 1, 1.0)
+    torch.testing.assert_close(library.convolution(x, weight.mT.contiguous().mT, None, None, 7, 1, 1.0), expected,
+                               rtol=0, atol=0)
+    longer = library.convolution(x, weight, None, None, 7, 1, 1.0, None, 5)
+    expected = torch.nn.functional.conv1d(x.double(), weight.double(), padding=8)[:, :, 5:]
+    torch.testing.assert_close(longer.double(), expected, rtol=0, atol=1e-4)
+    with pytest.raises(RuntimeError, match="-1"):
+        library.convolution(x, weight, None, None, 7, 1, 1.0, None, -1)
+
+
+@pytest.mark.parametrize("outs", [1, 3])
+def test_conv1d_to_few_channels_takes_any_memory(library, outs):
+    x, weight, bias = draw(3, 64, 40), draw(outs, 64, 7, seed=1), draw(outs, seed=2)
+    for given in (x, x.mT.contiguous().mT, draw(3, 64, 80)[..., ::2]):
+        assert_within_the_accuracy_rule(ops.conv1d, [given, weight, bias])
+
+
 @pytest.mark.parametrize("ins, outs", [(8, 32), (32, 8), (16, 16), (40, 40)])
 def test_few_or_odd_channels_are_left_to_pytorch(library, ins, outs):
     x, weight, bias, residual = conv_inputs(2, ins, outs, 6, 4)
