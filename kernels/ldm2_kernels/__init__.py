@@ -33,11 +33,11 @@ MODULES: dict[str, dict[str, str | None]] = {
         "residual_blocks": "ldm2_kernels.residual_blocks",
     },
     "cpu": {
-        "conv3x3": "ldm2_kernels.cpu",
-        "conv1x1": "ldm2_kernels.cpu",
-        "conv1d": "ldm2_kernels.cpu",
-        "conv_transpose1d": "ldm2_kernels.cpu",
-        "residual_blocks": "ldm2_kernels.cpu",
+        "conv3x3": "ldm2_kernels.cpu_convolutions",
+        "conv1x1": "ldm2_kernels.cpu_convolutions",
+        "conv1d": "ldm2_kernels.cpu_convolutions",
+        "conv_transpose1d": "ldm2_kernels.cpu_convolutions",
+        "residual_blocks": "ldm2_kernels.cpu_convolutions",
         "group_norm": "ldm2_kernels.cpu_norms",
         "group_norm_silu": "ldm2_kernels.cpu_norms",
         "layer_norm": "ldm2_kernels.cpu_norms",
@@ -47,8 +47,8 @@ MODULES: dict[str, dict[str, str | None]] = {
         "geglu": None,
         "attention": "ldm2_kernels.cpu",
         "absorbed_attention": "ldm2_kernels.cpu",
-        "leaky_relu": "ldm2_kernels.cpu",
-        "upsample": "ldm2_kernels.cpu",
+        "leaky_relu": "ldm2_kernels.cpu_convolutions",
+        "upsample": "ldm2_kernels.cpu_convolutions",
     },
 }
 
