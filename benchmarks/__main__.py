@@ -31,7 +31,7 @@ from benchmarks.timing import Timed
 from ldm2.checkpoints import random_models
 from ldm2.pipeline import AudioLDM2
 from ldm2.runtime import memory, profiling
-from ldm2.runtime.device import choose_device, choose_dtype, computing_dtype
+from ldm2.runtime.device import choose_device, choose_dtype, chosen_name, computing_dtype, dtype_name
 
 SIZES = {"base": "audioldm2", "large": "audioldm2-large", "tiny": "tiny"}
 PROCESSES = ("ldm2", "ldm2, low_memory", "diffusers")
@@ -43,7 +43,8 @@ def options() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="auto", help="float32, float16, bfloat16, int8 (default: float16 on cuda)")
+    parser.add_argument("--dtype", default="auto", help="float32, float16, bfloat16, int8, w8a8 "
+                        "(default: float16 on cuda)")
     parser.add_argument("--their-dtype", help="of diffusers (default: the same; float32 beside int8)")
     parser.add_argument("--threads", type=count, help="of torch on the CPU")
     parser.add_argument("--rows", default=",".join(name for name in ROWS if name not in COMPILED),
@@ -71,8 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown rows {', '.join(unknown)}, choose from {', '.join(ROWS)}")
     try:
         device = choose_device(args.device)
-        dtype = choose_dtype(args.dtype, device)
-        their_dtype = computing_dtype(dtype) if args.their_dtype is None else choose_dtype(args.their_dtype, device)
+        dtype = chosen_name(args.dtype, device)
+        their_dtype = choose_dtype(args.their_dtype or dtype, device)
+        their_dtype = computing_dtype(their_dtype) if args.their_dtype is None else their_dtype
         if their_dtype == torch.int8:
             raise ValueError("diffusers has no int8: choose another --their-dtype")
     except ValueError as error:
@@ -86,16 +88,16 @@ def main(arguments: list[str] | None = None) -> int:
     args.sweep_steps = args.sweep_steps or (20 if fast else 2)
     folder = None if args.no_diffusers else checkpoint(args)
     if args.only is not None:
-        print(alone(args.only, args.seconds, folder, device, their_dtype if args.only == "diffusers" else dtype))
+        print(alone(args.only, args.seconds, folder, device, dtype, their_dtype))
         return 0
     return run(args, folder, device, dtype, their_dtype)
 
 
-def run(args: argparse.Namespace, folder: Path | None, device: torch.device, dtype: torch.dtype,
+def run(args: argparse.Namespace, folder: Path | None, device: torch.device, dtype: str,
         their_dtype: torch.dtype) -> int:
     """All rows in this process, then the processes of their own."""
     asked = args.rows.split(",")
-    limits = profiling.limits(device, computing_dtype(dtype))
+    limits = profiling.limits(device, computing_dtype(choose_dtype(dtype, device)))
     subjects = [name for name in asked if name in SUBJECTS]
     bench = Bench(*pipelines(args, folder, device, dtype, their_dtype), folder, args.seconds, args.steps,
                   args.sweep_steps, their_dtype) if subjects else None
@@ -107,14 +109,14 @@ def run(args: argparse.Namespace, folder: Path | None, device: torch.device, dty
             rows += found
     processes = {}
     for name in PROCESSES if "memory" in asked and folder is not None else ():
-        other = name == "diffusers" and their_dtype != dtype
-        title = f"{name}, {str(their_dtype)[6:]}" if other else name
+        other = name == "diffusers" and dtype_name(their_dtype) != dtype
+        title = f"{name}, {dtype_name(their_dtype)}" if other else name
         processes[title] = apart(name, args)
         tell(report.process_line(title, processes[title]))
     why = "left out" if args.no_diffusers else "not installed, or wrote no checkpoint"
     notes = [] if folder is not None else [f"diffusers is {why}: its rows, loading and memory are missing."]
     settings = {name: getattr(args, name) for name in ("size", "seconds", "steps", "sweep_steps", "repeats")}
-    settings |= {"dtype": str(dtype)[6:], "their_dtype": str(their_dtype)[6:]}
+    settings |= {"dtype": dtype, "their_dtype": dtype_name(their_dtype)}
     about = report.about(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), device, settings)
     return publish(args, about, limits, rows, processes, notes)
 
@@ -168,12 +170,12 @@ def checkpoint(args: argparse.Namespace) -> Path | None:
     return folder
 
 
-def pipelines(args: argparse.Namespace, folder: Path | None, device: torch.device, dtype: torch.dtype,
+def pipelines(args: argparse.Namespace, folder: Path | None, device: torch.device, dtype: str,
               their_dtype: torch.dtype) -> tuple[AudioLDM2, Callable[[], Any] | None]:
     """Ours, and what loads diffusers'."""
     if folder is None:
         return random_models.pipeline(SIZES[args.size], device=device, dtype=dtype, reference="diffusers"), None
-    ours = ldm2.load(folder, reference="diffusers", device=str(device), dtype=str(dtype)[6:])
+    ours = ldm2.load(folder, reference="diffusers", device=str(device), dtype=dtype)
     return ours, lambda: diffusers_pipeline(folder, device, their_dtype)
 
 
@@ -184,15 +186,15 @@ def diffusers_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -
     return checkpoints.diffusers_pipeline(folder, dtype).to(device)
 
 
-def alone(name: str, seconds: float, folder: Path, device: torch.device, dtype: torch.dtype) -> int:
+def alone(name: str, seconds: float, folder: Path, device: torch.device, dtype: str, their_dtype: torch.dtype) -> int:
     """Load and make one sound of a few steps with one of PROCESSES; the peak of memory in bytes."""
     if name == "diffusers":
-        pipe = diffusers_pipeline(folder, device, dtype)
+        pipe = diffusers_pipeline(folder, device, their_dtype)
         pipe(PROMPT, audio_length_in_s=seconds, num_inference_steps=ALONE_STEPS,
              generator=torch.Generator().manual_seed(0))
     else:
         low = name == "ldm2, low_memory"
-        pipe = ldm2.load(folder, reference="diffusers", device=str(device), dtype=str(dtype)[6:], low_memory=low)
+        pipe = ldm2.load(folder, reference="diffusers", device=str(device), dtype=dtype, low_memory=low)
         pipe.generate(PROMPT, seconds=seconds, steps=ALONE_STEPS, seed=0)
     return memory.peak_bytes(device)
 

@@ -1,15 +1,19 @@
-"""What int8 weights cost and save: `python -m benchmarks.int8` prints and writes a table.
+"""What int8 weights, and inputs of 8 bits beside them, cost and save: `python -m benchmarks.int8` prints and writes a
+table.
 
-    python -m benchmarks.int8 [--rows memory,latents,judge] [--size base|large|tiny] [--steps 20] [--seeds 2]
+    python -m benchmarks.int8 [--rows memory,speed,latents,judge] [--size base|large|tiny] [--steps 20] [--seeds 6]
 
 memory: processes of their own load a full-size model (random weights, written once into --folder: 1.1 GB base) and make
-one sound of 10.24 s; the peak of each. latents: of the int8 models, relative to float32's after the same steps, full
-size and tiny. judge: the share of tiny's sounds that the judge of `benchmarks.judge` hears as what was asked for.
+one sound of 10.24 s; the peak of each. speed: a step of the UNet for 10.24 s and two branches of guidance, the dtypes
+in turn. latents: of int8 and w8a8, relative to float32's after the same steps, full size and tiny. judge: the share of
+tiny's sounds that the judge of `benchmarks.judge` hears as what was asked for, 36 for each of --seeds, and how much it
+differs from that of float32's sounds of the same seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shlex
 import shutil
@@ -22,18 +26,22 @@ import torch
 from torch import Tensor
 
 import ldm2
-from benchmarks import report, tiny_quality
+from benchmarks import report, timing, tiny_quality
 from benchmarks.__main__ import SIZES
 from benchmarks.arguments import add_out, count
 from benchmarks.rows import PROMPT, SCALE
-from ldm2.checkpoints import int8, random_models
+from ldm2.checkpoints import build, int8, random_models
 from ldm2.checkpoints.hub import BUNDLED
 from ldm2.checkpoints.writer import write_safetensors
+from ldm2.conditioning import Conditioning
 from ldm2.pipeline import AudioLDM2
-from ldm2.runtime import memory
+from ldm2.runtime import int8_layers, memory, weight_layout
+from ldm2.runtime.device import W8A8, choose_dtype
 
 SECONDS = 10.24
-ROWS = ("memory", "latents", "judge")
+ROWS = ("memory", "speed", "latents", "judge")
+BYTES = ("int8", W8A8)
+CPU = torch.device("cpu")
 PROCESSES = {"low_memory": True, "whole": False}
 
 
@@ -79,6 +87,39 @@ def peaks(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def stepper(size: str, dtype: str) -> timing.Run:
+    """() -> a step of a UNet with random weights and contexts."""
+    unet = build.model(random_models.read(SIZES[size])["unet"], "unet", device=CPU, dtype=choose_dtype(dtype, CPU))
+    if dtype == W8A8:
+        int8_layers.round_inputs(unet)
+    computing = unet.conv_in.bias.dtype
+    contexts = [torch.randn(2, 8, width, dtype=computing) for width in unet.config.context_widths]
+    shape = 1, unet.config.in_channels, round(25 * SECONDS), 16
+    with torch.inference_mode():
+        state = weight_layout.arrange(unet).prepare(Conditioning(tuple(contexts), (None,) * len(contexts)))
+
+    @torch.inference_mode()
+    def step() -> Tensor:
+        return unet(torch.randn(shape, dtype=computing), 500.0, state)
+
+    return step
+
+
+def speeds(args: argparse.Namespace) -> list[dict]:
+    """A row for each dtype: seconds of a step, and how many times float32's speed that is."""
+    names = ("bfloat16", *BYTES, "float32")
+    makes = {name: functools.partial(stepper, args.size, name) for name in names}
+    timed = timing.measure(timing.Row("speed", "UNet step", makes), CPU, args.repeats)
+    for each in timed:
+        if each.error is not None:
+            raise SystemExit(f"{each.variant}: {each.error}")
+    rows = [{"what": f"UNet step, {args.size}, {each.variant}", "value": each.median, "unit": "s",
+             "speedup": timing.ratio(each, timed[-1])} for each in timed]
+    for row in rows:
+        report_row(row)
+    return rows
+
+
 def latents(pipe: AudioLDM2, prompt: str, steps: int, seconds: float) -> Tensor:
     return pipe.generate(prompt, steps=steps, seconds=seconds, guidance_scale=SCALE, seed=0).latents
 
@@ -89,34 +130,50 @@ def distance(made: Tensor, exact: Tensor) -> float:
 
 
 def distances(args: argparse.Namespace) -> list[dict]:
-    """A row for the full size, and one for tiny over all kinds of its prompts."""
-    cpu, name = torch.device("cpu"), SIZES[args.size]
-    found = [latents(random_models.pipeline(name, device=cpu, dtype=dtype), PROMPT, args.steps, SECONDS)
-             for dtype in (torch.float32, torch.int8)]
-    rows = [{"what": f"latents, {args.size}, random weights, {args.steps} steps", "value": distance(*found[::-1])}]
-    report_row(rows[-1])
-    pipes = [ldm2.load("tiny", dtype=dtype) for dtype in ("float32", "int8")]
-    squares = [distance(*[latents(pipe, prompt, args.steps, 2.0) for pipe in pipes[::-1]]) ** 2
-               for prompt, _ in tiny_quality.PROMPTS.values()]
-    what = f"latents, tiny, {len(squares)} prompts, {args.steps} steps"
-    rows.append({"what": what, "value": float(np.mean(squares)) ** 0.5})
-    report_row(rows[-1])
+    """For each of BYTES a row for the full size, and one for tiny over all kinds of its prompts."""
+    exact, *found = [latents(random_models.pipeline(SIZES[args.size], device=CPU, dtype=dtype), PROMPT, args.steps,
+                             SECONDS) for dtype in ("float32", *BYTES)]
+    rows = [{"what": f"latents, {args.size}, random weights, {args.steps} steps, {dtype}",
+             "value": distance(made, exact)} for dtype, made in zip(BYTES, found, strict=True)]
+    pipes = [ldm2.load("tiny", dtype=dtype) for dtype in ("float32", *BYTES)]
+    prompts = [prompt for prompt, _ in tiny_quality.PROMPTS.values()]
+    squares = []
+    for prompt in prompts:
+        exact, *found = [latents(pipe, prompt, args.steps, 2.0) for pipe in pipes]
+        squares.append([distance(made, exact) ** 2 for made in found])
+    what = f"latents, tiny, {len(prompts)} prompts, {args.steps} steps"
+    rows += [{"what": f"{what}, {dtype}", "value": float(mean) ** 0.5}
+             for dtype, mean in zip(BYTES, np.mean(squares, axis=0), strict=True)]
+    for row in rows:
+        report_row(row)
     return rows
 
 
 def judged(args: argparse.Namespace) -> list[dict]:
-    """A row for each dtype: the share of tiny's sounds that are right."""
-    rows = []
-    for dtype in ("float32", "int8"):
+    """A row for each dtype: the share of tiny's sounds that are right; of BYTES also what they have more than float32,
+    and the standard error of that."""
+    rows: list[dict] = []
+    exact = np.array(0.0)
+    for dtype in ("float32", *BYTES):
         passed, _ = tiny_quality.generations(ldm2.load("tiny", dtype=dtype), args.seeds)
-        every = [value for values in passed.values() for value in values]
-        rows.append({"what": f"judge, tiny, {dtype}, {len(every)} sounds", "value": float(np.mean(every))})
+        every = np.array([value for values in passed.values() for value in values])
+        rows.append({"what": f"judge, tiny, {dtype}, {len(every)} sounds", "value": float(every.mean())})
+        if dtype == "float32":
+            exact = every
+        else:
+            more = every - exact
+            rows[-1] |= {"more": float(more.mean()), "error": float(more.std()) / len(more) ** 0.5}
         report_row(rows[-1])
     return rows
 
 
 def line(row: dict) -> str:
+    """A row of the table."""
     value = f"{row['value'] / 1e9:.2f} GB" if row.get("unit") == "GB" else f"{row['value']:.3g}"
+    if "speedup" in row:
+        value += f" s, {row['speedup']:.2f} times float32's speed"
+    if "more" in row:
+        value += f", {row['more']:+.3f} ± {row['error']:.3f} beside float32"
     return f"| {row['what']} | {value} |"
 
 
@@ -130,7 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", default=",".join(ROWS), help="which of: %(default)s")
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--steps", type=count, default=20, help="of the latents")
-    parser.add_argument("--seeds", type=count, default=2, help="sounds of each of the judge's prompts")
+    parser.add_argument("--seeds", type=count, default=6, help="sounds of each of the judge's 36 prompts")
+    parser.add_argument("--repeats", type=count, default=7, help="of the step that is timed")
     parser.add_argument("--threads", type=count, help="of torch")
     parser.add_argument("--folder", type=Path, help="of the checkpoint (default: build/random-SIZE-int8)")
     parser.add_argument("--only", choices=PROCESSES, help=argparse.SUPPRESS)
@@ -144,10 +202,10 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = sorted(set(args.rows.split(",")) - set(ROWS))
     if unknown:
         parser.error(f"unknown rows {', '.join(unknown)}, choose from {', '.join(ROWS)}")
-    measures = {"memory": peaks, "latents": distances, "judge": judged}
+    measures = {"memory": peaks, "speed": speeds, "latents": distances, "judge": judged}
     rows = [row for name in args.rows.split(",") for row in measures[name](args)]
     command = shlex.join(["python", "-m", "benchmarks.int8", *(sys.argv[1:] if arguments is None else arguments)])
-    about = report.about(command, torch.device("cpu"), {"size": args.size})
+    about = report.about(command, CPU, {"size": args.size})
     where = f"{about['machine']} ({about['cores']} cores, {about['vector_units']}), kernels {about['kernels']}"
     text = "\n".join([f"{where}, torch {about['torch']}",
                       "", f"`{command}`", "", "| what | |", "|---|---|", *map(line, rows)])

@@ -28,10 +28,15 @@ def tile_batch(x: Tensor, rows: int) -> Tensor:
 
 
 def weight_of(layer: nn.Module) -> ops.Weight:
-    """The weight of a layer as operations take it: a pair where a `weight_scale` beside it says that it holds bytes."""
+    """The weight of a layer as operations take it: a pair where a `weight_scale` beside it says that it holds bytes.
+
+    `rounds_inputs` of a linear layer says that these are to be multiplied with bytes.
+    """
     weight: Any = layer.weight
     scale: Any = getattr(layer, "weight_scale", None)
-    return weight if scale is None else ops.Int8(weight, scale)
+    if scale is None:
+        return weight
+    return ops.W8A8(weight, scale) if getattr(layer, "rounds_inputs", False) else ops.Int8(weight, scale)
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:

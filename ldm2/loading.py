@@ -18,7 +18,7 @@ from ldm2.config import REFERENCES
 from ldm2.pipeline import AudioLDM2
 from ldm2.result import Result
 from ldm2.runtime.compilation import check_compiler, compile_step
-from ldm2.runtime.device import choose_device, choose_dtype, dtype_name
+from ldm2.runtime.device import W8A8, choose_device, choose_dtype, chosen_name
 from ldm2.runtime.inference import check_fork, ordinary
 from ldm2.runtime.progress import Progress, shown
 
@@ -38,7 +38,8 @@ def load(
                       or an authors' `.pth` or `.ckpt` file
     device:           "auto" (CUDA, else Apple's MPS, else CPU) or a torch device
     dtype:            "auto" (float16 on CUDA; else int8 for a folder that was converted to it, and float32), "float32",
-                      "float16", "bfloat16" or, on a CPU, "int8": weights of a byte a number, a quarter of the memory
+                      "float16", "bfloat16" or, on a CPU, "int8": weights of a byte a number, a quarter of the memory;
+                      "w8a8": the same weights, and the UNet's transformers multiply bytes with bytes, which is faster
     reference:        whose arithmetic: "authors" as the model was trained, or "diffusers" (see weights.md)
     revision:         branch, tag or commit on the hub
     local_files_only: use the cache and never the network
@@ -58,7 +59,7 @@ def load(
         raise ValueError(f"unknown reference {reference!r}, choose from {', '.join(REFERENCES)}")
     check_fork()
     place = choose_device(device)
-    precision = choose_dtype(dtype, place)
+    named = chosen_name(dtype, place)
     if compile:
         check_compiler(place)
     path = hub.resolve(
@@ -66,10 +67,10 @@ def load(
     ).absolute()                                           # parts may be read later, from another current folder
     tokenizers = _checked(tokenizers, path)
     if dtype == "auto" and place.type == "cpu" and int8.recorded(path):
-        precision = torch.int8
+        named = "int8"
     origin = {
         "model": str(model), "revision": hub.commit_of(path) or revision, "reference": reference,
-        "dtype": dtype_name(precision), "device": place.type, "torch": str(torch.__version__),
+        "dtype": named, "device": place.type, "torch": str(torch.__version__),
     }
     again = functools.partial(                             # without the token, which is a secret
         load, str(path) if Path(model).expanduser().exists() else str(model), reference=reference, revision=revision,
@@ -81,8 +82,8 @@ def load(
     )
     with ordinary(), hub.opened(path, model), shown(progress) as report:
         pipe = build.pipeline(
-            read, device=place, dtype=precision, reference=reference, low_memory=low_memory, report=report,
-            origin=origin, load=again,
+            read, device=place, dtype=choose_dtype(named, place), w8a8=named == W8A8, reference=reference,
+            low_memory=low_memory, report=report, origin=origin, load=again,
         )
     if compile:
         compile_step(pipe.unet)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from torch.autograd import forward_ad
 
 from ldm2.fields import flat
 from ldm2.runtime.device import dtype_name
+from ldm2.runtime.int8_weights import W8A8 as W8A8
+from ldm2.runtime.int8_weights import Int8, Weight, dense, product
 
 try:
     import ldm2_kernels
@@ -164,38 +166,6 @@ def _check_weights(tensors: list[Tensor], args: tuple) -> None:
         raise RuntimeError("some of the tensors are on the meta device: the weights are not in memory (low_memory?)")
 
 
-class Int8(NamedTuple):
-    """A weight of a byte a number: values * scale.
-
-    values: int8; scale: float32 of as many axes, all of length 1 but that of the output channels.
-    """
-
-    values: Tensor
-    scale: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the weight."""
-        return self.values.shape
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The numbers, rounded once to a dtype."""
-        wide = torch.promote_types(dtype, torch.float32)
-        return (self.values.to(wide) * self.scale).to(dtype)
-
-    def as_matrix(self) -> Int8:
-        """(out, ...) -> (out, the rest)."""
-        return Int8(self.values.flatten(1), self.scale.flatten(1))
-
-
-Weight = Tensor | Int8                                     # what linear layers and convolutions take
-
-
-def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """A weight as plain PyTorch takes it; `dtype` is what one of bytes becomes."""
-    return weight.dense(dtype) if isinstance(weight, Int8) else weight
-
-
 class Operation(Protocol):
     """An operation that may run as a kernel, and its definition in plain PyTorch."""
 
@@ -294,7 +264,7 @@ def add_layer_norm(x: Tensor, added: Tensor, weight: Tensor, bias: Tensor, eps: 
 @_fusible
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: x (..., D_in), weight (D_out, D_in) -> (..., D_out)."""
-    return F.linear(x, dense(weight, x.dtype), bias)
+    return product(x, weight, bias)
 
 
 @_fusible
@@ -306,7 +276,7 @@ def geglu(x: Tensor, gate: Tensor) -> Tensor:
 @_fusible
 def linear_geglu(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """geglu of the two halves of linear(x, weight, bias): x (..., D_in), weight (2 D_out, D_in) -> (..., D_out)."""
-    return geglu(*F.linear(x, dense(weight, x.dtype), bias).chunk(2, dim=-1))
+    return geglu(*product(x, weight, bias).chunk(2, dim=-1))
 
 
 @_fusible

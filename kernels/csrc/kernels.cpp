@@ -5,6 +5,7 @@
 #include "absorbed.h"
 #include "attention.h"
 #include "linear.h"
+#include "linear_int8.h"
 #include "norm.h"
 #include "strassen.h"
 #include "winograd_tiles.h"
@@ -16,6 +17,7 @@
 
 ldm2::Kernels ldm2::JOINED(kernels_, LDM2_SET)() {
   return {TEXT(LDM2_SET), winograd<WinogradFloat>(), winograd<WinogradBFloat16>(), norms<Float32>(),
-          norms<BFloat16>(), linear<Float32>, linear<BFloat16>, strassen_rows, strassen, attention<Float32>,
-          attention<BFloat16>, attention_scratch, absorbed<Float32>, absorbed<BFloat16>, absorbed_scratch};
+          norms<BFloat16>(), linear<Float32>, linear<BFloat16>, strassen_rows, strassen, round_rows<Float32>,
+          round_rows<BFloat16>, linear_int8<Float32>, linear_int8<BFloat16>, attention<Float32>, attention<BFloat16>,
+          attention_scratch, absorbed<Float32>, absorbed<BFloat16>, absorbed_scratch};
 }

@@ -88,6 +88,15 @@ struct Linear {
   bool gated;
 };
 
+// Rows of x, x_stride apart, as integers of 8 bits: x / scale to the nearest, ties to even, plus 128. A row's scale
+// makes its largest number 127; where a row holds NaN or infinite numbers it is NaN. x: float32 or bfloat16.
+struct Rounding {
+  int64_t depth, x_stride;
+  const void* x;
+  uint8_t* rows;                                           // int8_stride(depth) apart, zeros (128) behind `depth`
+  float* scales;
+};
+
 // One head of attention: rows of `width` numbers, float32 or bfloat16, `..._stride` apart. width: a multiple of PANEL.
 struct Head {
   int64_t queries, keys, width, q_stride, k_stride, v_stride, bias_stride, out_stride;
@@ -111,9 +120,11 @@ constexpr int64_t LINEAR_CACHE = 1 << 19;            // bytes of x that are mult
 constexpr int64_t LINEAR_LEAST_ROWS = 240;           // for which it pays to lay out a panel
 constexpr int64_t LINEAR_TILE_ROWS = 12;
 
-// Floats that a linear layer needs: two panels, the sums of a tile, and its rows.
+constexpr int64_t INT8_DEPTH = 1 << 16;              // products of 8 bits whose sums have 32, with the offset of 128
+
+// Floats that a linear layer needs: two panels, a number for each of their columns, the sums of a tile, and its rows.
 constexpr int64_t linear_scratch(int64_t depth) {
-  return 2 * PANEL * (depth + LINEAR_TILE_ROWS) + LINEAR_TILE_ROWS * depth;
+  return 2 * PANEL * (depth + 1 + LINEAR_TILE_ROWS) + LINEAR_TILE_ROWS * depth;
 }
 
 // Linear layers by Strassen's algorithm, see strassen.h.
@@ -131,6 +142,9 @@ constexpr int64_t strassen_scratch(int64_t depth, int64_t w_rows) {
   return STRASSEN_PRODUCTS * PANEL * depth + 12 * LINEAR_TILE_ROWS * PANEL + w_rows;
 }
 
+// Bytes from row to row of integers of 8 bits: whole words of four.
+constexpr int64_t int8_stride(int64_t depth) { return (depth + 3) / 4 * 4; }
+
 struct Kernels {
   const char* name;
   WinogradKernels winograd_float, winograd_bfloat16;
@@ -143,6 +157,12 @@ struct Kernels {
   // 2 * PANEL, width one of the unit.
   void (*strassen_rows)(const Linear& job, int64_t first, int64_t end, float* operands, float* factors);
   void (*strassen)(const Linear& job, int64_t first, int64_t end, const float* operands, float* scratch);
+  void (*round_float)(const Rounding& job, int64_t first_row, int64_t end_row);
+  void (*round_bfloat16)(const Rounding& job, int64_t first_row, int64_t end_row);
+  // A layer of such rows (x, int8_stride(depth) apart) with int8 weights, to float32 or bfloat16. depth: at most
+  // INT8_DEPTH.
+  void (*linear_int8_float)(const Linear& job, int64_t first, int64_t end, float* scratch);
+  void (*linear_int8_bfloat16)(const Linear& job, int64_t first, int64_t end, float* scratch);
   void (*attention_float)(const Head& head, float* scratch);
   void (*attention_bfloat16)(const Head& head, float* scratch);
   int64_t (*attention_scratch)(int64_t keys, int64_t width);                 // floats

@@ -5,60 +5,6 @@
 namespace ldm2 {
 namespace {
 
-// The rows of a tensor (..., width): their first elements lie `stride` apart. A copy where that cannot be.
-struct RowView {
-  at::Tensor tensor;
-  int64_t width, count, stride;
-
-  explicit RowView(const at::Tensor& given) : tensor(given), width(given.size(-1)), count(given.numel() / width) {
-    bool even = tensor.dim() > 1 && tensor.stride(-1) == 1;
-    for (int64_t d = tensor.dim() - 3; even && d >= 0; d--) {
-      even = tensor.stride(d) == tensor.size(d + 1) * tensor.stride(d + 1);
-    }
-    even = even && (tensor.element_size() == 4 || tensor.stride(-2) % 2 == 0);         // rows of whole words
-    if (!even) tensor = tensor.contiguous();
-    stride = even ? tensor.stride(-2) : width;
-  }
-};
-
-// The rows [first, end) of a linear layer.
-Linear rows_of(const Linear& job, int64_t first, int64_t end, int64_t element_size) {
-  Linear part = job;
-  part.rows = end - first;
-  part.x = static_cast<const char*>(job.x) + first * job.x_stride * element_size;
-  part.y = static_cast<char*>(job.y) + first * job.width * element_size;
-  if (job.residual != nullptr) {
-    part.residual = static_cast<const char*>(job.residual) + first * job.width * element_size;
-  }
-  if (job.row_factors != nullptr) part.row_factors = job.row_factors + first;
-  return part;
-}
-
-// compute(first row, its end, first unit of columns, its end) for all of them. Units are shared out among threads, and
-// the rows too where there are more threads than units, in pieces of at least `fewest`.
-template <class Compute>
-void share_out(int64_t rows, int64_t fewest, int64_t units, const Compute& compute) {
-  int64_t parts = std::min(ceil_div(2 * at::get_num_threads(), units), ceil_div(rows, fewest));
-  if (units % at::get_num_threads() == 0) parts = 1;
-  at::parallel_for(0, units * parts, 1, [&](int64_t from, int64_t to) {
-    while (from < to) {
-      int64_t part = from / units, unit = from % units, end = std::min(units, unit + to - from);
-      compute(rows * part / parts, rows * (part + 1) / parts, unit, end);
-      from += end - unit;
-    }
-  });
-}
-
-void multiply(const Linear& job, at::ScalarType type) {
-  auto compute = type == at::kFloat ? kernels().linear_float : kernels().linear_bfloat16;
-  int64_t panels = job.width / PANEL;                      // which are laid out in pairs
-  share_out(job.rows, 48, ceil_div(panels, 2), [&](int64_t row, int64_t end_row, int64_t pair, int64_t end) {
-    static thread_local Scratch scratch;
-    compute(rows_of(job, row, end_row, at::elementSize(type)), 2 * pair, std::min(2 * end, panels),
-            scratch.get(linear_scratch(job.depth)));
-  });
-}
-
 constexpr int64_t FEWEST_ROWS = 128, LEAST_DEPTH = 256;    // below, sums and laying out cost more than they save
 
 // Whether Strassen's algorithm takes a layer, and is faster. Rows are paired within an item of the batch, which has
@@ -75,16 +21,17 @@ void strassen(const Linear& given) {
   int64_t blocks = ceil_div(4 * pairs * stride, STRASSEN_CACHE), most = ceil_div(pairs, blocks);
   float *operands = shared.get(most * (stride + 2)), *factors = operands + most * stride;
   for (int64_t block = 0; block < blocks; block++) {
-    Linear job = rows_of(given, 2 * (pairs * block / blocks), 2 * (pairs * (block + 1) / blocks), sizeof(float));
+    Linear job = rows_of(given, 2 * (pairs * block / blocks), 2 * (pairs * (block + 1) / blocks), sizeof(float),
+                         sizeof(float));
     at::parallel_for(0, job.rows / 2, 16, [&](int64_t first, int64_t end) {
       kernels().strassen_rows(job, first, end, operands, factors);
     });
     job.row_factors = factors;
-    int64_t units = job.width / strassen_unit(job.gated);
+    int64_t units = job.width / strassen_unit(job.gated), w_rows = job.gated ? 2 * job.width : job.width;
     share_out(job.rows / 2, 24, units, [&](int64_t pair, int64_t end_pair, int64_t unit, int64_t end) {
       static thread_local Scratch scratch;
-      kernels().strassen(rows_of(job, 2 * pair, 2 * end_pair, sizeof(float)), unit, end, operands + pair * stride,
-                         scratch.get(strassen_scratch(job.depth, job.gated ? 2 * job.width : job.width)));
+      kernels().strassen(rows_of(job, 2 * pair, 2 * end_pair, sizeof(float), sizeof(float)), unit, end,
+                         operands + pair * stride, scratch.get(strassen_scratch(job.depth, w_rows)));
     });
   }
 }
@@ -111,10 +58,11 @@ at::Tensor add_linear(const at::Tensor& x, const at::Tensor& given, const std::o
   Linear job{rows.count, rows.width, width, rows.stride, rows.tensor.const_data_ptr(), weight.const_data_ptr(),
              float_data(factors), nullptr, float_data(wide_bias),
              residual.has_value() ? residual->const_data_ptr() : nullptr, y.data_ptr(), gated};
+  auto compute = type == at::kFloat ? kernels().linear_float : kernels().linear_bfloat16;
   if (type == at::kFloat && suits_strassen(job, rows.count / x.size(0))) {
     strassen(job);
   } else {
-    multiply(job, type);
+    multiply(job, x.element_size(), x.element_size(), compute);
   }
   return y;
 }
@@ -126,9 +74,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
 
 at::Tensor linear_meta(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>&, bool gated,
                        const std::optional<at::Tensor>&) {
-  c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
-  sizes.back() = gated ? weight.sym_size(0) / 2 : weight.sym_size(0);
-  return at::empty_symint(sizes, x.options());
+  return shape_of_linear(x, weight, gated);
 }
 
 // q (B, H, Q, D), k and v (B, H, L, D), D last in memory; bias (B or 1, 1, 1, L). The result lies in memory as
@@ -181,17 +127,21 @@ at::Tensor attention_meta(const at::Tensor& q, const at::Tensor&, const at::Tens
 }
 
 // The layers of a block: parameters in the order that ldm2_kernels.cpu gives them, `next` at a time, and the scales of
-// those that are int8 weights.
+// those that are int8 weights. rounded: which of them are multiplied with integers of 8 bits, none if it is empty.
 class Parameters {
  public:
-  Parameters(at::TensorList tensors, const c10::List<std::optional<at::Tensor>>& scales)
-      : tensors_(tensors), scales_(scales) {}
+  Parameters(at::TensorList tensors, const c10::List<std::optional<at::Tensor>>& scales, c10::List<bool> rounded)
+      : tensors_(tensors), scales_(scales), rounded_(std::move(rounded)) {}
 
   at::Tensor linear(const at::Tensor& x, bool bias, bool gated = false,
                     const std::optional<at::Tensor>& residual = std::nullopt) {
     std::optional<at::Tensor> scale = scales_.get(next_);
+    bool rounded = !rounded_.empty() && rounded_.get(next_);
     const at::Tensor& weight = tensors_[next_++];
-    return add_linear(x, weight, bias ? std::optional(tensors_[next_++]) : std::nullopt, gated, scale, residual);
+    std::optional<at::Tensor> added = bias ? std::optional(tensors_[next_++]) : std::nullopt;
+    if (!rounded) return add_linear(x, weight, added, gated, scale, residual);
+    if (!rows_.has_value() || !rows_->of.is_same(x)) rows_ = round_rows(x);
+    return add_linear_int8(*rows_, weight, added, gated, scale, residual);
   }
 
   at::Tensor layer_norm(const at::Tensor& x, double eps) {
@@ -206,6 +156,8 @@ class Parameters {
  private:
   at::TensorList tensors_;
   const c10::List<std::optional<at::Tensor>>& scales_;
+  c10::List<bool> rounded_;
+  std::optional<RoundedRows> rows_;                        // of the last input: queries, keys and values share theirs
   size_t next_ = 0;
 };
 
@@ -222,13 +174,16 @@ at::Tensor tile_batch(const at::Tensor& x, int64_t rows) {
 at::Tensor transformer_block(const at::Tensor& given, at::TensorList tensors,
                              const c10::List<std::optional<at::Tensor>>& scales,
                              const std::optional<at::Tensor>& keys, const std::optional<at::Tensor>& values,
-                             const std::optional<at::Tensor>& bias, bool absorbed, int64_t heads, double eps) {
+                             const std::optional<at::Tensor>& bias, bool absorbed, int64_t heads, double eps,
+                             const c10::List<bool>& rounded) {
   TORCH_CHECK(tensors.size() == BLOCK_PARAMETERS && scales.size() == BLOCK_PARAMETERS, "a block has ",
               BLOCK_PARAMETERS, " parameters, got ", tensors.size());
+  TORCH_CHECK(rounded.empty() || rounded.size() == BLOCK_PARAMETERS, "rounded must say so of each of ",
+              BLOCK_PARAMETERS, " parameters or of none, got ", rounded.size());
   TORCH_CHECK(given.dim() == 3 && given.size(2) % heads == 0 && keys.has_value() == values.has_value(),
               "a block does not take ", given.sizes(), " in ", heads, " heads");
   TORCH_CHECK(keys.has_value() || !absorbed, "what is absorbed needs keys and values");
-  Parameters parameters(tensors, scales);
+  Parameters parameters(tensors, scales, rounded);
   auto split = [&](const at::Tensor& x) { return x.view({x.size(0), x.size(1), heads, -1}).transpose(1, 2); };
   auto join = [](const at::Tensor& x) { return x.transpose(1, 2).flatten(2); };
   at::Tensor x = given.contiguous();
@@ -259,7 +214,7 @@ TORCH_LIBRARY_FRAGMENT(ldm2_cpu, library) {
   library.def("attention(Tensor q, Tensor k, Tensor v, Tensor? bias) -> Tensor");
   library.def(
       "transformer_block(Tensor x, Tensor[] parameters, Tensor?[] scales, Tensor? keys, Tensor? values, Tensor? bias, "
-      "bool absorbed, int heads, float eps) -> Tensor");
+      "bool absorbed, int heads, float eps, bool[] rounded=[]) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ldm2_cpu, CPU, library) {

@@ -22,7 +22,7 @@ import torch
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-OPERATORS = ("operators", "memory", "absorbed", "convolution", "norms", "transformer")           # that see PyTorch
+OPERATORS = ("operators", "memory", "absorbed", "convolution", "linear_int8", "norms", "transformer")   # see PyTorch
 # Instruction sets and their flags.
 SETS = {"baseline": []}
 if platform.machine() == "x86_64":

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 _PANEL = 16                                                # channels come in multiples of this (kernels.h)
 _FEWEST_ROWS = 24                                          # of a linear layer or attention; below, PyTorch is as fast
+_DEEPEST = 1 << 16                                         # inputs of a layer of integers (kernels.h)
 
 
 def sources() -> Path:
@@ -210,6 +211,11 @@ def _parts(weight: Any) -> tuple[Tensor, Tensor | None]:
     return (weight, None) if isinstance(weight, Tensor) else weight
 
 
+def rounds_inputs(weight: Any) -> bool:
+    """Whether a weight is a `W8A8` of `ldm2.ops`."""
+    return not isinstance(weight, Tensor) and weight.rounds_inputs
+
+
 def _dense(weight: Any, dtype: torch.dtype) -> Tensor:
     """A weight as PyTorch takes it."""
     return weight if isinstance(weight, Tensor) else weight.dense(dtype)
@@ -225,6 +231,8 @@ def linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
 def linear_geglu(x: Tensor, weight: Any, bias: Tensor) -> Tensor:
     """What the gates multiply, and the gates, never leave the cache."""
     values, scale = _parts(weight)
+    if rounds_inputs(weight):
+        return _rounded(x, weight, bias, 2 * _PANEL, gated=True)
     if not _has_panels(x, values, 2 * _PANEL):
         value, gate = _plain(F.linear, x, _dense(weight, x.dtype), bias).chunk(2, dim=-1)
         return F.gelu(gate).mul_(value)
@@ -263,9 +271,18 @@ def takes_absorbed(x: Tensor, keys: Tensor, bias: Tensor | None) -> bool:
 
 def _linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     values, scale = _parts(weight)
+    if rounds_inputs(weight):
+        return _rounded(x, weight, bias, _PANEL, gated=False)
     if not _has_panels(x, values, _PANEL):
         return _plain(F.linear, x, _dense(weight, x.dtype), bias)
     return torch.ops.ldm2_cpu.linear(x, values, bias, False, scale)
+
+
+def _rounded(x: Tensor, weight: Any, bias: Tensor | None, unit: int, gated: bool) -> Tensor:
+    """A linear layer of integers of 8 bits. What the kernel does not take is left to the definition."""
+    if weight.values.shape[0] % unit or weight.values.shape[1] > _DEEPEST:
+        return NotImplemented
+    return torch.ops.ldm2_cpu.linear_int8(x, weight.values, weight.scale, bias, gated)
 
 
 def _has_panels(x: Tensor, weight: Tensor, unit: int) -> bool:

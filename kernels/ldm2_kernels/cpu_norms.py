@@ -68,10 +68,13 @@ def transformer_block(
             return NotImplemented
     if bias is not None and (keys is None or bias.shape[1:] != (1, 1, keys.shape[2])):
         return NotImplemented
-    scales = _NONE
+    scales, rounded = _NONE, []
     if any(not isinstance(parameter, Tensor) for parameter in parameters):
+        rounded = list(map(cpu.rounds_inputs, parameters))
         parameters, scales = zip(*map(cpu._parts, parameters), strict=True)
-    return torch.ops.ldm2_cpu.transformer_block(x, parameters, scales, keys, values, bias, absorbed, num_heads, eps)
+    return torch.ops.ldm2_cpu.transformer_block(
+        x, parameters, scales, keys, values, bias, absorbed, num_heads, eps, rounded
+    )
 
 
 def _dense_rows(x: Tensor) -> bool:

@@ -98,10 +98,10 @@ class Job:
         """All that changes results beside the rows themselves, and the versions."""
         import torch
 
-        from ldm2.runtime.device import choose_device, choose_dtype, dtype_name
+        from ldm2.runtime.device import choose_device, chosen_name
 
         device = torch.device(self.elsewhere) if self.elsewhere else choose_device(self.load.get("device", "auto"))
-        dtype = dtype_name(choose_dtype(self.load.get("dtype", "auto"), device))
+        dtype = chosen_name(self.load.get("dtype", "auto"), device)
         named = {name: self.load.get(name) for name in ("revision", "variant", "reference")}
         return {"model": self.model, **named, "dtype": dtype, "device": device.type, "format": self.format,
                 "output": dict(self.form), "set": _jsonable(self.defaults), "ldm2": __version__,

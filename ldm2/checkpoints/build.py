@@ -17,7 +17,7 @@ from ldm2.checkpoints.parts import Checkpoint, Part
 from ldm2.config import UNetConfig, VAEConfig, VocoderConfig
 from ldm2.fields import named
 from ldm2.pipeline import AudioLDM2
-from ldm2.runtime import weight_layout
+from ldm2.runtime import int8_layers, weight_layout
 from ldm2.runtime.device import computing_dtype
 from ldm2.runtime.memory import Load, Stage
 from ldm2.runtime.progress import Progress
@@ -141,14 +141,15 @@ def ranker(checkpoint: Checkpoint, text: ClapText | None = None, *, device: Devi
 
 
 def pipeline(
-    read: Callable[[], Checkpoint], *, device: torch.device, dtype: torch.dtype, reference: str = "authors",
-    low_memory: bool = False, report: Progress = lambda stage, done, total: None, origin: Mapping[str, Any],
-    load: functools.partial | None = None,
+    read: Callable[[], Checkpoint], *, device: torch.device, dtype: torch.dtype, w8a8: bool = False,
+    reference: str = "authors", low_memory: bool = False, report: Progress = lambda stage, done, total: None,
+    origin: Mapping[str, Any], load: functools.partial | None = None,
 ) -> AudioLDM2:
     """All parts of a checkpoint as a pipeline.
 
     read: () -> the checkpoint. low_memory: it is read again each time that a part begins its stage, which has its
-    weights in memory until the stage ends. origin, load: see `Loaded`. Raises ValueError, one line.
+    weights in memory until the stage ends. w8a8: of int8 weights, let the UNet's linear layers round
+    their inputs. origin, load: see `Loaded`. Raises ValueError, one line.
     """
     checkpoint = read()
     again = read if low_memory else lambda: checkpoint
@@ -160,7 +161,10 @@ def pipeline(
     def read_part(name: str, device: torch.device | str) -> nn.Module:
         if name == "text":
             return text_encoder(again(), reference, device=device, dtype=dtype)
-        return model(again().require(name), name, reference, device=device, dtype=dtype)
+        part = model(again().require(name), name, reference, device=device, dtype=dtype)
+        if w8a8 and name == "unet":
+            int8_layers.round_inputs(part)
+        return part
 
     def make_ranker(clap: ClapText, device: torch.device) -> Ranker:
         with hub.opened(Path(checkpoint.source), origin["model"]):

@@ -33,7 +33,7 @@ from ldm2.config import UNetConfig
 from ldm2.fields import check_folder, read_json
 from ldm2.ops import dense
 from ldm2.option_kinds import loras
-from ldm2.runtime.device import DTYPES, dtype_name
+from ldm2.runtime.device import DTYPES, W8A8, dtype_name
 from ldm2.text.tokenizers import SOURCES, save_tokenizer
 
 JOB = "conversion.json"                                    # in FOLDER.partial: what it is made from
@@ -390,6 +390,8 @@ def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
         return dtype
+    if dtype == W8A8:
+        raise ValueError(f"{W8A8} is how int8 weights are computed with: convert to int8, and load that as {W8A8}")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}, choose from {', '.join(DTYPES)}")
     return DTYPES[dtype]

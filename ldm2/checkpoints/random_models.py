@@ -19,7 +19,7 @@ from ldm2.checkpoints.parts import Checkpoint, Part
 from ldm2.checkpoints.reading import read_hub_folder
 from ldm2.fields import read_json
 from ldm2.pipeline import AudioLDM2
-from ldm2.runtime.device import dtype_name
+from ldm2.runtime.device import W8A8, choose_dtype, chosen_name
 from ldm2.text.configs import read_config
 from ldm2.text.encoders import ClapText
 from ldm2.text.gpt2 import GPT2, GPT2Config, Projection, ProjectionConfig
@@ -104,11 +104,13 @@ def _shapes(name: str, fields: Fields, tokenizer: Callable[[str], Any]) -> nn.Mo
 
 
 def pipeline(
-    name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, reference: str = "authors"
+    name: str, *, device: torch.device, dtype: str = "float32", reference: str = "authors"
 ) -> AudioLDM2:
-    """A pipeline of the parts of `read`. reference: as of ldm2.load. Raises ValueError for a name not in NAMES."""
-    origin = {"model": f"random {name}", "revision": None, "reference": reference, "dtype": dtype_name(dtype)}
-    return build.pipeline(functools.partial(read, name), device=device, dtype=dtype, reference=reference, origin=origin)
+    """A pipeline of the parts of `read`. dtype, reference: as of ldm2.load. Raises ValueError for unknown names."""
+    named = chosen_name(dtype, device)
+    origin = {"model": f"random {name}", "revision": None, "reference": reference, "dtype": named}
+    return build.pipeline(functools.partial(read, name), device=device, dtype=choose_dtype(named, device),
+                          w8a8=named == W8A8, reference=reference, origin=origin)
 
 
 def random_tensors(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:

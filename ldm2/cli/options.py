@@ -108,7 +108,8 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     """Which checkpoint, and where and how it runs."""
     section = command.add_argument_group("the model")
     add_checkpoint_options(section)
-    section.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 or int8 (default: auto)")
+    section.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16, int8 or "
+                         "w8a8 (default: auto)")
     section.add_argument("--low-memory", action="store_true", help="keep only the part of the model in memory that is "
                          "running: the same sound, plus the time to read each part again")
     section.add_argument("--compile", action="store_true", help="compile the UNet's step with torch.compile at its "

@@ -85,7 +85,7 @@ def _pipeline(args: argparse.Namespace) -> AudioLDM2:
     """The checkpoint, or a random model."""
     from ldm2.checkpoints import random_models
     from ldm2.runtime.compilation import check_compiler, compile_step
-    from ldm2.runtime.device import choose_device, choose_dtype
+    from ldm2.runtime.device import choose_device
 
     if args.random is None:
         args.model = args.model or options.DEFAULT_MODEL
@@ -94,10 +94,9 @@ def _pipeline(args: argparse.Namespace) -> AudioLDM2:
         if getattr(args, name) is not None:
             raise ValueError(f"--random {args.random} and --{name} {getattr(args, name)} exclude each other")
     device = choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device)
     if args.compile:
         check_compiler(device)
-    pipe = random_models.pipeline(args.random, device=device, dtype=dtype, reference=args.reference)
+    pipe = random_models.pipeline(args.random, device=device, dtype=args.dtype, reference=args.reference)
     if args.compile:
         compile_step(pipe.unet)
     return pipe

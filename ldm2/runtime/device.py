@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+W8A8 = "w8a8"                                              # int8 weights, and linear layers that round their inputs
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -29,18 +30,24 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called `name`; "auto" is float16 on CUDA and float32 elsewhere.
+def chosen_name(name: str, device: torch.device) -> str:
+    """`name` of a dtype, what "auto" stands for on a device: float16 on CUDA and float32 elsewhere.
 
-    Raises ValueError if it is unknown, and for int8 elsewhere than on a CPU.
+    Raises ValueError if it is unknown, and for int8 and w8a8 elsewhere than on a CPU.
     """
     if name == "auto":
         name = "float16" if device.type == "cuda" else "float32"
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}, choose from auto, {', '.join(DTYPES)}")
-    if name == "int8" and device.type != "cpu":
-        raise ValueError(f"dtype int8 is for CPUs, choose float16 on {device.type}: it loads int8 checkpoints, too")
-    return DTYPES[name]
+    if name not in (*DTYPES, W8A8):
+        raise ValueError(f"unknown dtype {name!r}, choose from auto, {', '.join((*DTYPES, W8A8))}")
+    if name in ("int8", W8A8) and device.type != "cpu":
+        raise ValueError(f"dtype {name} is for CPUs, choose float16 on {device.type}: it loads int8 checkpoints, too")
+    return name
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of weights for what `chosen_name` takes: that of w8a8 is int8."""
+    name = chosen_name(name, device)
+    return torch.int8 if name == W8A8 else DTYPES[name]
 
 
 def computing_dtype(dtype: torch.dtype | None) -> torch.dtype | None:

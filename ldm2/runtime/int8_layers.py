@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm2 import ops
+from ldm2.attention import Transformer2D
 from ldm2.layers import Conv1x1, Conv3x3, Linear, weight_of
 
 
@@ -78,3 +79,21 @@ def install(module: nn.Module, name: str, weight: ops.Int8, dtype: torch.dtype) 
 def is_int8(module: nn.Module) -> bool:
     """Whether weights of a module are int8."""
     return any(parameter.dtype == torch.int8 for parameter in module.parameters())
+
+
+def rounds_inputs(module: nn.Module) -> bool:
+    """Whether `round_inputs` was called."""
+    return any(getattr(part, "rounds_inputs", False) for part in module.modules())
+
+
+def round_inputs(module: nn.Module) -> None:
+    """Let the int8 linear layers of all transformers in a module round their inputs, see `ops.W8A8`.
+
+    Not those which make keys and values of a context, once for all steps: that would cost accuracy and save nothing.
+    """
+    for transformer in [part for part in module.modules() if isinstance(part, Transformer2D)]:
+        for name, layer in transformer.named_modules():
+            of_context = transformer.context_dim is not None and name.endswith(("attn2.to_k", "attn2.to_v"))
+            if isinstance(layer, (nn.Linear, nn.Conv2d)) and not of_context:
+                marked: Any = layer
+                marked.rounds_inputs = True

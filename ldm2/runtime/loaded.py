@@ -14,7 +14,7 @@ import torch
 
 from ldm2.runtime import graphs, int8_layers, weight_layout
 from ldm2.runtime.compilation import compile_step, is_compiled
-from ldm2.runtime.device import dtype_name
+from ldm2.runtime.device import W8A8, dtype_name
 from ldm2.runtime.lora import Adapters
 from ldm2.runtime.memory import STAGES, Stage
 from ldm2.schedules import Schedule
@@ -90,14 +90,16 @@ class Loaded:
     @property
     def _stored_dtype(self) -> str:
         """Of the weights: where they are int8, it is not what the models compute in."""
-        return "int8" if int8_layers.is_int8(self.unet) else dtype_name(self.dtype)
+        if not int8_layers.is_int8(self.unet):
+            return dtype_name(self.dtype)
+        return W8A8 if int8_layers.rounds_inputs(self.unet) else "int8"
 
     def move(self, device: torch.device, dtype: torch.dtype, text: TextEncoder) -> None:
         """Move UNet, VAE and vocoder, with the weights they have now. text: the text side, which is there already.
 
         Raises ValueError for a pipeline whose parts come and go (low_memory), and for int8 weights, to or from.
         """
-        if "int8" in (self._stored_dtype, dtype_name(dtype)):
+        if {"int8", W8A8} & {self._stored_dtype, dtype_name(dtype)}:
             raise ValueError("int8 weights are made as they are read: load the model again, with the device and dtype")
         if self.low_memory:
             raise ValueError(f"low_memory reads the parts for {self.device}: load the model again for {device}")

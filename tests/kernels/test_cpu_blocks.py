@@ -80,6 +80,27 @@ def test_a_block_with_int8_weights_is_that_of_the_widened_ones(library, monkeypa
     torch.testing.assert_close(got, plain, atol=2e-5 if dtype == torch.float32 else 0.05, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_block_that_rounds_inputs_is_that_of_its_layers_one_by_one(instruction_set, monkeypatch, dtype):
+    """But for keys and values of the context, and one weight that is float, as a LoRA makes it."""
+    block, x = make_block(dtype=dtype), draw(2, 45, 64).to(dtype)
+    kv = context_of(block, dtype=dtype)
+    for name, weight in list(block.named_parameters()):
+        if weight.dim() == 2 and "attn2.to_k" not in name and "attn2.to_v" not in name and "attn1.to_out" not in name:
+            assert install(block, name, quantize(name, weight.float()), dtype)
+            block.get_submodule(name.removesuffix(".weight")).rounds_inputs = True
+    got, alone = block(x, kv), is_one(monkeypatch, block, x, kv)
+    assert alone == (dtype == torch.float32 or cpu._bfloat16() == "products")
+    hook = block.norm1.register_forward_hook(lambda *_: None)
+    assert not is_one(monkeypatch, block, x, kv)
+    torch.testing.assert_close(got, block(x, kv), atol=1e-3 if dtype == torch.float32 else 0.05, rtol=0)
+    hook.remove()
+    for layer in block.modules():
+        layer.rounds_inputs = False
+    wider = block(x, kv)
+    assert 1e-3 < (got - wider).float().norm() / wider.float().norm() < 0.02
+
+
 @pytest.mark.parametrize("absorbed", [False, True])
 def test_neither_strides_nor_threads_change_a_block(library, absorbed):
     block, x = make_block(), draw(2, 45, 64)
@@ -169,6 +190,9 @@ def test_the_operator_refuses_what_does_not_fit(library):
     block, x = make_block(), draw(2, 45, 64)
     with pytest.raises(RuntimeError, match="a block has 20 parameters, got 3"):
         library.transformer_block(x, [x] * 3, [None] * 3, None, None, None, False, 2, 1e-5)
+    with pytest.raises(RuntimeError, match="of 20 parameters or of none, got 3"):
+        library.transformer_block(x, block._parameters_in_order(), [None] * 20, None, None, None, False, 2, 1e-5,
+                                  [True] * 3)
     with pytest.raises(RuntimeError, match="a block does not take"):
         library.transformer_block(x, block._parameters_in_order(), [None] * 20, None, None, None, False, 3, 1e-5)
     with pytest.raises(RuntimeError, match="what is absorbed needs keys"):

@@ -11,11 +11,16 @@ from torch import nn
 
 import ldm2
 from ldm2 import ops, weights
-from ldm2.checkpoints import adapter, hub
+from ldm2.attention import Transformer2D
+from ldm2.batch.job import Job
+from ldm2.checkpoints import adapter, hub, random_models
 from ldm2.checkpoints.convert import convert
 from ldm2.checkpoints.describe import describe
 from ldm2.checkpoints.int8 import LEAST, quantize, quantized, selects
+from ldm2.cli.commands import main
+from ldm2.layers import weight_of
 from ldm2.runtime.device import choose_dtype
+from ldm2.runtime.int8_layers import round_inputs
 from ldm2.text.gpt2 import Conv1D
 from tests.helpers import draw
 
@@ -80,6 +85,73 @@ def test_latents_are_near_those_of_float32_and_alike_with_and_without_kernels_an
     assert all(parameter.is_meta for parameter in sleeping.unet.parameters())
 
 
+def test_w8a8_is_int8_whose_transformers_round_their_inputs(pipe, folder):
+    rounding = ldm2.load(folder, dtype="w8a8")
+    assert rounding.origin["dtype"] == "w8a8" and "w8a8" in repr(rounding) and rounding.dtype == torch.float32
+    ours, theirs = rounding.unet.state_dict(), pipe.unet.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for name, part in parts(rounding).items():
+        kinds = {each: type(weight_of(layer)) for each, layer in part.named_modules() if hasattr(layer, "weight_scale")}
+        inside = {each for each in kinds if name == "unet" and ".attentions." in each}
+        contexts = {each for each in inside if each.endswith(("attn2.to_k", "attn2.to_v"))}
+        assert {each for each, kind in kinds.items() if kind is ops.W8A8} == inside - contexts
+        assert {kinds[each] for each in kinds.keys() - inside | contexts} == {ops.Int8}
+        assert name != "unet" or len(inside - contexts) > 10
+
+
+@pytest.mark.parametrize("context", [None, 24])
+def test_keys_and_values_of_a_context_are_made_of_inputs_as_they_are(context):
+    transformer = Transformer2D(32, 2, 2, context, groups=8)
+    round_inputs(nn.Sequential(transformer, nn.Linear(3, 3)))
+    marked = {name for name, layer in transformer.named_modules() if getattr(layer, "rounds_inputs", False)}
+    blocks = [f"transformer_blocks.{i}." for i in range(2)]
+    layers = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0",
+              "ff.net.0.proj", "ff.net.2", *([] if context else ["attn2.to_k", "attn2.to_v"])]
+    assert marked == {"proj_in", "proj_out", *(block + layer for block in blocks for layer in layers)}
+
+
+def test_w8a8_is_near_float32_and_alike_from_all_sources_with_and_without_kernels(pipe, folder):
+    ask = {"prompt": "a rising sweep", "steps": 2, "seed": 1, "seconds": 1.0}
+    exact = ldm2.load("tiny", dtype="float32").generate(**ask)
+    rounding = ldm2.load("tiny", dtype="w8a8")
+    made = rounding.generate(**ask)
+    assert 1e-3 < relative(made.latents, exact.latents) < 3e-2
+    assert made.settings["dtype"] == "w8a8" and not torch.equal(made.latents, pipe.generate(**ask).latents)
+    with ops.backend("reference"):
+        assert relative(rounding.generate(**ask).latents, made.latents) < 1e-2
+    for other in (ldm2.load(folder, dtype="w8a8"), ldm2.load(folder, dtype="w8a8", low_memory=True),
+                  copy.deepcopy(rounding), pickle.loads(pickle.dumps(rounding))):
+        assert torch.equal(other.generate(**ask).latents, made.latents) and other.origin["dtype"] == "w8a8"
+
+
+def test_a_lora_in_w8a8_is_of_float32_weights_and_leaves_no_trace(tmp_path):
+    rounding = ldm2.load("tiny", dtype="w8a8")
+    path = adapter.Adapter(changes(rounding.unet, "unet")).save(tmp_path / "x.safetensors")
+    ask = {"prompt": "a siren", "seed": 0, "steps": 2, "seconds": 0.3}
+    heard = rounding.generate(**ask).latents
+    rounding.load_lora(path, 0.5)
+    changed = rounding.generate(**ask).latents
+    kinds = {type(weight_of(layer)) for layer in rounding.unet.modules() if hasattr(layer, "weight")}
+    assert ops.W8A8 not in kinds and rounding.origin["dtype"] == "w8a8"
+    rounding.unload_lora()
+    assert torch.equal(rounding.generate(**ask).latents, heard) and not torch.allclose(changed, heard, atol=1e-3)
+
+
+def test_w8a8_is_a_dtype_wherever_one_is_named(tmp_path, capsys):
+    random = random_models.pipeline("tiny", device=torch.device("cpu"), dtype="w8a8")
+    assert random.origin["dtype"] == "w8a8" and any(getattr(part, "rounds_inputs", 0) for part in random.unet.modules())
+    prints = [Job(tmp_path / "rows.csv", str(tmp_path), "tiny", {"dtype": dtype}).fingerprint()["dtype"]
+              for dtype in ("int8", "w8a8")]
+    assert prints == ["int8", "w8a8"]
+    arguments = ["generate", "a siren", "--model", "tiny", "--dtype", "w8a8", "--seconds", "0.2", "--steps", "1"]
+    assert main([*arguments, "-o", str(tmp_path / "x.wav")]) == 0
+    assert main(["info", str(tmp_path / "x.wav")]) == 0
+    assert "w8a8" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="w8a8 is how int8 weights are computed with: convert to int8"):
+        convert(TINY, tmp_path / "converted", "w8a8")
+    assert not (tmp_path / "converted").exists()
+
+
 def test_copies_and_pickles_stay_int8(pipe):
     x, state = draw(1, *pipe.latent_shape(1.0)), pipe.conditionings(ldm2.Settings("a siren").resolved())[0]
     expected = pipe.unet(x, 5.0, state)
@@ -137,9 +209,10 @@ def test_a_damaged_int8_file_is_refused_in_one_line_that_names_it(folder, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
-def test_int8_is_refused_elsewhere_than_on_a_cpu(kind):
-    with pytest.raises(ValueError, match=f"int8 is for CPUs, choose float16 on {kind}"):
-        choose_dtype("int8", torch.device(kind))
+@pytest.mark.parametrize("name", ["int8", "w8a8"])
+def test_int8_is_refused_elsewhere_than_on_a_cpu(kind, name):
+    with pytest.raises(ValueError, match=f"{name} is for CPUs, choose float16 on {kind}"):
+        choose_dtype(name, torch.device(kind))
 
 
 def test_what_cannot_be_done_with_int8_weights_is_refused_by_name(pipe):
