@@ -44,7 +44,7 @@ def stirred(lora):
 def test_nothing_is_added_at_first_and_nothing_stays_behind(unet):
     before, names = predict(unet), sorted(unet.state_dict())
     lora = add_lora(unet, 4, targets=OF_UNET)
-    assert torch.equal(predict(unet), before)
+    assert relative(predict(unet), before) < 1e-5          # projections that are watched are not absorbed: rounding
     assert relative(predict(stirred(lora).module), before) > 1e-2
     lora.remove()
     assert torch.equal(predict(unet), before) and sorted(unet.state_dict()) == names
@@ -55,7 +55,7 @@ def test_switched_off_the_module_predicts_what_it_did_before(unet):
     before, lora = predict(unet), stirred(add_lora(unet, 4, targets=OF_UNET))
     changed = predict(unet)
     with lora.off() as same:
-        assert same is unet and torch.equal(predict(unet), before)
+        assert same is unet and relative(predict(unet), before) < 1e-5
     assert torch.equal(predict(unet), changed)
     with pytest.raises(KeyError), lora.off():
         raise KeyError
