@@ -90,6 +90,7 @@ def round_inputs(module: nn.Module) -> None:
     """Let the int8 linear layers of all transformers in a module round their inputs, see `ops.W8A8`.
 
     Not those which make keys and values of a context, once for all steps: that would cost accuracy and save nothing.
+    Projections within keys and values (`Attention.absorb`) multiply nothing in a step, and round nothing.
     """
     for transformer in [part for part in module.modules() if isinstance(part, Transformer2D)]:
         for name, layer in transformer.named_modules():
