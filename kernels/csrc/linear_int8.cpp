@@ -32,11 +32,7 @@ at::Tensor add_linear_int8(const RoundedRows& x, const at::Tensor& given, const 
               "weight ", given.sizes(), " does not take ", x.of.sizes());
   int64_t width = given.size(0) / (gated ? 2 : 1);
   std::optional<at::Tensor> wide_bias = float_bias(bias);
-  std::vector<int64_t> sizes(x.of.sizes().begin(), x.of.sizes().end());
-  sizes.back() = width;
-  at::Tensor y = empty_result(sizes, type);
-  TORCH_CHECK(!residual.has_value() || (residual->sizes() == y.sizes() && residual->scalar_type() == type &&
-              residual->is_contiguous() && !gated), "residual must be ", y.sizes(), " in ", type);
+  at::Tensor y = empty_linear(x.of, width, gated, residual);
   Linear job{x.count, x.depth, width, int8_stride(x.depth), x.values, weight.const_data_ptr(),
              factors.const_data_ptr<float>(), x.scales, float_data(wide_bias),
              residual.has_value() ? residual->const_data_ptr() : nullptr, y.data_ptr(), gated};

@@ -30,14 +30,12 @@ namespace {
 
 constexpr int64_t LEAST = HUGE_PAGE / 2;                   // bytes of a result that the pool serves
 
-int64_t round_up(size_t bytes) { return (static_cast<int64_t>(bytes) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE; }
-
 // Blocks of large results. While somebody keeps memory, those of results that are gone stay idle until a result of
 // nearly their size comes, or one for which there would be more than ever was needed at once.
 class Pool final : public at::Allocator {
  public:
   at::DataPtr allocate(size_t bytes) override {
-    std::unique_ptr<Block> block = take(round_up(bytes));
+    std::unique_ptr<Block> block = take(ceil_div(bytes, HUGE_PAGE) * HUGE_PAGE);
     void* memory = block->memory.get();
     return {memory, block.release(), [](void* block) { pool().give_back(static_cast<Block*>(block)); }, at::kCPU};
   }

@@ -9,6 +9,8 @@
 
 namespace ldm2 {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
@@ -27,7 +29,7 @@ class Scratch {
     if (floats > size_) {
       memory_.reset();
       size_ = 0;
-      int64_t unit = floats * 4 < HUGE_PAGE ? 64 : HUGE_PAGE, bytes = (floats * 4 + unit - 1) / unit * unit;
+      int64_t unit = floats * 4 < HUGE_PAGE ? 64 : HUGE_PAGE, bytes = ceil_div(floats * 4, unit) * unit;
       memory_ = allocate(bytes);
       size_ = bytes / 4;
     }

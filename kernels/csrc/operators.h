@@ -17,8 +17,6 @@ namespace ldm2 {
 
 const Kernels& kernels();  // of the instruction set in use
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A bias as dense float32, whatever its dtype.
 inline std::optional<at::Tensor> float_bias(const std::optional<at::Tensor>& bias) {
   if (!bias.has_value()) return std::nullopt;

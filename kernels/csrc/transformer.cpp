@@ -49,20 +49,16 @@ at::Tensor add_linear(const at::Tensor& x, const at::Tensor& given, const std::o
   int64_t width = given.size(0) / (gated ? 2 : 1);
   at::Tensor weight = given.contiguous();
   std::optional<at::Tensor> wide_bias = float_bias(bias);
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = width;
-  at::Tensor y = empty_result(sizes, type);
-  TORCH_CHECK(!residual.has_value() || (residual->sizes() == y.sizes() && residual->scalar_type() == type &&
-              residual->is_contiguous() && !gated), "residual must be ", y.sizes(), " in ", type);
+  at::Tensor y = empty_linear(x, width, gated, residual);
   RowView rows(x);
   Linear job{rows.count, rows.width, width, rows.stride, rows.tensor.const_data_ptr(), weight.const_data_ptr(),
              float_data(factors), nullptr, float_data(wide_bias),
              residual.has_value() ? residual->const_data_ptr() : nullptr, y.data_ptr(), gated};
-  auto compute = type == at::kFloat ? kernels().linear_float : kernels().linear_bfloat16;
   if (type == at::kFloat && suits_strassen(job, rows.count / x.size(0))) {
     strassen(job);
   } else {
-    multiply(job, x.element_size(), x.element_size(), compute);
+    multiply(job, x.element_size(), x.element_size(),
+             type == at::kFloat ? kernels().linear_float : kernels().linear_bfloat16);
   }
   return y;
 }

@@ -74,6 +74,18 @@ at::Tensor add_linear_int8(const RoundedRows& x, const at::Tensor& weight, const
                            bool gated, const std::optional<at::Tensor>& scale,
                            const std::optional<at::Tensor>& residual);
 
+// The result of a linear layer of x, not initialized. A residual must be one that can be added to it.
+inline at::Tensor empty_linear(const at::Tensor& x, int64_t width, bool gated,
+                               const std::optional<at::Tensor>& residual) {
+  auto type = x.scalar_type();
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = width;
+  at::Tensor y = empty_result(sizes, type);
+  TORCH_CHECK(!residual.has_value() || (residual->sizes() == y.sizes() && residual->scalar_type() == type &&
+              residual->is_contiguous() && !gated), "residual must be ", y.sizes(), " in ", type);
+  return y;
+}
+
 // The result of a linear layer of the meta device.
 inline at::Tensor shape_of_linear(const at::Tensor& x, const at::Tensor& weight, bool gated) {
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
