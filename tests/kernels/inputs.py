@@ -1,5 +1,7 @@
 """Arguments of operations, and the rule that their kernels must keep."""
 
+import itertools
+
 import torch
 from ldm2_kernels.check import measure
 
@@ -53,3 +55,17 @@ def assert_within_the_accuracy_rule(operation, args):
             return operation(*args)
 
     assert measure(fused, operation.reference, args) <= 1
+
+
+def assert_neither_strides_nor_threads_change(results):
+    """results(strided): tensors, of operations on the same numbers in other memory where `strided`."""
+    found = []
+    try:
+        for threads, strided in itertools.product((1, 2), (False, True)):
+            torch.set_num_threads(threads)
+            found.append(results(strided))
+    finally:
+        torch.set_num_threads(1)
+    first, *others = found
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

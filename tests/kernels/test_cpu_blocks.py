@@ -1,7 +1,5 @@
 """Transformer blocks as one operator on the CPU, against float64 and their layers one by one."""
 
-import itertools
-
 import pytest
 import torch
 from ldm2_kernels import cpu
@@ -13,6 +11,7 @@ from ldm2.checkpoints.int8 import quantize
 from ldm2.runtime.int8_layers import install
 from ldm2.training.lora import add_lora
 from tests.helpers import draw
+from tests.kernels.inputs import assert_neither_strides_nor_threads_change
 
 DTYPES = (torch.float32, torch.bfloat16)
 WIDTH = 20                                                 # of the context
@@ -106,15 +105,10 @@ def test_neither_strides_nor_threads_change_a_block(library, absorbed):
     block, x = make_block(), draw(2, 45, 64)
     kv = context_of(block, absorbed=absorbed)
 
-    def result(threads, strided):
-        torch.set_num_threads(threads)
-        return block(x.mT.contiguous().mT if strided else x, kv)
+    def results(strided):
+        return [block(x.mT.contiguous().mT if strided else x, kv)]
 
-    try:
-        first, *others = [result(*how) for how in itertools.product((1, 2), (False, True))]
-    finally:
-        torch.set_num_threads(1)
-    assert all(torch.equal(first, other) for other in others)
+    assert_neither_strides_nor_threads_change(results)
 
 
 def test_a_block_with_absorbed_projections_is_that_without(library):

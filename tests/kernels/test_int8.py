@@ -1,14 +1,12 @@
 """The CPU kernels with weights of a byte a number, against plain PyTorch on the widened weights and float64."""
 
-import itertools
-
 import pytest
 import torch
 
 from ldm2 import ops
 from ldm2.checkpoints.int8 import quantize
 from tests.helpers import draw
-from tests.kernels.inputs import assert_within_the_accuracy_rule
+from tests.kernels.inputs import assert_neither_strides_nor_threads_change, assert_within_the_accuracy_rule
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -73,20 +71,14 @@ def test_neither_strides_nor_threads_change_a_result(library, dtype):
     x, matrix, bias = draw(130, 40).to(dtype), weight(64, 40), draw(64).to(dtype)
     maps, kernel = draw(2, 48, 40, 24).to(dtype), weight(64, 48, 3, 3)
 
-    def results(threads, strided):
-        torch.set_num_threads(threads)
+    def results(strided):
         spread = [ops.Int8(values.mT.contiguous().mT, scale.mT.contiguous().mT) if strided else ops.Int8(values, scale)
                   for values, scale in (matrix, kernel)]
         rows = torch.cat([x, x], dim=1)[:, 40:] if strided else x
         return [ops.linear(rows, spread[0], bias), ops.linear_geglu(rows, spread[0], bias),
                 ops.conv3x3(maps.mT.contiguous().mT if strided else maps, spread[1], bias)]
 
-    try:
-        first, *others = [results(*how) for how in itertools.product((1, 2), (False, True))]
-    finally:
-        torch.set_num_threads(1)
-    for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert_neither_strides_nor_threads_change(results)
 
 
 def test_values_up_to_the_ends_of_a_byte_are_exact(library):

@@ -8,6 +8,7 @@ import torch
 from ldm2 import ops
 from ldm2.checkpoints.int8 import quantize
 from tests.helpers import draw
+from tests.kernels.inputs import assert_neither_strides_nor_threads_change
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -78,19 +79,13 @@ def test_what_is_not_finite_gives_nan_in_its_row_only(instruction_set, dtype, pl
 def test_neither_strides_nor_threads_change_a_result(library):
     x, weight, bias = draw(130, 40), w8a8(64, 40), draw(64)
 
-    def results(threads, strided):
-        torch.set_num_threads(threads)
+    def results(strided):
         spread = ops.W8A8(*(part.mT.contiguous().mT for part in weight)) if strided else weight
         rows = torch.cat([x, x], dim=1)[:, 40:] if strided else x
         return [ops.linear(rows, spread, bias), ops.linear_geglu(rows, spread, bias),
                 ops.linear(rows.mT[:, :40], spread)]
 
-    try:
-        first, *others = [results(*how) for how in itertools.product((1, 2), (False, True))]
-    finally:
-        torch.set_num_threads(1)
-    for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert_neither_strides_nor_threads_change(results)
 
 
 def test_what_the_kernel_does_not_take_is_left_to_the_definition(library):
