@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -115,14 +114,11 @@ class Result:
         return paths
 
     def to_wav(self, **form: Any) -> bytes:
-        """The first waveform as a WAV file in memory. form: as of `save`."""
-        import soundfile
-
+        """The first waveform as a WAV file in memory, as `save` writes it, with its settings. form: as of `save`."""
         output = output_of(form)
         samples, rate = finish(self.channels[0], self.sample_rate, output)
-        file = io.BytesIO()
-        soundfile.write(file, samples.T, rate, format="WAV", subtype=output.subtype or "PCM_16")
-        return file.getvalue()
+        encoding = output.encoding or audio.nearest_encoding("sound.wav", self.encoding)
+        return audio.to_wav(samples, rate, self[0]._tags(form), encoding)
 
     def _tags(self, form: Mapping[str, Any]) -> dict[str, str]:
         """What a file says of a result of one waveform, which is written as `form` asks."""

@@ -131,4 +131,5 @@ def run_ldm2(*arguments, cwd: Path, **keywords) -> subprocess.CompletedProcess:
     """Runs `python -m ldm2 ARGUMENTS` in the folder `cwd`."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ldm2", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, **keywords)
+    keywords = {"text": True, "timeout": 120} | keywords
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, **keywords)

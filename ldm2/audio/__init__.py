@@ -10,10 +10,10 @@ from ldm2.audio.samples import (
     samples_to_seconds,
     seconds_to_samples,
 )
-from ldm2.audio.writing import FORMATS, check_format, check_output, nearest_encoding, write, write_all
+from ldm2.audio.writing import FORMATS, check_format, check_output, nearest_encoding, to_wav, write, write_all
 
 __all__ = [
     "FORMATS", "FileInfo", "as_samples", "check_format", "check_output", "check_rate", "check_rows", "describe",
     "mix", "nearest_encoding", "read", "read_channels", "read_metadata", "resample", "samples_to_seconds",
-    "seconds_to_samples", "write", "write_all",
+    "seconds_to_samples", "to_wav", "write", "write_all",
 ]

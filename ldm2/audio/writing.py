@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -134,6 +136,22 @@ def write_all(paths: Sequence[Path], waveforms: Sequence[np.ndarray], sample_rat
             _encode(temporary, waveform, int(sample_rate), kind.container, subtype, each, path)
 
 
+@usual_numpy
+def to_wav(waveform: np.ndarray, sample_rate: int, metadata: Mapping[str, str] | None = None,
+           encoding: str | None = None) -> bytes:
+    """The bytes that `write` puts into a .wav file. Raises ValueError, as it does."""
+    waveform = _checked_waveform(waveform, np.float64 if encoding in WIDE else np.float32)
+    name = Path("sound.wav")
+    check_format(name, sample_rate=sample_rate, channels=len(waveform), encoding=encoding)
+    kind, file = _format_of(name, encoding), io.BytesIO()
+    subtype = kind.subtypes[encoding or next(iter(kind.subtypes))]
+    waveform = waveform if subtype in ("FLOAT", "DOUBLE") else _clipped(waveform, name)
+    _fill(file, waveform, int(sample_rate), kind.container, subtype, {})
+    if kept := tags.check(metadata or {}):
+        tags.append_wav(file, kept)
+    return file.getvalue()
+
+
 def _checked_waveform(waveform: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
     """A writable waveform as (channels, N) of a dtype."""
     waveform = np.asarray(waveform)
@@ -175,19 +193,26 @@ def _encode(path: Path, waveform: np.ndarray, sample_rate: int, container: str, 
     """Fill the file `path`, which will be called `name`."""
     import soundfile
 
-    channels, num_samples = waveform.shape
     try:
-        with soundfile.SoundFile(path, "w", sample_rate, channels, subtype, format=container) as file:
-            if container != "WAV":
-                for tag, text in metadata.items():
-                    setattr(file, tag, text)
-            for start in range(0, num_samples, _BLOCK):
-                file.write(_as_stored(waveform[:, start:start + _BLOCK], subtype).T)
+        _fill(path, waveform, sample_rate, container, subtype, {} if container == "WAV" else metadata)
         written = soundfile.info(path).frames
     except soundfile.LibsndfileError as error:
         raise OSError(f"{name}: writing failed ({error.error_string}): is the disk full?") from error
-    if written != num_samples:
-        raise OSError(f"{name}: not all of {num_samples} samples could be written: is the disk full?")
+    if written != waveform.shape[1]:
+        raise OSError(f"{name}: not all of {waveform.shape[1]} samples could be written: is the disk full?")
     if container == "WAV" and metadata:
         with open(path, "r+b") as file:
             tags.append_wav(file, metadata)
+
+
+def _fill(target: Path | BinaryIO, waveform: np.ndarray, sample_rate: int, container: str, subtype: str,
+          metadata: Mapping[str, str]) -> None:
+    """Write samples (channels, N), and the tags that libsndfile writes itself."""
+    import soundfile
+
+    channels, num_samples = waveform.shape
+    with soundfile.SoundFile(target, "w", sample_rate, channels, subtype, format=container) as file:
+        for tag, text in metadata.items():
+            setattr(file, tag, text)
+        for start in range(0, num_samples, _BLOCK):
+            file.write(_as_stored(waveform[:, start:start + _BLOCK], subtype).T)

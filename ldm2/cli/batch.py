@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from ldm2 import audio
 from ldm2.batch import cluster, manifest, measured, pool
 from ldm2.batch import job as jobs
 from ldm2.batch.job import Job, Survey
@@ -96,9 +97,10 @@ def _job(args: argparse.Namespace) -> Job:
     load = {name: getattr(args, name) for name in
             ("device", "dtype", "reference", "revision", "variant", "local_files_only", "tokenizers", "low_memory",
              "compile")}
-    return Job(Path(args.input).expanduser(), args.output, args.model, load, args.format,
-               options.given(args, Output), _defaults(args.set), args.allow_extra, args.shard or _shard_around(),
-               args.retry_failed, args.batch)
+    form = options.given(args, Output)
+    audio.check_format(f"sound.{args.format}", sample_rate=form.get("sample_rate"), encoding=Output(**form).encoding)
+    return Job(Path(args.input).expanduser(), args.output, args.model, load, args.format, form, _defaults(args.set),
+               args.allow_extra, args.shard or _shard_around(), args.retry_failed, args.batch)
 
 
 def _defaults(words: list[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,10 +78,11 @@ def reconstruct(args: argparse.Namespace) -> None:
     output.write_sound(result.waveform[None], result.sample_rate, target, args, sound.encoding)
     if args.plot is not None:
         plot.compare(args.plot, result.original, result.waveform, result.sample_rate, overwrite=args.overwrite)
-    if not args.quiet:
+    if not args.quiet:                                     # beside a WAV on stdout they go to stderr
         for name, value in result.distances.items():
-            print(f"{name.replace('_', ' '):<22}{value:9.4f} {UNITS[name]}".rstrip())
-    output.print_paths([target.path])
+            print(f"{name.replace('_', ' '):<22}{value:9.4f} {UNITS[name]}".rstrip(),
+                  file=sys.stderr if target.path is None else sys.stdout)
+    output.print_paths([] if target.path is None else [target.path])
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -100,9 +102,7 @@ def _checked(given: dict[str, Any], sound: Sound, task: str) -> Settings:
         raise ValueError("inpaint needs --time FROM:TO, --band FROM:TO, or both")
     if task == SUPER_RESOLUTION and settings.above is None:
         raise ValueError("super-resolution needs --above HZ")
-    length, known = sound.seconds, settings.resolved(duration=float("inf"))
-    if task == EXTEND:
-        length += known.seconds * (2 if known.side == "both" else 1)
+    length = settings.resolved().length(sound.seconds)
     check_duration(length)
     if settings.times is not None:
         merge_ranges(settings.times, sound.seconds)

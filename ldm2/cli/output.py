@@ -60,12 +60,15 @@ class Target:
     ) -> Target:
         """The place that the options of a command name, checked. text: what names the file by default; count: files.
 
-        inputs, sound: what is known of it, as of audio.check_output. FOLDER/ need not exist, but its parent must:
-        `make_folder` makes it. Raises ValueError or OSError for a place that does not do.
+        inputs, sound: what is known of it, as of audio.check_output; the options for the file say more. FOLDER/ need
+        not exist, but its parent must: `make_folder` makes it. Raises ValueError or OSError for a place that does not
+        do, and for a rate or a subtype that the format does not have.
         """
+        sound |= _asked_for(args)
         if args.output == "-":
             if count > 1:
                 raise ValueError(f"stdout takes one waveform, got {count}: give -o FILE")
+            audio.check_format("-.wav", **sound)
             return cls(None, args.overwrite)
         given = None if args.output is None else Path(args.output).expanduser()
         folder = given if given is not None and (given.is_dir() or str(args.output).endswith(("/", os.sep))) else None
@@ -98,6 +101,13 @@ class Target:
                 self.path = free_name(self.path.parent, self.chosen, self.count, self.overwrite)
 
 
+def _asked_for(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options for the file say of it, as arguments of audio.check_format."""
+    form = Output(**options.given(args, Output))
+    told = {"sample_rate": form.sample_rate, "encoding": form.encoding}
+    return {name: value for name, value in told.items() if value is not None}
+
+
 def free_name(folder: Path, text: str, count: int, overwrite: bool, suffix: str = ".wav") -> Path:
     """A file name made from a text, with a number where it (or one of the `count` names of a set) is taken."""
     words = "-".join(re.findall(r"\w+", unicodedata.normalize("NFC", text.lower())))[:LONGEST_STEM]
@@ -113,8 +123,7 @@ def write(result: Result, target: Target, args: argparse.Namespace, elapsed: flo
     """Write the files, say what was done on stderr, and print their paths on stdout."""
     form = options.given(args, Output)
     if target.path is None:
-        sys.stdout.buffer.write(result.to_wav(**form))
-        sys.stdout.buffer.flush()
+        _to_stdout(result.to_wav(**form))
         paths = []
     else:
         paths = target.save(result, **form)
@@ -131,9 +140,18 @@ def write_sound(
 
     form = Output(**options.given(args, Output))
     samples, rate = finish(channels, sample_rate, form)
-    encoding = form.encoding or audio.nearest_encoding(target.path, encoding)
+    encoding = form.encoding or audio.nearest_encoding(target.path or "-.wav", encoding)
+    if target.path is None:
+        _to_stdout(audio.to_wav(samples, rate, encoding=encoding))
+        return
     target.make_folder()
     audio.write(target.path, samples, rate, overwrite=args.overwrite, encoding=encoding)
+
+
+def _to_stdout(wav: bytes) -> None:
+    """A WAV file to stdout."""
+    sys.stdout.buffer.write(wav)
+    sys.stdout.buffer.flush()
 
 
 def print_paths(paths: list[Path]) -> None:

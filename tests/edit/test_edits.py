@@ -255,6 +255,7 @@ def test_any_file_is_edited_and_its_kept_samples_survive_in_the_file(pipe, tmp_p
     kept = ~inside([(0.04, 0.16)], len(old), rate)
     assert np.array_equal(new[kept], old[kept])
     assert (tmp_path / "in.wav").read_bytes() == before
+    assert result.to_wav() == path.read_bytes()
     comment = json.loads(audio.read_metadata(path)["comment"])
     assert comment["task"] == "inpaint" and comment["times"] == [[0.04, 0.16]]
     assert comment["input"] == str(tmp_path / "in.wav")
