@@ -11,7 +11,7 @@ from numbers import Integral
 from os import PathLike
 from typing import Any
 
-from ldm2.options import Kind, check_number, check_text, is_number, parse_integer, parse_number
+from ldm2.options import Kind, check_number, check_text, exact, is_number, parse_integer, parse_number
 
 Range = tuple[float | None, float | None]  # from, to; None is the beginning or the end
 NUM_SEEDS = 2**64                          # of a torch.Generator
@@ -54,7 +54,7 @@ def interval() -> Kind:
             raise ValueError(f"{name} must be (start, end), got {value!r}")
         start, end = (check_number(name, share) for share in value)
         if not 0 <= start <= end <= 1:
-            raise ValueError(f"{name} must have 0 <= start <= end <= 1, got {start:g} to {end:g}")
+            raise ValueError(f"{name} must have 0 <= start <= end <= 1, got {exact(start)} to {exact(end)}")
         return start, end
 
     return Kind(check, parse_interval, {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1},
@@ -94,7 +94,7 @@ def prompt_changes() -> Kind:
         for start, text in value:
             start = check_number(f"{name}: the time of a prompt", start, above=0)
             if checked and start <= checked[-1][0]:
-                raise ValueError(f"{name} must be in order of time, got {start:g} after {checked[-1][0]:g}")
+                raise ValueError(f"{name} must be in order of time, got {exact(start)} after {exact(checked[-1][0])}")
             checked.append((start, check_text(f"{name}: the prompt at {start:g} s", text)))
         return tuple(checked)
 

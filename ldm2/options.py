@@ -150,9 +150,14 @@ def check_number(
     low, known = -math.inf if minimum is None else minimum, _as_float(value) if is_number(value) else math.nan
     fits = math.isfinite(known) and low <= known and (above is None or known > above)
     if not fits or (maximum is not None and known > maximum):
-        got = f"{known:g}" if is_number(value) else repr(value)
+        got = exact(known) if is_number(value) else repr(value)
         raise ValueError(f"{name} must be {_range(minimum, maximum, above)}{unit and ' ' + unit}, got {got}")
     return known
+
+
+def exact(number: float) -> str:
+    """A number in an error message: short, and never rounded to another that would be allowed."""
+    return f"{number:g}" if float(f"{number:g}") == number or number != number else repr(float(number))
 
 
 def _as_float(value: Any) -> float:
@@ -185,6 +190,8 @@ def check_text(name: str, value: Any, may_be_empty: bool = False) -> str:
         raise ValueError(f"{name} must be a string, got {type(value).__name__}")
     if not value.strip() and not may_be_empty:
         raise ValueError(f"{name} must not be empty, got {value!r}")
+    if "\0" in value:                                      # which no tag of a file can hold
+        raise ValueError(f"{name} contains a zero character at index {value.index(chr(0))}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

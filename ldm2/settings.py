@@ -14,7 +14,18 @@ from os import PathLike
 from typing import Any, Self
 
 from ldm2.option_kinds import NUM_SEEDS, Range, interval, loras, normalization, prompt_changes, ranges, seeds, texts
-from ldm2.options import check_options, choice, default_value, flag, integer, number, option, options_of, refuse_unknown
+from ldm2.options import (
+    check_options,
+    choice,
+    default_value,
+    exact,
+    flag,
+    integer,
+    number,
+    option,
+    options_of,
+    refuse_unknown,
+)
 
 GENERATE, TRANSFER, VARIATIONS, INPAINT, EXTEND, SUPER_RESOLUTION, RECONSTRUCT = TASKS = (
     "generate", "transfer", "variations", "inpaint", "extend", "super_resolution", "reconstruct",
@@ -245,7 +256,7 @@ class Settings(Sampling):
     def resolved(self, defaults: Mapping[str, Any] | None = None, *, duration: float | None = None) -> Self:
         """These settings with preset, defaults and a seed for each row filled in, checked against each other.
 
-        defaults: a checkpoint's own values. duration: of the sound in seconds, where an input sets it.
+        defaults: a checkpoint's own values. duration: of the sound in seconds, where an input sets it (see `length`).
 
         Raises ValueError for values that do not go together, and where a prompt is needed and none is given.
         """
@@ -262,11 +273,16 @@ class Settings(Sampling):
         settings._check_eta()
         settings._check_texts()
         settings._check_task()
-        duration = settings.seconds if duration is None else duration
+        duration = settings.seconds if duration is None and self.task == GENERATE else duration
         if duration is not None and settings.prompt_at and settings.prompt_at[-1][0] >= duration:
             start = settings.prompt_at[-1][0]
-            raise ValueError(f"prompt_at must lie inside the {duration:g} seconds of sound, got {start:g}")
+            raise ValueError(f"prompt_at must lie inside the {exact(duration)} seconds of sound, got {exact(start)}")
         return settings
+
+    def length(self, duration: float = 0.0) -> float:
+        """The seconds of sound that resolved settings make of an input of `duration` seconds."""
+        added = self.seconds if self.task in (GENERATE, EXTEND) else 0.0
+        return duration + (added or 0.0) * (2 if self.task == EXTEND and self.side == "both" else 1)
 
     def _check_unprompted(self) -> None:
         """Without a prompt nothing is guided."""

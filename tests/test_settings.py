@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import numpy as np
 import pytest
 import torch
 
-from ldm2.options import options_of
+from ldm2.options import exact, options_of
 from ldm2.settings import GENERATE, PRESETS, Settings, row_settings
 
 # What takes the place of None in a request for a new sound.
@@ -135,3 +136,35 @@ def test_a_seed_means_what_torch_makes_of_it(seed):
 ])
 def test_seeds_count_on_past_the_last_one(seed, seeds):
     assert resolved(["a", "b"], seed=seed).seeds == seeds
+
+
+@pytest.mark.parametrize("value, told", [
+    (0.5, "0.5"), (600.0001, "600.0001"), (1e9, "1e+09"), (math.nan, "nan"), (-1, "-1"),
+])
+def test_a_number_in_an_error_is_the_one_that_was_given(value, told):
+    assert exact(value) == told
+
+
+@pytest.mark.parametrize("options, told", [
+    ({"guidance_interval": (0, 1.0000001)}, "got 0 to 1.0000001"), ({"eta": 1.0000001}, "from 0 to 1, got 1.0000001"),
+    ({"seconds": 2, "prompt_at": [(2.0000001, "x")]}, "inside the 2 seconds of sound, got 2.0000001"),
+])
+def test_a_value_beyond_a_limit_is_not_rounded_to_it(options, told):
+    with pytest.raises(ValueError, match=f"{told}$"):
+        resolved("a dog", **options)
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt", "transcription", "phonemes"])
+def test_a_text_with_a_zero_character_which_no_tag_can_hold_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} contains a zero character at index 1"):
+        Settings(**{name: "a\0b"})
+
+
+@pytest.mark.parametrize("side, length", [("after", 3.0), ("before", 3.0), ("both", 5.0)])
+def test_an_extension_is_as_long_as_the_input_and_what_is_added(side, length):
+    extended = Settings.create("extend", prompt="a", seconds=2, side=side, prompt_at=[(2.9, "b")]).resolved()
+    assert extended.length(1.0) == length
+    assert Settings("a", seconds=2).resolved().length() == 2
+    assert Settings.create("variations").resolved().length(1.0) == 1
+    with pytest.raises(ValueError, match=r"inside the 2\.5 seconds of sound, got 2\.9$"):
+        extended.resolved(duration=2.5)

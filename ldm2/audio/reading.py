@@ -18,6 +18,7 @@ import numpy as np
 
 from ldm2.audio import mp3, ogg, tags
 from ldm2.audio.samples import mix, resample
+from ldm2.options import exact
 from ldm2.runtime.host import usual_numpy
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _check_whole(path: Path, file: soundfile.SoundFile) -> None:
 def _check_length(path: Path, num_samples: int, sample_rate: int, max_seconds: float) -> None:
     """Raises ValueError for more sound than is asked for."""
     if num_samples > max_seconds * sample_rate and num_samples < UNKNOWN_LENGTH:
-        raise ValueError(f"{path} must be at most {max_seconds:g} s long, got {num_samples / sample_rate:.0f} s")
+        raise ValueError(f"{path} must be at most {max_seconds:g} s long, got {exact(num_samples / sample_rate)} s")
 
 
 @usual_numpy

@@ -55,7 +55,8 @@ def generate(args: argparse.Namespace) -> None:
     given["prompt"] = given.get("prompt") if prompt is None else prompt
     if given["prompt"] is None and given.get("prompt_at", [(1, "")])[0][0] == 0:
         (_, given["prompt"]), *given["prompt_at"] = given["prompt_at"]       # the prompt to begin with
-    settings = Settings(**given).resolved()                # a wrong value is refused before gigabytes are loaded
+    asked = Settings(**given)
+    settings = asked.resolved(duration=asked.seconds or float("inf"))        # refused before gigabytes are loaded
     options.check_loras(settings)
     target = output.Target.of(args, settings.prompts[0], len(settings.seeds))
     pipe = options.load(args)

@@ -33,6 +33,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         _, unknown, words = message.partition("unrecognized arguments: ")
         hint = "; a prompt that begins with - goes after --" if unknown and words.startswith("-") else ""
+        if message.endswith("expected one argument"):
+            flag = message.removeprefix("argument ").partition(":")[0].rpartition("/")[2]
+            hint = f"; a value that begins with - goes after =: {flag}=-..." if flag.startswith("--") else ""
         self.exit(2, f"{self.prog}: error: {message}{hint}\n")
 
 

@@ -23,6 +23,7 @@ from ldm2.edit.paste import blend_bands, extend_canvas, fit_length, paste
 from ldm2.edit.sound import Sound, open_sound
 from ldm2.noise import SeededNoise
 from ldm2.option_kinds import Range
+from ldm2.options import exact
 from ldm2.result import Result, collect
 from ldm2.runtime.host import usual_numpy
 from ldm2.runtime.progress import Progress, shown
@@ -125,10 +126,11 @@ def super_resolution(stages: Stages, sound: Source, *args: Any, **options: Any) 
     call = Call.of(SUPER_RESOLUTION, stages.origin, *args, **options)
     highest = stages.mel_config.f_max
     if call.above is not None and call.above >= highest:
-        raise ValueError(f"above must be below {highest:g} Hz, the highest frequency of the model, got {call.above:g}")
+        raise ValueError(f"above must be below {highest:g} Hz, the highest frequency of the model, got "
+                         f"{exact(call.above)}")
     job = _Job.of(stages, sound, call)
     if call.keep_format and call.above >= job.sound.sample_rate / 2:
-        raise ValueError(f"nothing above {call.above:g} Hz fits into the input's own {job.sound.sample_rate} Hz: "
+        raise ValueError(f"nothing above {exact(call.above)} Hz fits into the input's own {job.sound.sample_rate} Hz: "
                          f"keep_format would throw the new band away")
     bands = merge_ranges([(call.above, None)], highest, "Hz")
     return job.masked(job.sound.mono, {"bands": bands, "soft_hz": call.soft_hz}, _joining(job.sound, None, bands, 0.0))
@@ -145,7 +147,7 @@ def through_diffusion(stages: Stages, sound: Sound, call: Call, report: Progress
 def check_duration(seconds: float) -> None:
     """Raises ValueError for more sound than an edit takes."""
     if seconds > MAX_SECONDS:
-        raise ValueError(f"edits are limited to {MAX_SECONDS:g} s, got {seconds:g} s: shorten the input")
+        raise ValueError(f"edits are limited to {MAX_SECONDS:g} s, got {exact(seconds)} s: shorten the input")
 
 
 def _replace(original: np.ndarray, edited: np.ndarray, sample_rate: int) -> np.ndarray:

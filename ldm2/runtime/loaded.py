@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ldm2.options import exact
 from ldm2.runtime import graphs, int8_layers, weight_layout
 from ldm2.runtime.compilation import compile_step, is_compiled
 from ldm2.runtime.device import W8A8, dtype_name
@@ -190,7 +191,8 @@ class Loaded:
         width = self.native_latent_frames if window is None else max(1, round(window * frames))
         shared = width // 4 if overlap is None else round(overlap * frames)
         if shared >= width:
-            raise ValueError(f"overlap must be shorter than the window of {width / frames:g} seconds, got {overlap:g}")
+            raise ValueError(f"overlap must be shorter than the window of {exact(width / frames)} seconds, "
+                             f"got {exact(overlap)}")
         borders = (0, *(change * frames for change in changes))
         windows = plan(num_frames, width, shared, loop=loop, borders=borders)
         return windows if len(windows) > 1 else None

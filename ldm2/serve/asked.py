@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ldm2 import audio
-from ldm2.options import Option, default_value, from_word, options_of, refuse_unknown
+from ldm2.options import Option, default_value, exact, from_word, options_of, refuse_unknown
 from ldm2.result import output_of
 from ldm2.serve.errors import Refused, invalid
 from ldm2.serve.limits import MOST_CHANGES, Limits
-from ldm2.settings import EDITS, EXTEND, GENERATE, ORIGIN, PER_PROMPT, RECONSTRUCT, RESULTS, Output, Settings
+from ldm2.settings import EDITS, GENERATE, ORIGIN, PER_PROMPT, RECONSTRUCT, RESULTS, Output, Settings
 
 OPTIONS = options_of(Settings)
 OUTPUT = options_of(Output)
@@ -166,8 +166,10 @@ def _settings(
         raise invalid(f"seed must be one number in a job, got {list(options['seed'])}")
     try:
         settings = Settings.create(kind, **options)
-        resolved = settings.resolved(about.defaults, duration=None if upload is None else upload.seconds)
-        _check_amount(resolved, limits, upload)
+        resolved = settings.resolved(about.defaults)
+        seconds = resolved.length(0.0 if upload is None else upload.seconds)
+        _check_amount(resolved, limits, seconds)
+        resolved = resolved.resolved(duration=seconds)
         _check_loras(resolved, about)
         if upload is None:
             about.check(resolved)
@@ -197,17 +199,14 @@ def _check_text(name: str, value: Any, limits: Limits) -> None:
         raise invalid(f"{name} must have at most {limits.max_prompt:,} characters, got {longest:,}", name)
 
 
-def _check_amount(settings: Settings, limits: Limits, upload: Upload | None) -> None:
-    """Not too much sound."""
+def _check_amount(settings: Settings, limits: Limits, seconds: float) -> None:
+    """Not too much sound. seconds: of each waveform."""
     if settings.candidates > limits.max_waveforms:
         raise ValueError(f"num_waveforms must be at most {limits.max_waveforms} here, got {settings.candidates}")
-    seconds = upload.seconds if upload is not None else 0.0
-    if settings.task in (GENERATE, EXTEND):
-        seconds += settings.seconds * (2 if settings.side == "both" else 1)
     if seconds * settings.candidates > limits.max_seconds:
         each = "" if settings.candidates == 1 else f" of {settings.candidates} waveforms"
         raise ValueError(f"seconds: a job makes at most {limits.max_seconds:g} s of sound here, got "
-                         f"{seconds * settings.candidates:g} s{each}")
+                         f"{exact(seconds * settings.candidates)} s{each}")
 
 
 def _check_loras(settings: Settings, about: About) -> None:

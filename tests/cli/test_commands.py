@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 import soundfile
 import torch
 
+import ldm2
 from ldm2 import audio, samplers, schedules, settings
 from ldm2.cli import output
 from ldm2.cli.commands import main
@@ -120,6 +122,10 @@ def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(generate, refu
     (("--seconds", "nan"), ("seconds", "nan")),
     (("--seconds", -2), ("seconds", "-2")),
     (("--seconds", "1e9"), ("seconds",)),
+    (("--seconds", "600.0001"), ("at most 600 seconds, got 600.0001",)),
+    (("--subtype", "PCM_24", "-o", "x.ogg"), (".ogg", "pcm24")),
+    (("--sample-rate", 44_100, "-o", "x.opus"), (".opus", "44100")),
+    (("--sample-rate", 2**31, "-o", "-"), ("2147483647 Hz", "2147483648")),
     (("--sampler", "magic"), ("magic", "ddim", "unipc")),
     (("--eta", 0.5, "--sampler", "euler"), ("eta", "ddim")),
     (("--preset", "quick"), ("quick", "fast")),
@@ -127,6 +133,8 @@ def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(generate, refu
     (("--guidance-interval", "a:b"), ("FROM:TO", "a:b")),
     (("--guidance-interval", "0.5:0.2"), ("guidance_interval", "0.5", "0.2")),
     (("--guidance-interval", "0:2"), ("guidance_interval", "2")),
+    (("--guidance-interval", "-0.1:1"), ("--guidance-interval", "goes after =")),
+    (("--guidance-interval=-0.1:1",), ("guidance_interval", "got -0.1 to 1")),
     (("--reuse", 0), ("cache_interval", "0")),
     (("--spacing", "karras"), ("karras", "leading", "trailing", "linspace")),
     (("--reuse", "often"), ("--reuse", "often")),
@@ -145,6 +153,28 @@ def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(generate, refu
 ])
 def test_bad_options_are_refused_in_one_line(refuse, arguments, words):
     refuse(("generate", PROMPT, *arguments), words)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("generate", "x", "--subtype", "FLOAT", "-o", "x.flac"), (".flac", "float32")),
+    (("generate", "x", "--sample-rate", 44_100, "-o", "x.opus"), (".opus", "44100")),
+    (("batch", "x.csv", "-o", "x", "--format", "mp3", "--sample-rate", 96_000), (".mp3", "96000")),
+    (("batch", "x.csv", "-o", "x", "--subtype", "PCM_32"), (".flac", "pcm32")),
+])
+def test_a_rate_or_subtype_that_a_format_lacks_is_refused_before_the_work(refuse, monkeypatch, arguments, words):
+    monkeypatch.setattr(ldm2, "load", None)
+    refuse(arguments, words)
+
+
+def test_a_prompt_with_a_zero_character_is_refused(refuse, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a dog\0barking"))
+    refuse(("generate", "-", "--model", "tiny"), ("prompt contains a zero character at index 5",))
+
+
+def test_the_sound_on_stdout_is_the_file(tiny_checkpoint, tmp_path):
+    arguments = ("generate", PROMPT, *short(tiny_checkpoint), "--seed", 1, "-q", "-o")
+    assert run_ldm2(*arguments, "x.wav", cwd=tmp_path).returncode == 0
+    assert run_ldm2(*arguments, "-", cwd=tmp_path, text=False).stdout == (tmp_path / "x.wav").read_bytes()
 
 
 def test_an_empty_prompt_is_refused(refuse):

@@ -157,6 +157,9 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(run, tmp_path, 
     ("extend", "in.wav", "x", "--seconds", 0), ("extend", "in.wav", "x", "--crossfade", -1),
     ("inpaint", "in.wav", "x", "--time", ":9"), ("inpaint", "in.wav", "x", "--band", ":9", "--soft-seconds", -1),
     ("super-resolution", "in.wav", "--above", -1), ("reconstruct", "in.wav", "--plot", "x.jpg"),
+    ("transfer", "in.wav", "x", "--subtype", "FLOAT", "-o", "x.flac"),
+    ("reconstruct", "in.wav", "--sample-rate", 44_100, "-o", "x.opus"),
+    ("extend", "in.wav", "x", "--seconds", 0.5, "--prompt-at", "1.5:y"),
 ])
 def test_what_needs_no_model_is_refused_before_one_is_loaded(run, monkeypatch, arguments):
     monkeypatch.setattr(ldm2, "load", None)
@@ -167,6 +170,19 @@ def test_prompts_change_over_the_time_of_an_edit(run, tmp_path):
     code, _, err = run("transfer", "in.wav", "rain", "--prompt-at", "0.2:thunder", "-o", "x.wav", *ONE)
     assert code == 0, err
     assert json.loads(audio.read_metadata(tmp_path / "x.wav")["comment"])["prompt_at"] == [[0.2, "thunder"]]
+
+
+def test_a_prompt_may_change_in_what_an_extension_adds(run, tmp_path):
+    code, _, err = run("extend", "in.wav", "rain", "--seconds", 0.3, "--side", "both", "--prompt-at", "0.9:thunder",
+                       "-o", "x.wav", *ONE)
+    assert code == 0, err
+    assert json.loads(audio.read_metadata(tmp_path / "x.wav")["comment"])["prompt_at"] == [[0.9, "thunder"]]
+
+
+def test_reconstruct_on_stdout_is_the_file_and_nothing_else(run, tiny_checkpoint, tmp_path):
+    assert run("reconstruct", "in.wav", "-o", "x.wav")[0] == 0
+    done = run_ldm2("reconstruct", "in.wav", "-o", "-", "--model", tiny_checkpoint, cwd=tmp_path, text=False)
+    assert done.stdout == (tmp_path / "x.wav").read_bytes() and b"level difference" in done.stderr
 
 
 def test_help_imports_nothing_heavy():

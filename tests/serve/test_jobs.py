@@ -82,6 +82,7 @@ def test_candidates_come_best_first_with_their_scores_and_seeds(client):
 @pytest.mark.parametrize("kind, more", [
     ("transfer", {"prompt": "wind"}), ("variations", {"num_waveforms": "2"}), ("super_resolution", {"above": "3000"}),
     ("inpaint", {"times": ["0.1:0.2", "0.4:"], "bands": "[[500, null]]"}), ("extend", {"seconds": "0.3"}),
+    ("extend", {"prompt": "wind", "prompt_at": '[[0.7, "a siren"]]', "seconds": "0.3"}),
 ])
 def test_every_edit_takes_a_form(client, pipe, bell, kind, more):
     done = client.done(client.edit(bell, kind=kind, steps="2", seed="4", **more))
