@@ -1,7 +1,5 @@
 // Attention to few positions, with the projections of queries and outputs within keys and values.
 
-#include <atomic>
-
 #include "transformer.h"
 
 namespace ldm2 {
@@ -53,14 +51,12 @@ at::Tensor add_absorbed_attention(const at::Tensor& given, const at::Tensor& key
     int64_t place = image % tensor.size(0) * (tensor.stride(0) / channels) + row;
     return static_cast<const char*>(tensor.const_data_ptr()) + place * channels * x.element_size();
   };
-  // Threads take pieces as they come: what one costs depends on how many positions of its image count.
-  int64_t threads = at::get_num_threads(), blocks = ceil_div(queries, BLOCK);
-  int64_t pieces = std::min(4 * threads, blocks), count = images * pieces;
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
+  // What a piece costs depends on how many positions of its image count.
+  int64_t blocks = ceil_div(queries, BLOCK), pieces = std::min<int64_t>(4 * at::get_num_threads(), blocks);
+  share(images * pieces, 1, [&](int64_t from, int64_t to) {
     static thread_local Scratch scratch;
     float* memory = scratch.get(kernels().absorbed_scratch(channels, heads, length));
-    for (int64_t n = next++; n < count; n = next++) {
+    for (int64_t n = from; n < to; n++) {
       int64_t image = n / pieces, first = blocks * (n % pieces) / pieces * BLOCK;
       int64_t end = std::min(queries, blocks * (n % pieces + 1) / pieces * BLOCK);
       const float* row = bias.has_value() ? float_data(wide_bias) + image % bias->size(0) * length : nullptr;

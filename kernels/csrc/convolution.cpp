@@ -84,7 +84,8 @@ class TilePositions {
 
 constexpr int64_t GROUP = 2;           // panels of output channels that are finished together
 constexpr int64_t MOST_TILES = 128;    // of a block
-constexpr int64_t LEAST_TILES = 48;    // worth a thread of their own; each block reads all weights
+constexpr int64_t LEAST_TILES = 48;    // of a block: each reads all weights
+constexpr int64_t LEAST_ALONE = 36;    // of a block that one thread computes
 constexpr int64_t CACHE = 3 << 18;     // bytes that V and M of a block may take
 constexpr int64_t WHOLE = 8 << 20;     // that V of all tiles may take where all packed weights would take more
 
@@ -175,12 +176,12 @@ struct WinogradConvolution {
   void block(int64_t begin, int64_t tiles, float* v, const PackedWeights* packed) const {
     int64_t stride = v_stride(tiles), groups = ceil_div(out_channels, GROUP * PANEL);
     float* scales = v + transform.points * stride;
-    at::parallel_for(0, tiles, 1, [&](int64_t from, int64_t to) {
+    share(tiles, 4, [&](int64_t from, int64_t to) {
       static thread_local Scratch scratch;
       float* memory = scratch.get(transform.points * padded_stride(in_channels));
       for (int64_t n = from; n < to; n++) input(begin + n, {v + n * in_words(), scales + n, memory, stride, tiles});
     });
-    at::parallel_for(0, groups, 1, [&](int64_t from, int64_t to) {
+    share(groups, 1, [&](int64_t from, int64_t to) {
       static thread_local Scratch scratch, own_scratch;
       float* m = scratch.get(transform.points * m_stride(tiles));
       PackedWeights own{};
@@ -224,7 +225,7 @@ struct WinogradConvolution {
   PackedWeights pack_all() const {
     static thread_local Scratch scratch;
     PackedWeights all = space_for(out_channels, scratch, 0);
-    at::parallel_for(0, out_channels / PANEL, 1, [&](int64_t from, int64_t to) {
+    share(out_channels / PANEL, 1, [&](int64_t from, int64_t to) {
       static thread_local Scratch panel;
       weights.pack(from, to - from, {all.u + from * PANEL * in_words(), all.stride, all.scales + from * PANEL,
                                      all.scale_stride}, panel.get(weights.scratch_size));
@@ -236,10 +237,10 @@ struct WinogradConvolution {
     int64_t tiles = grid.tiles(), threads = at::get_num_threads();
     int64_t bytes = transform.points * 4 * (in_words() + GROUP * PANEL);     // of a tile
     int64_t most = std::clamp(CACHE / bytes, LEAST_TILES, MOST_TILES);
-    int64_t blocks = ceil_div(tiles, most), shared = ceil_div(blocks, threads) * threads;
-    if (tiles < out_channels && v_floats(tiles) * 4 <= WHOLE) blocks = shared = 1;
-    bool alone = blocks > 1 && tiles >= shared * LEAST_TILES;                // a block for each thread, else all threads on each block
-    if (alone) blocks = shared;
+    int64_t blocks = ceil_div(tiles, most), even = std::max<int64_t>(1, (blocks + threads / 2) / threads) * threads;
+    if (tiles < out_channels && v_floats(tiles) * 4 <= WHOLE) blocks = even = 1;
+    bool alone = blocks > 1 && tiles >= even * LEAST_ALONE;                  // else all threads share each block
+    if (alone) blocks = even;
     PackedWeights all{};
     if (blocks > 1) all = pack_all();
     auto work = [&](int64_t from, int64_t to) {
@@ -251,7 +252,7 @@ struct WinogradConvolution {
       }
     };
     if (alone) {
-      at::parallel_for(0, blocks, 1, work);
+      share(blocks, 1, work);
     } else {
       work(0, blocks);
     }

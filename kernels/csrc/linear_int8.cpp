@@ -16,7 +16,7 @@ RoundedRows round_rows(const at::Tensor& x) {
   Rounding job{rows.width, rows.stride, rows.tensor.const_data_ptr(), reinterpret_cast<uint8_t*>(memory),
                memory + rows.count * padded / 4};
   auto compute = type == at::kFloat ? kernels().round_float : kernels().round_bfloat16;
-  at::parallel_for(0, rows.count, ceil_div(1 << 14, rows.width), [&](int64_t from, int64_t to) {
+  share(rows.count, ceil_div(1 << 14, rows.width), [&](int64_t from, int64_t to) {
     compute(job, from, to);
   });
   return {x, rows.count, rows.width, job.rows, job.scales};

@@ -27,7 +27,7 @@ std::pair<at::Tensor, at::Tensor> add_layer_norm(const at::Tensor& x, const std:
                 weight.const_data_ptr(), bias.const_data_ptr(), static_cast<float>(eps),
                 added.has_value() ? sum.data_ptr() : nullptr, y.data_ptr()};
   const NormKernels& norms = wide ? kernels().norm_float : kernels().norm_bfloat16;
-  at::parallel_for(0, rows, 16, [&](int64_t from, int64_t to) {
+  share(rows, 16, [&](int64_t from, int64_t to) {
     static thread_local Scratch scratch;
     norms.layer_norm(job, from, to, scratch.get(width));
   });
@@ -111,7 +111,7 @@ at::Tensor group_norm(const at::Tensor& x, int64_t groups, const at::Tensor& giv
     return static_cast<const char*>(data) + (b * positions + position) * size;
   };
   std::vector<float> sums(batch * parts * 2 * channels), scales(batch * 2 * channels);
-  at::parallel_for(0, batch * parts, 1, [&](int64_t from, int64_t to) {
+  share(batch * parts, 1, [&](int64_t from, int64_t to) {
     for (int64_t n = from; n < to; n++) {
       int64_t b = n / parts, begin = positions * (n % parts) / parts, end = positions * (n % parts + 1) / parts;
       norms.channel_sums(at_position(x.const_data_ptr(), b, begin), end - begin, channels,
@@ -129,7 +129,7 @@ at::Tensor group_norm(const at::Tensor& x, int64_t groups, const at::Tensor& giv
                     bias.const_data_ptr<float>(), eps, &scales[b * 2 * channels], &scales[b * 2 * channels + channels]);
     }
   }
-  at::parallel_for(0, batch * parts, 1, [&](int64_t from, int64_t to) {
+  share(batch * parts, 1, [&](int64_t from, int64_t to) {
     for (int64_t n = from; n < to; n++) {
       int64_t b = n / parts, begin = positions * (n % parts) / parts, end = positions * (n % parts + 1) / parts;
       const float* factors = &scales[b * 2 * channels];

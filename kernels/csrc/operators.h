@@ -1,7 +1,6 @@
 // What the operators share: the kernels in use, and memory.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -12,6 +11,7 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "parallel.h"
 
 namespace ldm2 {
 

@@ -23,7 +23,7 @@ void strassen(const Linear& given) {
   for (int64_t block = 0; block < blocks; block++) {
     Linear job = rows_of(given, 2 * (pairs * block / blocks), 2 * (pairs * (block + 1) / blocks), sizeof(float),
                          sizeof(float));
-    at::parallel_for(0, job.rows / 2, 16, [&](int64_t first, int64_t end) {
+    share(job.rows / 2, 16, [&](int64_t first, int64_t end) {
       kernels().strassen_rows(job, first, end, operands, factors);
     });
     job.row_factors = factors;
@@ -98,7 +98,7 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
     int64_t place = b * tensor.stride(0) + h * tensor.stride(1) + row * tensor.stride(2);
     return static_cast<const char*>(tensor.const_data_ptr()) + place * tensor.element_size();
   };
-  at::parallel_for(0, batch * heads * pieces, 1, [&](int64_t from, int64_t to) {
+  share(batch * heads * pieces, 1, [&](int64_t from, int64_t to) {
     static thread_local Scratch scratch;
     float* memory = scratch.get(kernels().attention_scratch(keys, width));
     for (int64_t n = from; n < to; n++) {

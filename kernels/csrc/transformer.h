@@ -34,13 +34,18 @@ inline Linear rows_of(const Linear& job, int64_t first, int64_t end, int64_t x_s
   return part;
 }
 
-// compute(first row, its end, first unit of columns, its end) for all of them. Units are shared out among threads, and
-// the rows too where there are more threads than units, in pieces of at least `fewest`.
+// compute(first row, its end, first unit of columns, its end) for all of them. Where there are many rows, each thread has
+// its own: most that follows goes by rows as well. Else threads share the units, and rows are cut where some would have
+// nothing to do, in parts of at least `fewest`: each part lays out its weights anew.
 template <class Compute>
 void share_out(int64_t rows, int64_t fewest, int64_t units, const Compute& compute) {
-  int64_t parts = std::min(ceil_div(2 * at::get_num_threads(), units), ceil_div(rows, fewest));
-  if (units % at::get_num_threads() == 0) parts = 1;
-  at::parallel_for(0, units * parts, 1, [&](int64_t from, int64_t to) {
+  int64_t threads = at::get_num_threads(), parts = 1;
+  if (rows >= 5 * fewest * threads) {
+    parts = threads;
+  } else if (units % threads != 0) {
+    parts = std::min(ceil_div(2 * threads, units), ceil_div(rows, fewest));
+  }
+  share(units * parts, 1, [&](int64_t from, int64_t to) {
     while (from < to) {
       int64_t part = from / units, unit = from % units, end = std::min(units, unit + to - from);
       compute(rows * part / parts, rows * (part + 1) / parts, unit, end);
