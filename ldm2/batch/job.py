@@ -29,7 +29,7 @@ class Job:
 
     format, form: of the files. model, load: as of `ldm2.load`. defaults, allow_extra: see `Rules`.
     retry: whether rows that failed are tried again. batch: rows that run together, 0 for as many as fit. elsewhere: the
-    kind of device of workers on other machines.
+    kind of device of workers on other machines. called: the table in messages, where that is not its path.
     """
 
     source: Path
@@ -44,6 +44,12 @@ class Job:
     retry: bool = False
     batch: int = 0
     elsewhere: str = ""
+    called: str = ""
+
+    @property
+    def table(self) -> str:
+        """What the table is called in messages."""
+        return self.called or str(self.source)
 
     @functools.cached_property
     def place(self) -> Folder | Remote:
@@ -92,7 +98,7 @@ class Job:
             yield from tables.records(self.source, wanted)
         except ValueError as error:
             known = str(error).startswith(str(self.source))
-            raise ValueError(str(error) if known else f"{self.source}: {error}") from error
+            raise ValueError(str(error) if known else f"{self.table}: {error}") from error
 
     def fingerprint(self) -> dict[str, Any]:
         """All that changes results beside the rows themselves, and the versions."""
@@ -151,7 +157,7 @@ def survey(job: Job, settled: Mapping[int, int], errors: int = 20) -> Survey:
             found.left.extend(bytes(row.line + 1 - len(found.left)))
             found.left[row.line] = TWICE if row.id == nameless(row.line) else LEFT
     if not found.order:
-        raise ValueError(f"{job.source} holds no rows")
+        raise ValueError(f"{job.table} holds no rows")
     return found
 
 
@@ -214,7 +220,7 @@ def from_stdin(job: Job, stream: BinaryIO) -> Iterator[Job]:
             file.write(first)
             for block in iter(lambda: stream.read(1 << 20), b""):
                 file.write(block)
-        yield replace(job, source=copy)
+        yield replace(job, source=copy, called="stdin")
 
 
 def finish(job: Job, order: Mapping[int, int]) -> None:
@@ -237,7 +243,7 @@ def _write_parquet(place: Folder | Remote) -> None:
         values = [record.get(name) for record in records]
         try:
             columns[name] = pyarrow.array(values)
-        except (pyarrow.ArrowException, OverflowError):
+        except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError):
             columns[name] = pyarrow.array([None if value is None else json.dumps(value) for value in values])
     with place.written("manifest.parquet") as temporary:
         parquet.write_table(pyarrow.table(columns), temporary)

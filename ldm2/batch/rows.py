@@ -199,6 +199,7 @@ def _option_named(name: str, line: int, allow_extra: bool) -> str | None:
     """What a column is. Raises ValueError for a name that is near to an option's."""
     if name in OPTIONS or name in ("id", "input"):
         return name
+    check_text(f"line {line}: the name of a column", name, may_be_empty=True)
     ours = next((own for own, each in OPTIONS.items() if name in each.words), None)
     if ours is not None or allow_extra:
         return ours

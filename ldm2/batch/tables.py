@@ -87,7 +87,7 @@ def _csv(path: Path, wanted: Wanted) -> Iterator[Record]:
             header = file.readline()
             separator = max(SEPARATORS, key=header.count)
             file.seek(0)
-            table = csv.reader(file, delimiter=separator)
+            table = csv.reader(file, delimiter=separator, strict=True)         # a quote left open hides rows
             names = [name.strip() for name in next(table, [])]
             if "" in names or len(set(names)) < len(names):
                 raise ValueError(f"{path}: each column needs a name of its own, got {names}")
@@ -116,7 +116,7 @@ def _cells(table: Any, names: list[str]) -> Iterator[Record]:
 
 
 def _parquet(path: Path, wanted: Wanted) -> Iterator[Record]:
-    """A Parquet file; nulls are not given."""
+    """A Parquet file; nulls, and NaN, which some programs write in their place, are not given."""
     parquet = pyarrow_parquet()
     from pyarrow import ArrowException
 
@@ -124,7 +124,7 @@ def _parquet(path: Path, wanted: Wanted) -> Iterator[Record]:
         batches = parquet.ParquetFile(path).iter_batches(1000)
         for number, columns in enumerate((columns for batch in batches for columns in batch.to_pylist()), 1):
             if wanted(number):
-                yield number, {name: value for name, value in columns.items() if value is not None}
+                yield number, {name: value for name, value in columns.items() if value is not None and value == value}
     except ArrowException as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
 

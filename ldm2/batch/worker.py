@@ -157,4 +157,4 @@ class _Writer:
 
 def _plain(extra: Mapping[str, Any]) -> dict[str, Any]:
     """Columns to carry through as JSON has them."""
-    return json.loads(json.dumps(extra, default=str))
+    return json.loads(json.dumps(extra, default=str), parse_constant=lambda word: None)

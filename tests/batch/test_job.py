@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -145,6 +146,23 @@ def test_equal_rows_share_a_file_and_columns_are_carried_through(batch, tmp_path
     batch("out", rows=[{"prompt": "low hum", "label": "a", **SHORT}] * 2)
     [entry] = merged(tmp_path / "out").values()
     assert entry["label"] == "a" and len(sounds(tmp_path / "out")) == 1
+
+
+def test_what_is_carried_through_is_text_and_json_in_both_manifests(batch, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    carried = [{"label": "caf\udce9"}, {"label": "ok", "odd": [float("nan"), 1e999]}]
+    code, _, err = batch("out", rows=[row | each for row, each in zip(some(2), carried)])
+    assert code == 0, err
+    (tmp_path / "out/manifest.jsonl").read_text().index('"odd": [null, null]')
+    table = parquet.read_table(tmp_path / "out/manifest.parquet").to_pydict()
+    assert table["label"] == ['"caf\\udce9"', '"ok"'] and table["odd"] == [None, [None, None]]
+
+
+def test_the_table_of_a_stream_is_called_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    assert main(["batch", "-", "-o", "out", "--model", "tiny"]) == 2
+    assert capsys.readouterr().err == "ldm2: error: stdin holds no rows\n"
 
 
 def test_edits_are_rows_too(batch, tmp_path):

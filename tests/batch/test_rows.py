@@ -34,11 +34,12 @@ def test_tables_of_all_kinds_hold_the_same_rows(tmp_path, name, content):
 
 def test_parquet_and_text(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    table = pyarrow.table({"prompt": ["rain", "wind"], "steps": [3, None], "times": [None, [[0.5, None]]],
-                           "input": [None, __file__], "task": [None, "inpaint"]})
+    table = pyarrow.table({"prompt": ["rain", "wind"], "steps": [3, None], "eta": [float("nan"), None],
+                           "times": [None, [[0.5, None]]], "input": [None, __file__], "task": [None, "inpaint"]})
     parquet.write_table(table, tmp_path / "a.parquet")
     first, second = rows(tmp_path / "a.parquet")
-    assert first.options["steps"] == 3 and second.options["times"] == [[0.5, None]] and second.input == __file__
+    assert first.options["steps"] == 3 and "eta" not in first.options
+    assert second.options["times"] == [[0.5, None]] and second.input == __file__
     (tmp_path / "a.txt").write_text("rain\n\n{\"wind\"}\n")
     assert [(row.line, row.options["prompt"]) for row in rows(tmp_path / "a.txt")] == [(1, "rain"), (3, '{"wind"}')]
     (tmp_path / "b.parquet").write_text("no parquet")
@@ -106,6 +107,8 @@ def test_a_bad_row_is_an_error_with_its_line(columns, words):
     ("a.jsonl", b'{"prompt": "' + b"x" * 5_000_000 + b'"}\n{"prompt": "y"}\n', 1, "more than 4,000,000 bytes"),
     ("a.csv", b"prompt,steps\nrain,3,4\n", 2, "3 cells, the header 2"), ("a.csv", b"prompt,steps\nrain,x\n", 2,
                                                                           "steps must be an integer, got 'x'"),
+    ("a.csv", b'prompt,id\n"a bell,1\n', 2, "not CSV (unexpected end of data"),
+    ("a.csv", b'prompt,id\n"5 inch,1\nhidden,2\n"a" siren,3\na "low" hum,4\n', 2, "not CSV"),
     ("a.csv", b"prompt,steps\n\xff\xfe,3\n", 2, "unpaired surrogate"), ("a.txt", b"a\n\xff\n", 2, "surrogate"),
 ])
 def test_a_broken_line_costs_no_other(tmp_path, name, content, line, words):
@@ -115,7 +118,11 @@ def test_a_broken_line_costs_no_other(tmp_path, name, content, line, words):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("a.csv", b"prompt,prompt\nx,y\n", "each column needs a name"), ("a.xlsx", b"x", "the input must end in .jsonl"),
+    ("a.csv", b"prompt,prompt\nx,y\n", "each column needs a name"),
+    ("a.csv", "prompt,id\nx,1\n".encode("utf-16"), "name of a column contains"),
+    ("a.csv", "prompt,caf\xe9\nx,1\n".encode("latin-1"), "name of a column contains an unpaired surrogate at index 3"),
+    ("a.jsonl", b'{"prompt": "x", "\\ud800": 1}', "name of a column contains an unpaired surrogate at index 0"),
+    ("a.xlsx", b"x", "the input must end in .jsonl"),
 ])
 def test_a_file_that_is_no_table_is_refused(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
