@@ -87,7 +87,7 @@ constexpr int64_t MOST_TILES = 128;    // of a block
 constexpr int64_t LEAST_TILES = 48;    // of a block: each reads all weights
 constexpr int64_t LEAST_ALONE = 36;    // of a block that one thread computes
 constexpr int64_t CACHE = 3 << 18;     // bytes that V and M of a block may take
-constexpr int64_t WHOLE = 8 << 20;     // that V of all tiles may take where all packed weights would take more
+constexpr int64_t WHOLE = 8 << 20;     // that V of all tiles of a thread may take where packed weights would take more
 
 // Transformed weights from one output channel on: point p of them at u + p * stride, their scales at
 // scales + p * scale_stride.
@@ -238,17 +238,19 @@ struct WinogradConvolution {
     int64_t bytes = transform.points * 4 * (in_words() + GROUP * PANEL);     // of a tile
     int64_t most = std::clamp(CACHE / bytes, LEAST_TILES, MOST_TILES);
     int64_t blocks = ceil_div(tiles, most), even = std::max<int64_t>(1, (blocks + threads / 2) / threads) * threads;
-    if (tiles < out_channels && v_floats(tiles) * 4 <= WHOLE) blocks = even = 1;
+    int64_t parts = tiles >= threads * MOST_TILES / 2 ? threads : 1;
+    bool whole = tiles < out_channels && v_floats(ceil_div(tiles, parts)) * 4 <= WHOLE;
+    if (whole) blocks = even = parts;
     bool alone = blocks > 1 && tiles >= even * LEAST_ALONE;                  // else all threads share each block
     if (alone) blocks = even;
     PackedWeights all{};
-    if (blocks > 1) all = pack_all();
+    if (blocks > 1 && !whole) all = pack_all();
     auto work = [&](int64_t from, int64_t to) {
       static thread_local Scratch scratch;
       float* v = scratch.get(v_floats(ceil_div(tiles, blocks)));
       for (int64_t n = from; n < to; n++) {
         int64_t begin = tiles * n / blocks, end = tiles * (n + 1) / blocks;
-        block(begin, end - begin, v, blocks > 1 ? &all : nullptr);
+        block(begin, end - begin, v, blocks > 1 && !whole ? &all : nullptr);
       }
     };
     if (alone) {
