@@ -87,12 +87,20 @@ def _take_less(args: argparse.Namespace) -> str:
     return f": {', '.join(known.values())} may help" if known else ""
 
 
+def _open_streams() -> None:
+    """Let nothing stand for standard streams that are closed (`<&-`), whose numbers an output file would take else."""
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))     # noqa: SIM115  (as long as the process lives)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Exit codes: 0 done, 1 the computation failed, 2 bad input, 130 stopped by Ctrl-C,
     143 by SIGTERM."""
     # Threads that spin while they wait take a busy machine's cores from those that work: 40 s instead of 3 for the tiny
     # model's sound beside one other process. To be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _open_streams()
     logging.basicConfig(format="ldm2: %(message)s", level=logging.WARNING)
     parse = parser()
     args = parse.parse_args(argv)

@@ -16,6 +16,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from ldm2 import __version__
 from ldm2.fields import flat
@@ -105,8 +106,18 @@ async def _http(request: Request, error: HTTPException) -> Response:
     words = {404: f"there is nothing at {request.url.path!r:.200}",
              405: f"{request.method:.20} is not what {request.url.path!r:.200} takes"}
     message = words.get(error.status_code, flat(error.detail, 500))
+    headers = dict(error.headers or {})
+    if error.status_code == 405:                           # the framework names the methods of one route only
+        headers["Allow"] = ", ".join(_methods(request))
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    return told(Refused(error.status_code, message, code, headers=error.headers))
+    return told(Refused(error.status_code, message, code, headers=headers))
+
+
+def _methods(request: Request) -> list[str]:
+    """The methods that a path takes."""
+    routes = [*request.app.routes, *router.routes, *compatible.router.routes]
+    return sorted({method for route in routes if route.matches(request.scope)[0] is not Match.NONE
+                   for method in getattr(route, "methods", None) or ()})
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:

@@ -70,7 +70,7 @@ class Engine:
             except Exception as error:                     # the thread must not end
                 logger.exception("a run failed")
                 for job in jobs:
-                    self._jobs.fail(job, failed(error))
+                    self._jobs.fail(job, failed(error, self._jobs.folder.of(job.id)))
             if not self._jobs.waiting() and time.monotonic() > self._tidied + _REST:
                 give_back()                                # what many shapes have left in pieces
                 self._tidied = time.monotonic()
@@ -107,7 +107,7 @@ def outcome(made: Result | Exception, asked: Asked, folder: Path) -> list[Sound]
     except (ValueError, ArithmeticError, RuntimeError, OSError, MemoryError, TypeError) as error:
         if not isinstance(error, ValueError):
             logger.warning("a job failed: %s", error)
-        return failed(error)
+        return failed(error, folder)
 
 
 class Watch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ldm2.batch.rows import LONGEST_REASON
@@ -11,6 +12,7 @@ from ldm2.fields import one_line
 from ldm2.options import options_of
 from ldm2.settings import Output, Settings
 
+UPLOADS = "upload"                         # what clients send, below the folder of their job
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -41,11 +43,13 @@ def invalid(error: Exception | str, param: str | None = None) -> Refused:
     return Refused(400, message, "invalid_value", param or (first if first in known else None))
 
 
-def failed(error: Exception) -> Refused:
-    """Why a job has failed: bad input, or something that is not the client's fault."""
-    if isinstance(error, ValueError):
-        return invalid(error)
-    return Refused(500, one_line(error, LONGEST_REASON), "failed")
+def failed(error: Exception, folder: Path) -> Refused:
+    """Why a job has failed: bad input, or something that is not the client's fault.
+
+    folder: the job's, which is no business of a client: files in it are told by their names.
+    """
+    line = one_line(error, LONGEST_REASON).replace(f"{folder / UPLOADS}/", "").replace(f"{folder}/", "")
+    return invalid(line) if isinstance(error, ValueError) else Refused(500, line, "failed")
 
 
 def to_json(value: Any) -> bytes:

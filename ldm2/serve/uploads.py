@@ -12,7 +12,7 @@ from ldm2 import audio
 from ldm2.batch.rows import LONGEST_REASON
 from ldm2.fields import one_line
 from ldm2.serve.asked import Upload
-from ldm2.serve.errors import Refused
+from ldm2.serve.errors import UPLOADS, Refused
 from ldm2.serve.limits import Limits
 
 MOST_SAMPLES = 2**26                       # of all channels: 600 s of stereo at 48 kHz
@@ -24,7 +24,7 @@ def keep(file: UploadFile, folder: Path, limits: Limits) -> Upload:
 
     Raises Refused for what is no sound, or too long.
     """
-    place = folder / "upload"
+    place = folder / UPLOADS
     place.mkdir()
     path = place / file_name(file.filename)
     with open(path, "wb") as copy:

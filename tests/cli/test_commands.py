@@ -276,6 +276,18 @@ def test_other_errors_of_pytorch_are_not_taken_for_it(tiny_checkpoint, monkeypat
         main(["generate", PROMPT, "--model", str(tiny_checkpoint), "--steps", "1", "--seconds", "0.2", "-q"])
 
 
+@pytest.mark.parametrize("closed, arguments, code", [
+    ("<&-", "generate - --model tiny", 2), ("<&-", "batch - -o out --model tiny", 2),
+    (">&-", "generate x --model tiny --steps 1 --seconds 0.2 -q -o x.wav", 0),
+])
+def test_closed_streams_hold_and_take_nothing(tmp_path, closed, arguments, code):
+    command = f"{sys.executable} -m ldm2 {arguments} {closed}"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)
+    assert done.returncode == code and done.stderr.count("\n") == (code != 0), done.stderr
+    assert (tmp_path / "x.wav").exists() == (code == 0)
+
+
 def test_waiting_threads_sleep_unless_told_otherwise(tmp_path):
     """Those of OpenMP, which PyTorch starts: spinning ones starve a busy machine."""
     program = "import os, sys, ldm2.__main__ as cli; cli.main(['models']); print(os.environ['OMP_WAIT_POLICY'])"

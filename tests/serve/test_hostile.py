@@ -7,6 +7,7 @@ import json
 import pytest
 
 from ldm2 import audio
+from ldm2.serve.errors import failed
 from ldm2.serve.limits import Limits
 from tests.helpers import tone
 from tests.serve.client import serving
@@ -135,7 +136,8 @@ def test_names_of_uploads_lead_nowhere(client, bell, name):
 def test_wrong_fields_of_a_form_are_refused(client, bell, fields, param):
     answer = client.post("/v1/jobs", data=fields, files={"audio": ("bell.wav", bell.read_bytes())})
     if answer.status_code == 202:
-        assert client.done(answer.json(), "failed")["error"]["type"] == "invalid_request_error"
+        error = client.done(answer.json(), "failed")["error"]
+        assert error["type"] == "invalid_request_error" and "/" not in error["message"], error
     else:
         assert refused(answer)["param"] == param
 
@@ -155,6 +157,21 @@ def test_other_files_and_two_of_them_are_refused(client, bell):
 ])
 def test_other_addresses_are_refused_in_the_same_shape(client, method, path, status):
     refused(client.request(method, path), status)
+
+
+@pytest.mark.parametrize("path, allowed", [
+    ("/v1/jobs", "GET, POST"), ("/v1/jobs/x", "DELETE, GET"), ("/health", "GET"), ("/v1/audio/speech", "POST"),
+])
+def test_a_wrong_method_is_told_those_that_do(client, path, allowed):
+    assert client.put(path).headers["Allow"] == allowed
+
+
+def test_a_job_that_fails_tells_no_path_of_the_server(tmp_path):
+    folder = tmp_path / "job-1"
+    for error in (OSError(28, "No space left on device", str(folder / "sound.wav")),
+                  ValueError(f"{folder / 'upload/sound.wav'}: channel must be 0")):
+        told = failed(error, folder).message
+        assert "sound.wav" in told and "job-1" not in told
 
 
 def test_what_cannot_be_a_number_in_an_address_is_refused(client):
