@@ -137,9 +137,10 @@ constexpr int64_t strassen_unit(bool gated) { return gated ? 2 * PANEL : 4 * PAN
 // Floats from the operands of one pair of rows to those of the next.
 constexpr int64_t strassen_stride(int64_t depth) { return padded_stride(STRASSEN_PRODUCTS * depth / 2); }
 
-// Floats that it needs: the operands of four panels, six tiles of sums, and a factor for each row of w.
+// Floats that it needs: the operands of four panels, what their products start from, six tiles of sums, and a factor
+// for each row of w.
 constexpr int64_t strassen_scratch(int64_t depth, int64_t w_rows) {
-  return STRASSEN_PRODUCTS * PANEL * depth + 12 * LINEAR_TILE_ROWS * PANEL + w_rows;
+  return STRASSEN_PRODUCTS * PANEL * (depth + 2) + 12 * LINEAR_TILE_ROWS * PANEL + w_rows;
 }
 
 // Bytes from row to row of integers of 8 bits: whole words of four.
@@ -157,6 +158,7 @@ struct Kernels {
   // 2 * PANEL, width one of the unit.
   void (*strassen_rows)(const Linear& job, int64_t first, int64_t end, float* operands, float* factors);
   void (*strassen)(const Linear& job, int64_t first, int64_t end, const float* operands, float* scratch);
+  int64_t strassen_rows_least;                             // of an item of a batch, for which that pays
   void (*round_float)(const Rounding& job, int64_t first_row, int64_t end_row);
   void (*round_bfloat16)(const Rounding& job, int64_t first_row, int64_t end_row);
   // A layer of such rows (x, int8_stride(depth) apart) with int8 weights, to float32 or bfloat16. depth: at most
@@ -176,6 +178,7 @@ Kernels kernels_baseline();
 Kernels kernels_avx2();
 Kernels kernels_avx512();
 Kernels kernels_avx512_bf16();
+Kernels kernels_zen4();
 #endif
 
 }  // namespace ldm2

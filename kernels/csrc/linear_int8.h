@@ -32,6 +32,7 @@ inline ivec pair_sums(shorts a, shorts b) {
 // Words of four integers of 8 bits, a without sign and b with one; sums of 32 bits in the lanes of `sum`. Without an
 // instruction for it as pairs of 16 bits: sums of two products of 8 bits do not fit into 16.
 struct Int8 {
+  static constexpr int STEP = 1;
   static vec multiply_add(vec sum, vec a, vec b) {
 #if defined(__AVX512VNNI__)
     return (vec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);

@@ -12,7 +12,7 @@
 //   ldm2_cpu::use_instruction_set(name)
 //
 // To choose from are those of this machine, as cpuid tells them, up to the one that the environment variable
-// LDM2_CPU_ISA names (baseline, avx2, avx512 or avx512_bf16; all if it is not set). It is read at the first use.
+// LDM2_CPU_ISA names (baseline, avx2, avx512, avx512_bf16 or zen4; all if it is not set). It is read at the first use.
 
 #include "operators.h"
 
@@ -26,7 +26,7 @@ namespace ldm2 {
 namespace {
 
 // Each holds what stands before it.
-constexpr std::string_view NAMES[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr std::string_view NAMES[] = {"baseline", "avx2", "avx512", "avx512_bf16", "zen4"};
 
 ptrdiff_t rank(std::string_view name) { return std::find(std::begin(NAMES), std::end(NAMES), name) - NAMES; }
 
@@ -35,7 +35,7 @@ void mask(std::vector<Kernels>& sets) {
   const char* name = std::getenv("LDM2_CPU_ISA");
   if (name == nullptr || *name == '\0') return;
   TORCH_CHECK_VALUE(rank(name) < std::ssize(NAMES),
-                    "LDM2_CPU_ISA must be baseline, avx2, avx512 or avx512_bf16, got ", name);
+                    "LDM2_CPU_ISA must be baseline, avx2, avx512, avx512_bf16 or zen4, got ", name);
   std::erase_if(sets, [&](const Kernels& set) { return rank(set.name) > rank(name); });
 }
 
@@ -48,6 +48,8 @@ const std::vector<Kernels>& available() {
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     bool products = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    // AMD's processors, all since Zen 4, add beside what they multiply: see PairedFloat32.
+    if (products && __builtin_cpu_is("amd")) found.push_back(kernels_zen4());
     if (products) found.push_back(kernels_avx512_bf16());
     if (avx512) found.push_back(kernels_avx512());
     if (avx2) found.push_back(kernels_avx2());

@@ -20,14 +20,14 @@ using ldm2::PANEL;
 
 struct Float32 {
   using element = float;
-  static constexpr int PER_WORD = 1;
+  static constexpr int PER_WORD = 1, STEP = 1;             // STEP: words of the depth at a time
   static vec multiply_add(vec sum, vec a, vec b) { return sum + a * b; }
 };
 
 // sum + a0 * b0 + a1 * b1 in each lane.
 struct BFloat16 {
   using element = uint16_t;
-  static constexpr int PER_WORD = 2;
+  static constexpr int PER_WORD = 2, STEP = 1;
   static vec multiply_add(vec sum, vec a, vec b) {
 #if defined(__AVX512BF16__)
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -39,9 +39,22 @@ struct BFloat16 {
   }
 };
 
+// float32 by Winograd's algorithm for inner products (IEEE Transactions on Computers C-17, 1968), a pair of words of the
+// depth at a time:
+//
+//   sum of a b = sum over pairs of (a0 + b1) (a1 + b0) - sum of a0 a1 - sum of b0 b1
+//
+// The last two sums are each of one row, or one column: they are made once, and a tile starts from them. What is left
+// has half the multiplications, and two additions for each. Processors of AMD add beside what they multiply, as many
+// numbers a cycle. So 4 products, 2 multiply-adds and 4 additions, take 3 cycles in place of 4 if one addition is made
+// as a multiply-add, by 1. Both sides must be of one size, as errors are relative to the squares.
+struct PairedFloat32 {
+  static constexpr int PER_WORD = 1, STEP = 2;
+};
+
 // Pairs of integers of 16 bits, sums of 32 bits in the lanes of `sum`.
 struct Int16 {
-  static constexpr int PER_WORD = 2;
+  static constexpr int PER_WORD = 2, STEP = 1;
   static vec multiply_add(vec sum, vec a, vec b) {
 #if defined(__AVX512VNNI__)
     return (vec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
@@ -66,11 +79,21 @@ inline const float* opaque(const float* address) {
   return address;
 }
 
-// Where sums go: to c, or they are added to it. `put` takes LANES of them, `from` gives the part from a place on.
+// The same vector, of unknown origin to the compiler.
+inline vec opaque(vec value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#endif
+  return value;
+}
+
+// Where sums go: to c, or they are added to it. `start` gives what LANES of them start from, `put` takes them, `from`
+// gives the part from a place on.
 template <bool ADD>
 struct Into {
   float* c;
   int64_t ldc;
+  vec start(int64_t, int64_t) const { return vec{}; }
   Into from(int64_t row, int64_t column) const { return {c + row * ldc + column, ldc}; }
   void put(int64_t row, int64_t column, vec sum) const {
     float* to = c + row * ldc + column;
@@ -78,12 +101,34 @@ struct Into {
   }
 };
 
+// The products of the words at a (STEP) and `columns` to the sums of a row.
+template <class Type, int COLUMNS>
+inline void add_products(vec* sums, const float* a, const vec columns[Type::STEP][COLUMNS], vec one) {
+  if constexpr (Type::STEP == 1) {
+    vec value = broadcast(a);
+#pragma GCC unroll 8
+    for (int j = 0; j < COLUMNS; j++) sums[j] = Type::multiply_add(sums[j], value, columns[0][j]);
+  } else {
+    vec even = broadcast(a), odd = broadcast(a + 1);
+#pragma GCC unroll 8
+    for (int j = 0; j < COLUMNS; j++) {
+      vec other = j % 2 == 0 ? odd + columns[0][j] : odd * one + columns[0][j];
+      sums[j] += (even + columns[1][j]) * other;
+    }
+  }
+}
+
 // a (ROWS, depth) x b (PANELS, depth, 16) into a target (ROWS, PANELS * 16). ldb: words from panel to panel.
 template <class Type, int ROWS, int PANELS, class Target>
 void register_tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, const Target& target,
                    const Ahead& ahead) {
   constexpr int WIDTH = PANEL / LANES, COLUMNS = PANELS * WIDTH, GROUPS = (ROWS + 3) / 4;
-  vec sums[ROWS][COLUMNS] = {};
+  vec sums[ROWS][COLUMNS], one = Type::STEP == 1 ? vec{} : opaque(splat(1.0f));
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; i++) {
+#pragma GCC unroll 8
+    for (int j = 0; j < COLUMNS; j++) sums[i][j] = target.start(i, j * LANES);
+  }
   const float *rows[GROUPS], *panels[PANELS];              // every fourth row
 #pragma GCC unroll 8
   for (int g = 0; g < GROUPS; g++) rows[g] = opaque(a + 4 * g * lda);
@@ -93,24 +138,23 @@ void register_tile(int64_t depth, const float* a, int64_t lda, const float* b, i
   const char* line = any ? ahead.next : reinterpret_cast<const char*>(b);
   int64_t step = any ? Ahead::LINE : 0;
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < depth; k++) {
+  for (int64_t k = 0; k < depth; k += Type::STEP) {
     if (k % Ahead::STRIDE == 0) {
       __builtin_prefetch(line, 0, 2);
       line += step;
     }
-    vec column[COLUMNS];
+    vec columns[Type::STEP][COLUMNS];
+#pragma GCC unroll 2
+    for (int n = 0; n < Type::STEP; n++) {
 #pragma GCC unroll 8
-    for (int j = 0; j < COLUMNS; j++) column[j] = load(panels[j / WIDTH] + j % WIDTH * LANES);
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; i++) {
-      vec value = broadcast(rows[i / 4] + i % 4 * lda);
-#pragma GCC unroll 8
-      for (int j = 0; j < COLUMNS; j++) sums[i][j] = Type::multiply_add(sums[i][j], value, column[j]);
+      for (int j = 0; j < COLUMNS; j++) columns[n][j] = load(panels[j / WIDTH] + n * PANEL + j % WIDTH * LANES);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++) add_products<Type, COLUMNS>(sums[i], rows[i / 4] + i % 4 * lda, columns, one);
 #pragma GCC unroll 8
-    for (int g = 0; g < GROUPS; g++) rows[g]++;
+    for (int g = 0; g < GROUPS; g++) rows[g] += Type::STEP;
 #pragma GCC unroll 8
-    for (int p = 0; p < PANELS; p++) panels[p] += PANEL;
+    for (int p = 0; p < PANELS; p++) panels[p] += Type::STEP * PANEL;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; i++) {

@@ -16,8 +16,13 @@
 // An error is relative to the larger row of a pair, and the larger of two paired output channels. So all are brought to
 // one size first, by powers of two, and brought back by `finish` ("outside scaling", arXiv:1507.00687, section 6). What
 // remains is normwise: relative to |row| |channel|, where that of the ordinary product is to the sum of |a b|.
+//
+// The 7 products are ordinary ones (Float32), or such of pairs of words (PairedFloat32), whose error is normwise too if
+// both sides are of one size. It grows with the sum of a0 a1, all of one sign where numbers are positive, or change
+// slowly. So one word of each second pair changes its sign, on both sides, and neighboring pairs cancel.
 #pragma once
 
+#include <cmath>
 #include <iterator>
 
 #include "linear.h"
@@ -39,21 +44,41 @@ constexpr Step STEPS[] = {
 };
 static_assert(std::size(STEPS) == ldm2::STRASSEN_PRODUCTS);
 
+// What the sums of a product of pairs start from: a number for each row, `stride` apart, and one for each column.
+template <class Type>
+struct Start {
+  const float *rows, *columns;
+  int64_t stride;
+  Start from(int64_t row, int64_t column) const { return {rows + row * stride, columns + column, stride}; }
+  vec at(int64_t row, int64_t column) const {
+    return Type::STEP == 1 ? vec{} : broadcast(rows + row * stride) + load(columns + column);
+  }
+};
+
+// Rows of x for which products save more than laying out weights costs.
+template <class Type>
+constexpr int64_t STRASSEN_ROWS_LEAST = Type::STEP == 2 ? 64 : 128;
+
 // A target of products: `to` becomes `given` and the sums.
+template <class Type>
 struct Onto {
   static constexpr int64_t STRIDE = 2 * PAIR;              // rows of a pair are neighbors
   const float* given;
   float* to;
+  Start<Type> begin;
   Onto from(int64_t row, int64_t column) const {
-    return {given + row * STRIDE + column, to + row * STRIDE + column};
+    return {given + row * STRIDE + column, to + row * STRIDE + column, begin.from(row, column)};
   }
+  vec start(int64_t row, int64_t column) const { return begin.at(row, column); }
   void put(int64_t row, int64_t column, vec sum) const {
     store(to + row * STRIDE + column, load(given + row * STRIDE + column) + sum);
   }
 };
 
+template <class Type>
 struct OntoBoth {
-  Onto one, other;
+  Onto<Type> one, other;
+  vec start(int64_t row, int64_t column) const { return one.start(row, column); }
   OntoBoth from(int64_t row, int64_t column) const { return {one.from(row, column), other.from(row, column)}; }
   void put(int64_t row, int64_t column, vec sum) const {
     one.put(row, column, sum);
@@ -61,12 +86,14 @@ struct OntoBoth {
   }
 };
 
-// The power of two below a number, and its inverse. Below 2^-126 that is 0: it makes zeros of all sums.
+// The power of two nearest to a number, by their ratio, and its inverse. Below 2^-126 that is 0: it makes zeros of all
+// sums.
 struct Scale {
   float factor, inverse;
 
   explicit Scale(float number) {
     int32_t exponent;
+    number *= 1.4142135f;                                  // the power of two below that
     std::memcpy(&exponent, &number, sizeof(exponent));
     exponent = std::min(exponent >> 23 & 255, 253);        // so that the inverse is not 0
     int32_t bits = exponent << 23, opposite = (254 - exponent) << 23;
@@ -75,8 +102,20 @@ struct Scale {
   }
 };
 
+// The sum of the squares of `count` numbers times a factor. count: a multiple of 2 * PANEL.
+inline float squares_of(const float* from, int64_t count, float factor) {
+  vec sums[2] = {};
+  for (int64_t k = 0; k < count; k += 2 * LANES) {
+    for (int i = 0; i < 2; i++) {
+      vec x = factor * load(from + k + i * LANES);
+      sums[i] += x * x;
+    }
+  }
+  return reduce_add(sums[0] + sums[1]);
+}
+
 // Of the largest of `count` numbers. Without their signs, floats are ordered as their bits.
-inline Scale scale_of(const float* from, int64_t count) {
+inline Scale scale_of_largest(const float* from, int64_t count) {
   ivec largest{};
   for (int64_t k = 0; k < count; k += LANES) {
     ivec bits = (ivec)load(from + k) & 0x7fffffff;
@@ -85,6 +124,40 @@ inline Scale scale_of(const float* from, int64_t count) {
   return Scale(reduce_max((vec)largest));
 }
 
+// Of the root of the mean square. Squares leave the range of float32 before the numbers do.
+inline Scale scale_of(const float* from, int64_t count) {
+  float squares = squares_of(from, count, 1.0f);
+  if (squares > 1e-24f && squares < 1e36f) return Scale(std::sqrt(squares / count));
+  Scale largest = scale_of_largest(from, count);
+  return Scale(largest.factor * std::sqrt(squares_of(from, count, largest.inverse) / count));
+}
+
+// What LANES neighboring words of a row are multiplied with: 1, and -1 for one word of each second pair.
+template <class Type>
+inline vec signs() {
+  vec result = splat(1.0f);
+  for (int i = 3; Type::STEP == 2 && i < LANES; i += 4) result[i] = -1.0f;
+  return result;
+}
+
+// In lanes that have the bit STEP, sums of b, in the others, sums of a: each of two lanes STEP apart.
+template <int STEP>
+inline vec fold(vec a, vec b) {
+  constexpr auto ALL = std::make_integer_sequence<int, LANES>{};
+  return interleave<STEP, false>(a, b, ALL) + interleave<STEP, true>(a, b, ALL);
+}
+
+// Of LANES words of each operand, the products of those of a pair: operand 2n in even lanes of sums[n], 2n + 1 in odd.
+inline void add_pairs(const vec made[ldm2::STRASSEN_PRODUCTS], vec sums[4]) {
+  constexpr auto ALL = std::make_integer_sequence<int, LANES>{};
+#pragma GCC unroll 4
+  for (int n = 0; n < 4; n++) {
+    vec a = made[2 * n], b = made[std::min(2 * n + 1, 6)];
+    sums[n] += interleave<1, false>(a, b, ALL) * interleave<1, true>(a, b, ALL);
+  }
+}
+
+template <class Type>
 void strassen_rows(const ldm2::Linear& job, int64_t first, int64_t end, float* operands, float* factors) {
   int64_t half = job.depth / 2;
   for (int64_t pair = first; pair < end; pair++) {
@@ -92,19 +165,27 @@ void strassen_rows(const ldm2::Linear& job, int64_t first, int64_t end, float* o
     float* to = operands + pair * ldm2::strassen_stride(job.depth);
     Scale upper = scale_of(top, job.depth), lower = scale_of(bottom, job.depth);
     factors[2 * pair] = upper.factor, factors[2 * pair + 1] = lower.factor;
+    vec above = upper.inverse * signs<Type>(), below = lower.inverse * signs<Type>(), pairs[4] = {};
     for (int64_t k = 0; k < half; k += LANES) {
-      vec a11 = upper.inverse * load(top + k), a12 = upper.inverse * load(top + half + k);
-      vec a21 = lower.inverse * load(bottom + k), a22 = lower.inverse * load(bottom + half + k);
+      vec a11 = above * load(top + k), a12 = above * load(top + half + k);
+      vec a21 = below * load(bottom + k), a22 = below * load(bottom + half + k);
       vec s1 = a21 + a22, s2 = s1 - a11;
       vec made[] = {a11, a12, a22, s1, s2, a11 - a21, a12 - s2};
       for (int n = 0; n < ldm2::STRASSEN_PRODUCTS; n++) store(to + n * half + k, made[n]);
+      if constexpr (Type::STEP == 2) add_pairs(made, pairs);
+    }
+    if constexpr (Type::STEP == 2) {                       // behind the operands, a number for each
+      vec sums = fold<4>(fold<2>(pairs[0], pairs[1]), fold<2>(pairs[2], pairs[3]));
+      for (int n = 0; n < ldm2::STRASSEN_PRODUCTS; n++) to[ldm2::STRASSEN_PRODUCTS * half + n] = -sums[n] - sums[n + 8];
     }
   }
 }
 
-// The weights of 16 output channels from `left` and 16 from `right`: each operand's panel, `stride` apart.
-inline void strassen_panels(const ldm2::Linear& job, int64_t left, int64_t right, float* factors, float* panels,
-                            int64_t stride) {
+// The weights of 16 output channels from `left` and 16 from `right`: each operand's panel, `stride` apart. starts: of
+// PairedFloat32, a number for each column of each operand, PAIR apart.
+template <class Type>
+void strassen_panels(const ldm2::Linear& job, int64_t left, int64_t right, float* factors, float* panels,
+                     int64_t stride, float* starts) {
   int64_t half = job.depth / 2, columns[] = {left, right};
   float inverses[2][PANEL];
   for (int side = 0; side < 2; side++) {
@@ -115,12 +196,13 @@ inline void strassen_panels(const ldm2::Linear& job, int64_t left, int64_t right
     }
   }
   constexpr int QUADRANTS[2][2] = {{B11, B21}, {B12, B22}};
+  vec sums[ldm2::STRASSEN_PRODUCTS] = {};
   for (int64_t k = 0; k < half; k += LANES) {
     for (int n = 0; n < 4; n++) {
       int side = n / 2, part = n % 2;
       const float* from = static_cast<const float*>(job.w) + columns[side] * job.depth + part * half + k;
       transpose_squares(LANES, panels + QUADRANTS[side][part] * stride + k * PANEL, [&](int64_t row, int64_t) {
-        return broadcast(inverses[side] + row) * load(from + row * job.depth);
+        return broadcast(inverses[side] + row) * signs<Type>() * load(from + row * job.depth);
       });
     }
     for (int64_t n = k * PANEL; n < (k + LANES) * PANEL; n += LANES) {
@@ -131,41 +213,54 @@ inline void strassen_panels(const ldm2::Linear& job, int64_t left, int64_t right
       store(at(T3), b22 - b12);
       store(at(T4), load(at(B21)) - t2);
     }
+    for (int n = 0; Type::STEP == 2 && n < ldm2::STRASSEN_PRODUCTS; n++) {
+      const float* from = panels + n * stride + k * PANEL;
+      for (int i = 0; i < LANES; i += 2) sums[n] -= load(from + i * PANEL) * load(from + (i + 1) * PANEL);
+    }
   }
+  for (int n = 0; Type::STEP == 2 && n < ldm2::STRASSEN_PRODUCTS; n++) store(starts + n * PAIR, sums[n]);
 }
 
 // One step for `rows` pairs of rows and two panels, both of `depth` words.
-inline void strassen_step(const Step& step, int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
-                          float* const* tiles, Ahead& ahead) {
-  Onto target{tiles[step.from], tiles[step.to]};
+template <class Type>
+void strassen_step(const Step& step, int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
+                   const Start<Type>& start, float* const* tiles, Ahead& ahead) {
+  Onto<Type> target{tiles[step.from], tiles[step.to], start};
   if (step.also_to == NONE) {
-    product<Float32>(rows, depth, 2, a, lda, b, depth * PANEL, target, ahead);
+    product<Type>(rows, depth, 2, a, lda, b, depth * PANEL, target, ahead);
   } else {
-    OntoBoth targets{target, {tiles[step.also_from], tiles[step.also_to]}};
-    product<Float32>(rows, depth, 2, a, lda, b, depth * PANEL, targets, ahead);
+    OntoBoth<Type> targets{target, {tiles[step.also_from], tiles[step.also_to], start}};
+    product<Type>(rows, depth, 2, a, lda, b, depth * PANEL, targets, ahead);
   }
 }
 
+template <class Type>
 void strassen(const ldm2::Linear& given, int64_t first, int64_t end, const float* operands, float* scratch) {
+  constexpr int64_t PRODUCTS = ldm2::STRASSEN_PRODUCTS;
   int64_t half = given.depth / 2, panel = half * PANEL, stride = ldm2::strassen_stride(given.depth);
   int64_t pairs = given.rows / 2, count = (pairs + TILE_ROWS - 1) / TILE_ROWS;
-  constexpr int64_t SIZE = TILE_ROWS * Onto::STRIDE;       // of two tiles: the rows of y, or U and zeros
-  float *weights = scratch, *sums = weights + ldm2::STRASSEN_PRODUCTS * 2 * panel, *factors = sums + 3 * SIZE;
+  constexpr int64_t SIZE = TILE_ROWS * Onto<Type>::STRIDE;           // of two tiles: the rows of y, or U and zeros
+  float *weights = scratch, *sums = weights + PRODUCTS * 2 * panel, *starts = sums + 3 * SIZE;
   float* tiles[] = {sums, sums + PAIR, sums + SIZE, sums + SIZE + PAIR, sums + 2 * SIZE, sums + 2 * SIZE + PAIR};
   std::fill(tiles[U], tiles[U] + SIZE, 0.0f);
   ldm2::Linear job = given;
+  float* factors = starts + PRODUCTS * PAIR;
   job.factors = factors;
   int64_t unit = ldm2::strassen_unit(given.gated), gates = given.gated ? given.width : PANEL;
   for (int64_t column = first * unit; column < end * unit; column += unit) {
     int64_t left[] = {column, column + gates}, right[] = {column + unit / 2, column + unit / 2 + gates};
-    for (int n = 0; n < 2; n++) strassen_panels(given, left[n], right[n], factors, weights + n * panel, 2 * panel);
+    for (int n = 0; n < 2; n++) {
+      strassen_panels<Type>(given, left[n], right[n], factors, weights + n * panel, 2 * panel, starts + n * PANEL);
+    }
     Ahead ahead[] = {rows_ahead<Float32>(given, column + unit, unit, end * unit), {}};
     if (given.gated) ahead[1] = rows_ahead<Float32>(given, gates + column + unit, unit, gates + end * unit);
     for (int64_t tile = 0; tile < count; tile++) {
       int64_t pair = pairs * tile / count, height = pairs * (tile + 1) / count - pair;
+      const float* rows = operands + pair * stride;
       for (const Step& step : STEPS) {
-        strassen_step(step, height, half, operands + pair * stride + step.a * half, stride,
-                      weights + step.b * 2 * panel, tiles, ahead[ahead[0].next < ahead[0].end ? 0 : 1]);
+        Start<Type> start{rows + PRODUCTS * half + step.a, starts + step.b * PAIR, stride};
+        strassen_step(step, height, half, rows + step.a * half, stride, weights + step.b * 2 * panel, start, tiles,
+                      ahead[ahead[0].next < ahead[0].end ? 0 : 1]);
       }
       finish<Float32>(job, 2 * pair, 2 * height, left, 2, sums);
       finish<Float32>(job, 2 * pair, 2 * height, right, 2, sums + SIZE);

@@ -5,12 +5,12 @@
 namespace ldm2 {
 namespace {
 
-constexpr int64_t FEWEST_ROWS = 128, LEAST_DEPTH = 256;    // below, sums and laying out cost more than they save
+constexpr int64_t LEAST_DEPTH = 256;                       // below, sums cost more than they save
 
 // Whether Strassen's algorithm takes a layer, and is faster. Rows are paired within an item of the batch, which has
 // `rows` of them. How many items there are does not matter: what becomes of one does not depend on others.
 bool suits_strassen(const Linear& job, int64_t rows) {
-  return job.factors == nullptr && rows % 2 == 0 && rows >= FEWEST_ROWS && job.depth >= LEAST_DEPTH &&
+  return job.factors == nullptr && rows % 2 == 0 && rows >= kernels().strassen_rows_least && job.depth >= LEAST_DEPTH &&
          job.depth % (2 * PANEL) == 0 && job.width % strassen_unit(job.gated) == 0;
 }
 

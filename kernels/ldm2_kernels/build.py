@@ -22,11 +22,12 @@ import torch
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
 OPERATORS = ("operators", "memory", "absorbed", "convolution", "linear_int8", "norms", "transformer")   # see PyTorch
 # Instruction sets and their flags.
 SETS = {"baseline": []}
 if platform.machine() == "x86_64":
-    SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]}
+    SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16, "zen4": [*AVX512_BF16, "-DLDM2_ADDS_APART"]}
 
 
 def build(folder: str | Path | None = None) -> Path:

@@ -5,8 +5,8 @@ nothing. They are for inference, in float32 and bfloat16. The error of float32 l
 against float64 is larger than that of plain ones, but stays below 3e-6 of the root mean square of the result.
 
 The best instruction set of the machine is used. The environment variable LDM2_CPU_ISA, read when the library is loaded,
-masks those above the one that it names: baseline, avx2, avx512 or avx512_bf16. One that the machine lacks is never
-used, whatever is named. PyTorch has variables of its own for the same (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA).
+masks those above the one that it names: baseline, avx2, avx512, avx512_bf16 or zen4. One that the machine lacks is
+never used, whatever is named. PyTorch has variables of its own for the same (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA).
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _bfloat16() -> str:
 
     Matrices are above all that LDM2_CPU_ISA can name.
     """
-    if torch.ops.ldm2_cpu.instruction_sets()[0] != "avx512_bf16":
+    if torch.ops.ldm2_cpu.instruction_sets()[0] not in ("avx512_bf16", "zen4"):
         return ""
     matrices = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") and not os.environ.get("LDM2_CPU_ISA")
     return "matrices" if matrices else "products"

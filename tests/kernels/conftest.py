@@ -42,7 +42,7 @@ def library(library_folders):
         yield torch.ops.ldm2_cpu
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16", "zen4"])
 def instruction_set(library, request):
     if request.param not in library.instruction_sets():
         pytest.skip("not on this machine, or masked")

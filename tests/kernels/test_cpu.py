@@ -131,7 +131,7 @@ from ldm2_kernels import cpu
 
 cpu.folders = lambda: [Path(sys.argv[1])]
 torch.cpu.get_capabilities = lambda: {"amx_bf16": True}
-for name in ("", "baseline", "avx2", "avx512", "avx512_bf16", "avx3"):
+for name in ("", "baseline", "avx2", "avx512", "avx512_bf16", "zen4", "avx3"):
     if os.fork() == 0:
         os.environ["LDM2_CPU_ISA"] = name
         try:
@@ -151,7 +151,7 @@ def test_instruction_sets_are_masked_by_the_environment_and_never_added(library)
     assert refused.startswith("refused LDM2_CPU_ISA must be") and refused.endswith("avx3")
     (_, *machine, _), *found = (line.split(",") for line in found)
     assert machine[-1] == "baseline"
-    names = ["baseline", "avx2", "avx512", "avx512_bf16"]
+    names = ["baseline", "avx2", "avx512", "avx512_bf16", "zen4"]
     assert [name for name, *_ in found] == names
     for name, *left, bfloat16 in found:
         assert left == [other for other in machine if names.index(other) <= names.index(name)]
@@ -242,7 +242,7 @@ def test_bfloat16_is_left_to_pytorch_only_where_the_machine_has_matrices(library
 
 @pytest.mark.parametrize("instructions, capabilities, has", [
     ("avx512_bf16", {"amx_bf16": True}, "matrices"), ("avx512_bf16", {"amx_bf16": False}, "products"),
-    ("avx512", {"amx_bf16": True}, ""), ("avx2", {}, ""),
+    ("avx512", {"amx_bf16": True}, ""), ("avx2", {}, ""), ("zen4", {}, "products"),
 ])
 def test_what_a_machine_has_for_bfloat16(library, monkeypatch, instructions, capabilities, has):
     monkeypatch.delenv("LDM2_CPU_ISA", raising=False)

@@ -34,12 +34,26 @@ def test_they_are_as_exact_with_every_instruction_set(instruction_set):
     assert_within_the_accuracy_rule(ops.linear_geglu, linear_inputs(134, 288, 192))
 
 
+@pytest.mark.parametrize("change", [
+    lambda x: x + 5, lambda x: x.abs(), lambda x: F.gelu(3 * x), lambda x: x.cumsum(-1), lambda x: 1e4 * x,
+    lambda x: x * torch.where(torch.arange(288) % 50 == 7, 100, 1), lambda x: x**9,
+], ids=["mean", "positive", "gelu", "smooth", "large", "outliers", "tails"])
+def test_they_are_as_exact_whatever_the_numbers_are_like(instruction_set, change):
+    """Words of one sign, or like their neighbors, or of another size than the weights, do not lose digits."""
+    x, weight, bias = linear_inputs(130, 288, 128)
+    assert_within_the_accuracy_rule(ops.linear, (change(x), weight, bias))
+    assert_within_the_accuracy_rule(ops.linear, (x, change(weight), bias))
+
+
 @pytest.mark.parametrize("rows, ins, outs, fewer", [
-    *[(*shape, True) for shape in SHAPES], (129, 256, 64, False), (126, 256, 64, False), (128, 224, 64, False),
-    (128, 272, 64, False), (128, 256, 48, False),
+    *[(*shape, True) for shape in SHAPES], (129, 256, 64, False), (126, 256, 64, None), (64, 256, 64, None),
+    (62, 256, 64, False), (128, 224, 64, False), (128, 272, 64, False), (128, 256, 48, False),
 ])
 def test_what_takes_fewer_multiplications(library, rows, ins, outs, fewer):
-    """Items of an even number of rows, at least 128, and wide layers. A lone matrix has items of one row."""
+    """Items of an even number of rows, at least 128 (with zen4 64), and wide layers. A lone matrix has items of one
+    row."""
+    if fewer is None:
+        fewer = library.instruction_sets()[0] == "zen4"
     x, weight, bias = linear_inputs(rows, ins, outs)
     plain = library.linear(x.flatten(0, 1), weight, bias, False).view(2, rows, outs)
     assert torch.equal(library.linear(x, weight, bias, False), plain) != fewer
@@ -82,7 +96,7 @@ def test_a_row_of_another_size_than_its_neighbor_is_as_exact(library, size):
     x[:, ::2] *= size
     bias *= 0 if size else 1
     got = library.linear(x, weight, bias, False)
-    assert worst_share(got, in_float64(x, weight, bias), -1) < 1.5e-6
+    assert worst_share(got, in_float64(x, weight, bias), -1) < 2e-6
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-3, 1e3, 1e30])
@@ -92,7 +106,7 @@ def test_an_output_of_another_size_than_its_neighbors_is_as_exact(library, size)
     weight[70] *= size
     bias[weight.abs().sum(1) > 0] = 0
     got = library.linear(x, weight, bias, False)
-    assert worst_share(got, in_float64(x, weight, bias), (0, 1)) < 1.5e-6
+    assert worst_share(got, in_float64(x, weight, bias), (0, 1)) < 2.5e-6
 
 
 def test_zeros_give_the_bias(library):
