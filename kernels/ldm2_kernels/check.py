@@ -43,14 +43,16 @@ def measure(kernel: Callable, reference: Callable, arguments: tuple) -> float | 
 
 @torch.no_grad()
 def verdict(
-    name: str, kernel: Callable, reference: Callable, device: torch.device, dtype: torch.dtype
+    name: str, kernel: Callable, reference: Callable, device: torch.device, dtype: torch.dtype,
+    held: Callable[[Tensor], object] | None = None,
 ) -> tuple[float | None, str | None]:
     """`worst`, and what is wrong with the kernel of an operation for small inputs in one line, None if nothing is.
 
+    held: makes of the weight of a linear layer what the layer has in its place, such as `ldm2.ops.W8A8`.
     Draws no random numbers but its own. An error of any kind is a fault: compilers and drivers have many.
     """
     try:
-        share = worst(name, kernel, reference, device, dtype)
+        share = worst(name, kernel, reference, device, dtype, held)
     except Exception as error:
         first_line = next(iter(str(error).strip().splitlines()), "")
         return None, f"{type(error).__name__}: {first_line[:200]}"
@@ -60,12 +62,19 @@ def verdict(
 
 
 def worst(
-    name: str, kernel: Callable, reference: Callable, device: torch.device, dtype: torch.dtype
+    name: str, kernel: Callable, reference: Callable, device: torch.device, dtype: torch.dtype,
+    held: Callable[[Tensor], object] | None = None,
 ) -> float | None:
-    """The largest `excess` over the small cases of an operation; None if the kernel leaves all to plain PyTorch."""
+    """The largest `excess` over the small cases of an operation; None if the kernel leaves all to plain PyTorch.
+
+    held: as of `verdict`.
+    """
     last = device.type == "cuda" and dtype != torch.float32                  # as the models lay out their maps there
     sizes = (SMALL, TALL) if name in _TALL_TOO else (SMALL,)
-    found = [measure(kernel, reference, cases(device, dtype, size, last)[name]()) for size in sizes]
+    arguments = [cases(device, dtype, size, last)[name]() for size in sizes]
+    if held is not None:
+        arguments = [(x, held(weight), *rest) for x, weight, *rest in arguments]
+    found = [measure(kernel, reference, each) for each in arguments]
     found = [share for share in found if share is not None]
     return max(found, key=lambda share: float("inf") if share != share else share) if found else None
 

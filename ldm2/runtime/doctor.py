@@ -15,13 +15,16 @@ import torch
 from ldm2 import __version__, ops
 from ldm2.checkpoints import known
 from ldm2.checkpoints.hub import is_cached
+from ldm2.checkpoints.int8 import quantize
 from ldm2.fields import flat
 from ldm2.runtime import machine, profiling
-from ldm2.runtime.device import dtype_name, multiplies_bfloat16
+from ldm2.runtime.device import W8A8, dtype_name, multiplies_bfloat16
 
 PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "soundfile", "soxr", "tqdm",
             "triton", "diffusers", "phonemizer", "matplotlib", "scipy")
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
+# Weights of bytes, by the dtype that is asked for, which linear layers on the CPU multiply with float32.
+BYTES = {"int8": ops.Int8, W8A8: ops.W8A8}
 VARIABLES = ("LDM2_KERNELS", "LDM2_CPU_ISA", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
              "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT")
 ASKED = "cvssp/audioldm2"                                  # what the hub is asked for, to see whether it answers
@@ -94,11 +97,11 @@ def kernels(device: torch.device) -> Rows:
         kernel = loaded.get(name)
         if kernel is not None:
             row |= {"kernel": f"{kernel.__module__}.{name}", "why": None}
-            for dtype in DTYPES[device.type]:
+            for dtype in _dtypes(name, device.type):
                 share, fault = _verdict(name, kernel, device, dtype)
-                row["shares"][dtype_name(dtype)] = share
+                row["shares"][dtype] = share
                 if fault is not None:
-                    row["faults"][dtype_name(dtype)] = fault
+                    row["faults"][dtype] = fault
         rows.append(row)
     return rows
 
@@ -122,13 +125,19 @@ def _loaded(device_type: str) -> tuple[dict[str, Callable | None], str | None]:
     return found, None if found else ops.HINTS[device_type]
 
 
-def _verdict(
-    name: str, kernel: Callable, device: torch.device, dtype: torch.dtype
-) -> tuple[float | None, str | None]:
+def _dtypes(name: str, device_type: str) -> list[str]:
+    """Those in which an operation is tried."""
+    bytes_too = device_type == "cpu" and name in ("linear", "linear_geglu")
+    return [*map(dtype_name, DTYPES[device_type]), *(BYTES if bytes_too else ())]
+
+
+def _verdict(name: str, kernel: Callable, device: torch.device, dtype: str) -> tuple[float | None, str | None]:
     from ldm2_kernels.check import verdict
 
+    held = None if dtype not in BYTES else lambda weight: BYTES[dtype](*quantize("weight", weight))
+    computed = torch.float32 if held else getattr(torch, dtype)
     with ops.backend("reference"):
-        return verdict(name, kernel, getattr(ops, name).reference, device, dtype)
+        return verdict(name, kernel, getattr(ops, name).reference, device, computed, held)
 
 
 def speed(device: torch.device) -> Rows:

@@ -77,8 +77,8 @@ def install(module: nn.Module, name: str, weight: ops.Int8, dtype: torch.dtype) 
 
 
 def is_int8(module: nn.Module) -> bool:
-    """Whether weights of a module are int8."""
-    return any(parameter.dtype == torch.int8 for parameter in module.parameters())
+    """Whether weights of a module are int8, or were until something changed them (a LoRA) and will be again."""
+    return any("weight_scale" in part._buffers for part in module.modules())
 
 
 def rounds_inputs(module: nn.Module) -> bool:

@@ -61,11 +61,26 @@ def test_a_kernel_that_differs_raises_or_leaves_a_dtype_alone(kernels):
 
     kernels(linear=linear, geglu=geglu)
     first, second = doctor.kernels(CPU)
-    assert first["shares"] == {"float32": None, "bfloat16": None}
-    assert "times what the rule allows" in first["faults"]["float32"]
-    assert "bfloat16" not in first["faults"]
+    assert first["shares"] == dict.fromkeys(("float32", "bfloat16", "int8", "w8a8"))
+    assert first["faults"].keys() == {"float32", "int8", "w8a8"}
+    assert all("times what the rule allows" in fault for fault in first["faults"].values())
     assert second["faults"]["bfloat16"] == "RuntimeError: no kernel image is available for execution on the device"
-    assert len(doctor.faults({"kernels": [first, second]})) == 3
+    assert len(doctor.faults({"kernels": [first, second]})) == 5
+
+
+def test_linear_layers_are_tried_with_weights_of_bytes(kernels):
+    taken = []
+
+    def linear(x, weight, bias):
+        taken.append((x.dtype, type(weight)))
+        if isinstance(weight, ops.W8A8):                    # as a kernel that does not round would be
+            weight = ops.Int8(*weight)
+        return ops.linear.reference(x, weight, bias)
+
+    kernels(linear=linear)
+    [row] = doctor.kernels(CPU)
+    assert taken[2:] == [(torch.float32, ops.Int8), (torch.float32, ops.W8A8)]
+    assert row["shares"]["int8"] <= 1 and "w8a8" in row["faults"]
 
 
 def test_kernels_that_are_not_built_say_how_to_build_them(monkeypatch):

@@ -132,7 +132,9 @@ def test_a_lora_in_w8a8_is_of_float32_weights_and_leaves_no_trace(tmp_path):
     rounding.load_lora(path, 0.5)
     changed = rounding.generate(**ask).latents
     kinds = {type(weight_of(layer)) for layer in rounding.unet.modules() if hasattr(layer, "weight")}
-    assert ops.W8A8 not in kinds and rounding.origin["dtype"] == "w8a8"
+    assert ops.W8A8 not in kinds and rounding.origin["dtype"] == "w8a8" and "w8a8" in repr(rounding)
+    again = pickle.loads(pickle.dumps(rounding))
+    assert "w8a8" in repr(again) and torch.equal(again.generate(**ask).latents, changed)
     rounding.unload_lora()
     assert torch.equal(rounding.generate(**ask).latents, heard) and not torch.allclose(changed, heard, atol=1e-3)
 
@@ -245,6 +247,9 @@ def test_a_lora_is_added_to_int8_weights_in_float32_and_taken_out(pipe, tmp_path
     heard = pipe.generate("a siren", seed=0, steps=2, seconds=0.3).latents
     pipe.load_lora(path, 0.5)
     changed = pipe.generate("a siren", seed=0, steps=2, seconds=0.3).latents
+    assert all(weight.dtype == torch.float32 for weight in pipe.unet.parameters()) and "int8" in repr(pipe)
+    with pytest.raises(ValueError, match="int8 weights are made as they are read"):
+        pipe.move(torch.device("cpu"), torch.bfloat16, pipe.text)
     for name, layer in layers.items():
         part, _, module = name.partition(".")
         old = ops.Int8(before[part][f"{module}.weight"], before[part][f"{module}.weight_scale"]).dense(torch.float32)
