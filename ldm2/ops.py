@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -216,10 +216,12 @@ def at_once(name: str, x: Tensor, *args: Any) -> Any:
     return _kernels[x.device.type][name](x, *args)
 
 
-def memory_kept(device_type: str) -> AbstractContextManager:
-    """`with` it, kernels that keep the memory of their results do so until the end, for results to come."""
-    there = _choice("memory_kept", device_type)[0]
-    return _kernels[device_type]["memory_kept"]() if there else nullcontext()
+def release_memory() -> None:
+    """The memory that kernels keep for results to come goes back to the system now, not in half a minute."""
+    for known in list(_kernels.values()):
+        release = known.get("release_memory")
+        if release is not None:
+            release()
 
 
 def _refusal(name: str, like: Tensor, there: bool, obstacle: str | None) -> str:

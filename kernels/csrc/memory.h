@@ -1,4 +1,5 @@
-// Memory for the operators. Fresh pages from the system cost as much as the work on them, so both kinds are kept.
+// Memory for the operators: scratch and results. Fresh pages from the system cost as much as the work on them, so that
+// of both is kept.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -41,8 +42,8 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// A dense tensor on the CPU, not initialized. While memory is kept (`keep_memory`), that of large results which are
-// gone serves new ones. All there is of it is never more than the results that there were at once.
+// A dense tensor on the CPU, not initialized. The memory of large results which are gone serves new ones, and goes back
+// to the system if nobody needs it for a while.
 at::Tensor empty_result(at::IntArrayRef sizes, at::ScalarType type);
 
 }  // namespace ldm2

@@ -5,9 +5,10 @@
 //   ldm2_cpu::attention(q, k, v, bias)                      each in float32 and bfloat16, weights also in int8
 //   ldm2_cpu::transformer_block(x, parameters, ...)         made of the last two and layer norms
 //   ldm2_cpu::layer_norm, add_layer_norm, group_norm
-//   ldm2_cpu::keep_memory(begin)                            of results: from the first call to the last with false
-//   ldm2_cpu::empty_result(sizes, dtype)                    a tensor in such memory
-//   ldm2_cpu::result_bytes()                                of large results: in use, kept for others
+//   ldm2_cpu::empty_result(sizes, dtype)                    a tensor in memory that results share one after the other
+//   ldm2_cpu::result_bytes()                                of such memory: in use, idle
+//   ldm2_cpu::release_memory()                              gives back what is idle
+//   ldm2_cpu::keep_memory_for(seconds)                      how long it may be idle otherwise
 //   ldm2_cpu::instruction_sets()                            those to choose from, best first; the best is the default
 //   ldm2_cpu::use_instruction_set(name)
 //

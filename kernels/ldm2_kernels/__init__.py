@@ -55,8 +55,8 @@ MODULES: dict[str, dict[str, str | None]] = {
 # Several operations at once: kernels without an operation of their own, which `ops.at_once` tries.
 SEQUENCES: dict[str, dict[str, str]] = {"cpu": {"transformer_block": "ldm2_kernels.cpu_norms"}}
 
-# What the operations of a stage run in: `ops.memory_kept`.
-AROUND: dict[str, dict[str, str]] = {"cpu": {"memory_kept": "ldm2_kernels.cpu"}}
+# Memory that waits for results to come: `ops.release_memory`.
+MEMORY: dict[str, dict[str, str]] = {"cpu": {"release_memory": "ldm2_kernels.cpu"}}
 
 # Why an operation without a kernel needs none there.
 REASONS: dict[str, dict[str, str]] = {
@@ -80,7 +80,7 @@ def load(device_type: str) -> dict[str, Callable | None]:
         return {}
     if device_type == "cpu" and not importlib.import_module("ldm2_kernels.cpu").load():
         return {}
-    modules = MODULES.get(device_type, {}) | SEQUENCES.get(device_type, {}) | AROUND.get(device_type, {})
+    modules = MODULES.get(device_type, {}) | SEQUENCES.get(device_type, {}) | MEMORY.get(device_type, {})
     return {
         name: None if module is None else getattr(importlib.import_module(module), name)
         for name, module in modules.items()

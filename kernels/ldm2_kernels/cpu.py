@@ -17,8 +17,7 @@ import logging
 import os
 import platform
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,17 +133,12 @@ def load() -> bool:
     return True
 
 
-@contextmanager
-def memory_kept() -> Iterator[None]:
-    """Inside, the memory of large results serves later ones, and goes back to the system at the end.
+def release_memory() -> None:
+    """Idle memory of large results goes back to the system now, not half a minute after it was last needed.
 
-    Each page that is fresh from the system costs about as much as the work on it: a tenth of a vocoder's time.
+    It serves later results until then: filling a fresh page with zeros costs about as much as the work on it.
     """
-    torch.ops.ldm2_cpu.keep_memory(True)
-    try:
-        yield
-    finally:
-        torch.ops.ldm2_cpu.keep_memory(False)
+    torch.ops.ldm2_cpu.release_memory()
 
 
 def _built_if_asked() -> Path | None:

@@ -110,7 +110,7 @@ def in_stage(name: str) -> Callable[[Callable], Callable]:
             check_precision(pipe.device, pipe.dtype)
             for part in (pipe.text, pipe.unet, pipe.vae, pipe.vocoder):
                 finite.check_finite(part)                 # before minutes of work, not after
-            with pipe.adapters.hold_in(name), pipe.stages[name], ops.memory_kept(pipe.device.type):
+            with pipe.adapters.hold_in(name), pipe.stages[name]:
                 return function(pipe, *args, **keywords)
 
         return run
@@ -126,7 +126,9 @@ def _take_over(module: nn.Module, other: nn.Module) -> None:
 
 
 def give_back() -> None:
-    """Hand freed memory back to the system: glibc keeps what is smaller than 32 MB, which is most of a checkpoint."""
+    """Hand freed memory back to the system: that which kernels keep for results, and that of blocks smaller than 32 MB,
+    which glibc keeps and which are most of a checkpoint."""
+    ops.release_memory()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
