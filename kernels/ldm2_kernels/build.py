@@ -33,14 +33,27 @@ if platform.machine() == "x86_64":
 def build(folder: str | Path | None = None) -> Path:
     """Compiles the library into `folder` and returns its path; None: beside the package, or the user's cache.
 
-    Raises ValueError if there is no compiler or ldm2_kernels is not installed, OSError if it does not compile.
+    Raises ValueError if there is no compiler or ldm2_kernels is not installed, OSError if it does not compile, or if
+    the sources change meanwhile: such a library, of old and new ones, would have the name of the new.
     """
     try:
         from ldm2_kernels import cpu
     except ModuleNotFoundError:
         raise ValueError("ldm2_kernels is not installed: run `pip install -e .` first") from None
     folders = cpu.folders() if folder is None else [Path(folder).absolute()]
-    return _install(compile_library(cpu.sources()), folders, cpu.library_name())
+    name = _name_now()
+    library = compile_library(cpu.sources())
+    if _name_now() != name:
+        raise OSError(f"the sources in {cpu.sources()} have changed while they were compiled: build anew")
+    return _install(library, folders, name)
+
+
+def _name_now() -> str:
+    """The name of the library of the sources as they are now, which is the one looked for from here on."""
+    from ldm2_kernels import cpu
+
+    cpu.library_name.cache_clear()
+    return cpu.library_name()
 
 
 def compile_library(sources: Path) -> bytes:

@@ -107,6 +107,8 @@ def encode(
                 continue
             keys = [key_of("text", *basis, caption, clip.transcription) for caption in clip.captions]
             examples.append(Example(latents, tuple(keys)))
+    if not examples:
+        raise ValueError(f"none of {len(data.clips)} clips can be read: {skipped[0]}")
     return Examples(tuple(examples), _encode_texts(pipe, data, basis, store, report), (*data.skipped, *skipped))
 
 

@@ -50,6 +50,18 @@ def test_no_folder_to_write_to_is_an_error(compiler, tmp_path):
         build.build(tmp_path / "file")
 
 
+def test_sources_that_change_while_they_are_compiled_make_no_library(compiler, tmp_path, monkeypatch):
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    (sources / "kernels.cpp").write_text("old")
+    monkeypatch.setattr(cpu, "sources", lambda: sources)
+    compiler(f"echo new > {sources}/kernels.cpp; echo code > $out")
+    with pytest.raises(OSError, match=rf"the sources in {sources} have changed while they were compiled: build anew"):
+        build.build(tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+    cpu.library_name.cache_clear()
+
+
 def test_without_a_compiler_one_line_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("CXX", str(tmp_path / "g++"))
     monkeypatch.setattr("sys.argv", ["build_kernels", "--folder", str(tmp_path)])

@@ -221,6 +221,15 @@ def test_a_changed_sound_is_encoded_again_and_an_equal_one_is_not(run, clips, tm
     assert [a == b for a, b in zip(told, now)] == [False, True, True, True]
 
 
+def test_where_no_sound_can_be_read_the_first_one_is_named(run, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "x.wav").write_bytes(b"no sound")
+    (data / "x.txt").write_text("a bell")
+    run("--steps", "1", data=data, code=2)
+    assert "none of 1 clips can be read" in (told := capsys.readouterr().err) and "x.wav cannot be read" in told
+
+
 def test_a_broken_sound_is_named_and_left_out(run, clips, tmp_path, caplog, capsys):
     data = tmp_path / "data"
     data.mkdir()
