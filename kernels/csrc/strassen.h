@@ -234,6 +234,16 @@ void strassen_step(const Step& step, int64_t rows, int64_t depth, const float* a
   }
 }
 
+// Rows of y, and of what is added to it, are fetched while their products are made.
+inline void fetch_results(const ldm2::Linear& job, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  for (int64_t i = row; i < row + rows; i++) {
+    for (int64_t n = column; n < column + columns; n += PANEL) {
+      __builtin_prefetch(static_cast<const float*>(job.y) + i * job.width + n, 1);
+      if (job.residual != nullptr) __builtin_prefetch(static_cast<const float*>(job.residual) + i * job.width + n);
+    }
+  }
+}
+
 template <class Type>
 void strassen(const ldm2::Linear& given, int64_t first, int64_t end, const float* operands, float* scratch) {
   constexpr int64_t PRODUCTS = ldm2::STRASSEN_PRODUCTS;
@@ -257,6 +267,7 @@ void strassen(const ldm2::Linear& given, int64_t first, int64_t end, const float
     for (int64_t tile = 0; tile < count; tile++) {
       int64_t pair = pairs * tile / count, height = pairs * (tile + 1) / count - pair;
       const float* rows = operands + pair * stride;
+      fetch_results(given, 2 * pair, 2 * height, column, unit);
       for (const Step& step : STEPS) {
         Start<Type> start{rows + PRODUCTS * half + step.a, starts + step.b * PAIR, stride};
         strassen_step(step, height, half, rows + step.a * half, stride, weights + step.b * 2 * panel, start, tiles,
