@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "balance.h"
 #include "exp2.h"
 
 namespace {
@@ -64,7 +65,8 @@ struct Softmax {
 // scores (count, QUERIES) to weights 2^(score * scale + bias - largest), as panels of words. A key whose bias is -inf
 // has no weight. Gives by how much what came before shrinks.
 template <class Type, bool BIASED>
-void softmax(float* scores, int64_t count, float scale, const float* bias, Softmax& state, float* panels, vec* shrink) {
+void softmax(float* scores, int64_t count, const vec* scale, const float* bias, Softmax& state, float* panels,
+             vec* shrink) {
   constexpr int PER_WORD = Type::PER_WORD;
   vec top[VECTORS];
   for (int j = 0; j < VECTORS; j++) top[j] = splat(-INFINITY);
@@ -74,7 +76,7 @@ void softmax(float* scores, int64_t count, float scale, const float* bias, Softm
       float* at = scores + key * QUERIES + j * LANES;
       vec score = load(at);
       if constexpr (BIASED) {
-        score = score * scale + bias[key];
+        score = score * scale[j] + bias[key];
         store(at, score);
       }
       top[j] = vmax(score, top[j]);
@@ -82,7 +84,7 @@ void softmax(float* scores, int64_t count, float scale, const float* bias, Softm
   }
   vec offset[VECTORS], sum[VECTORS];
   for (int j = 0; j < VECTORS; j++) {
-    vec now = vmax(BIASED ? top[j] : top[j] * scale, state.largest[j]);
+    vec now = vmax(BIASED ? top[j] : top[j] * scale[j], state.largest[j]);
     offset[j] = now > -INFINITY ? now : vec{};             // all masked so far
     shrink[j] = exp2<Float32>(state.largest[j] - offset[j]);
     state.largest[j] = now;
@@ -97,7 +99,7 @@ void softmax(float* scores, int64_t count, float scale, const float* bias, Softm
 #pragma GCC unroll 8
       for (int j = 0; j < VECTORS; j++) {
         vec score = load(scores + (word * PER_WORD + i) * QUERIES + j * LANES);
-        vec weight = exp2<Type>(BIASED ? score - offset[j] : score * scale - offset[j]);
+        vec weight = exp2<Type>(BIASED ? score - offset[j] : score * scale[j] - offset[j]);
         if constexpr (BIASED) weight = score == -INFINITY ? vec{} : weight;
         weights[i][j] = weight;
         sum[j] += weight;
@@ -110,12 +112,13 @@ void softmax(float* scores, int64_t count, float scale, const float* bias, Softm
 
 // Floats that a head needs.
 struct AttentionScratch {
-  int64_t k, v_stride, v, bias, q, scores, weights, sums;
+  int64_t k, v_stride, v, bias, q, scores, weights, sums, balance;
 
   AttentionScratch(int64_t keys, int64_t width)
       : k(keys * width), v_stride(round_up(keys, PANEL) + PANEL), v(width * v_stride), bias(round_up(keys, PANEL)),
-        q(QUERIES * width), scores(KEYS * QUERIES), weights(KEYS * QUERIES), sums(width * QUERIES) {}
-  int64_t floats() const { return k + v + bias + q + scores + weights + sums; }
+        q(QUERIES * width), scores(KEYS * QUERIES), weights(KEYS * QUERIES), sums(width * QUERIES),
+        balance(2 * round_up(keys, PANEL) + QUERIES * (width + 2)) {}
+  int64_t floats() const { return k + v + bias + q + scores + weights + sums + balance; }
 };
 
 inline int64_t attention_scratch(int64_t keys, int64_t width) { return AttentionScratch(keys, width).floats(); }
@@ -138,7 +141,78 @@ void finish_queries(const ldm2::Head& head, int64_t first, int64_t rows, const S
   }
 }
 
-template <class Type>
+// What pairs of words need beside the keys and the queries of a block: factors and starts of each, and rows of queries.
+struct Balance {
+  float *key_factors, *key_starts, *query_factors, *query_starts, *rows;
+
+  Balance(float* memory, int64_t keys)
+      : key_factors(memory), key_starts(key_factors + round_up(keys, PANEL)),
+        query_factors(key_starts + round_up(keys, PANEL)), query_starts(query_factors + QUERIES),
+        rows(query_starts + QUERIES) {}
+};
+
+template <class Type, class Product>
+void take_keys(const ldm2::Head& head, float* k, const Balance& balance) {
+  using element = typename Type::element;
+  auto from = static_cast<const element*>(head.k);
+  if constexpr (Product::STEP == 2) {
+    balance_rows(from, head.k_stride, head.keys, head.width, k, balance.key_factors, balance.key_starts);
+  } else {
+    int64_t depth = head.width / Type::PER_WORD;
+    for (int64_t key = 0; key < head.keys; key++) {
+      std::memcpy(k + key * depth, from + key * head.k_stride, head.width * sizeof(element));
+    }
+  }
+}
+
+// Queries from `first` as panels. scale: what brings the scores of each lane to the powers of 2 in the softmax.
+template <class Type, class Product>
+void take_queries(const ldm2::Head& head, int64_t first, int64_t count, float* q, const Balance& balance, vec* scale) {
+  int64_t depth = head.width / Type::PER_WORD, stride = head.q_stride / Type::PER_WORD;
+  auto from = static_cast<const float*>(head.q) + first * stride;
+  if constexpr (Product::STEP == 2) {
+    std::fill_n(balance.query_factors, 2 * QUERIES, 0.0f);
+    balance_rows(from, stride, count, depth, balance.rows, balance.query_factors, balance.query_starts);
+    from = balance.rows, stride = depth;
+  }
+  for (int64_t row = 0; row < QUERIES; row += PANEL) {
+    transpose(from + row * stride, stride, std::clamp<int64_t>(count - row, 0, PANEL), depth, q + row * depth);
+  }
+  for (int j = 0; j < VECTORS; j++) {
+    scale[j] = splat(LOG2_E / std::sqrt(static_cast<float>(head.width)));
+    if constexpr (Product::STEP == 2) scale[j] *= load(balance.query_factors + j * LANES);
+  }
+}
+
+// Where scores of pairs of words go, brought back by the factors of the keys.
+struct Scores {
+  Start<PairedFloat32> begin;
+  const float* factors;
+  float* c;
+  Scores from(int64_t row, int64_t column) const {
+    return {begin.from(row, column), factors + row, c + row * QUERIES + column};
+  }
+  vec start(int64_t row, int64_t column) const { return begin.at(row, column); }
+  void put(int64_t row, int64_t column, vec sum) const {
+    store(c + row * QUERIES + column, sum * broadcast(factors + row));
+  }
+};
+
+// The scores of `count` keys from `first`.
+template <class Product>
+void multiply_keys(int64_t first, int64_t count, int64_t depth, const float* k, const float* q, const Balance& balance,
+                   float* scores) {
+  if constexpr (Product::STEP == 2) {
+    Ahead nothing;
+    Scores to{{balance.key_starts + first, balance.query_starts, 1}, balance.key_factors + first, scores};
+    product<Product>(count, depth, 2, k + first * depth, depth, q, depth * PANEL, to, nothing);
+  } else {
+    product<Product, false>(count, depth, 2, k + first * depth, depth, q, depth * PANEL, scores, QUERIES);
+  }
+}
+
+// Product: of queries and keys.
+template <class Type, class Product = Type>
 void attention(const ldm2::Head& head, float* scratch) {
   using element = typename Type::element;
   constexpr int64_t PER_WORD = Type::PER_WORD;
@@ -146,29 +220,23 @@ void attention(const ldm2::Head& head, float* scratch) {
   AttentionScratch sizes(head.keys, head.width);
   float *k = scratch, *v = k + sizes.k, *bias = v + sizes.v, *q = bias + sizes.bias, *scores = q + sizes.q;
   float *weights = scores + sizes.scores, *sums = weights + sizes.weights;
-  for (int64_t key = 0; key < head.keys; key++) {
-    std::memcpy(k + key * depth, static_cast<const element*>(head.k) + key * head.k_stride,
-                head.width * sizeof(element));
-  }
+  Balance balance(sums + sizes.sums, head.keys);
+  take_keys<Type, Product>(head, k, balance);
   turn_values<Type>(head, (head.keys + PER_WORD - 1) / PER_WORD, v, sizes.v_stride);
   for (int64_t i = 0; head.bias != nullptr && i < head.keys; i++) {
     bias[i] = LOG2_E * bf16_to_f32(static_cast<const element*>(head.bias)[i * head.bias_stride]);
   }
-  float scale = LOG2_E / std::sqrt(static_cast<float>(head.width));
   for (int64_t first = 0; first < head.queries; first += QUERIES) {
     int64_t rows = std::min(QUERIES, head.queries - first);
-    auto from = reinterpret_cast<const float*>(static_cast<const element*>(head.q) + first * head.q_stride);
-    int64_t stride = head.q_stride / PER_WORD;
-    for (int64_t row = 0; row < QUERIES; row += PANEL) {
-      transpose(from + row * stride, stride, std::clamp<int64_t>(rows - row, 0, PANEL), depth, q + row * depth);
-    }
+    vec scale[VECTORS];
+    take_queries<Type, Product>(head, first, rows, q, balance, scale);
     Softmax state;
     std::fill_n(state.largest, VECTORS, splat(-INFINITY));
     std::fill_n(state.sum, VECTORS, vec{});
     std::fill_n(sums, head.width * QUERIES, 0.0f);
     for (int64_t key = 0; key < head.keys; key += KEYS) {
       int64_t count = std::min(KEYS, head.keys - key), words = (count + PER_WORD - 1) / PER_WORD;
-      product<Type, false>(count, depth, 2, k + key * depth, depth, q, depth * PANEL, scores, QUERIES);
+      multiply_keys<Product>(key, count, depth, k, q, balance, scores);
       vec shrink[VECTORS];
       if (head.bias == nullptr) {
         softmax<Type, false>(scores, count, scale, nullptr, state, weights, shrink);

@@ -39,8 +39,8 @@ struct BFloat16 {
   }
 };
 
-// float32 by Winograd's algorithm for inner products (IEEE Transactions on Computers C-17, 1968), a pair of words of the
-// depth at a time:
+// float32 by Winograd's algorithm for inner products (IEEE Transactions on Computers C-17, 1968), a pair of words of
+// the depth at a time:
 //
 //   sum of a b = sum over pairs of (a0 + b1) (a1 + b0) - sum of a0 a1 - sum of b0 b1
 //

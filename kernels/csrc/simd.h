@@ -63,12 +63,6 @@ inline float reduce_max(vec x) {
   return reduce<LANES>(lanes, [](float a, float b) { return a > b ? a : b; });
 }
 
-inline float reduce_add(vec x) {
-  float lanes[LANES];
-  store(lanes, x);
-  return reduce<LANES>(lanes, [](float a, float b) { return a + b; });
-}
-
 // The low 16 bits of each lane, and lanes made of 16 bits.
 inline halves low_halves(ivec x) {
 #if defined(__AVX512F__)
@@ -163,6 +157,22 @@ inline vec interleave(vec a, vec b, std::integer_sequence<int, LANE...>) {
   return __builtin_shuffle(a, b, ivec{((LANE & STEP) != 0 ? LANES + LANE : LANE) + (SECOND ? STEP : 0) -
                                       ((LANE & STEP) != 0 ? STEP : 0)...});
 #endif
+}
+
+// In lanes that have the bit STEP, sums of b, in the others, sums of a: each of two lanes STEP apart.
+template <int STEP>
+inline vec fold(vec a, vec b) {
+  constexpr auto ALL = std::make_integer_sequence<int, LANES>{};
+  return interleave<STEP, false>(a, b, ALL) + interleave<STEP, true>(a, b, ALL);
+}
+
+template <int STEP = LANES / 2>
+inline float reduce_add(vec x) {
+  if constexpr (STEP == 0) {
+    return x[0];
+  } else {
+    return reduce_add<STEP / 2>(fold<STEP>(x, x));
+  }
 }
 
 // The transpose of a square of LANES vectors: blocks of 1, 2, 4, ... lanes change places.

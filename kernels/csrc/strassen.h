@@ -18,13 +18,12 @@
 // remains is normwise: relative to |row| |channel|, where that of the ordinary product is to the sum of |a b|.
 //
 // The 7 products are ordinary ones (Float32), or such of pairs of words (PairedFloat32), whose error is normwise too if
-// both sides are of one size. It grows with the sum of a0 a1, all of one sign where numbers are positive, or change
-// slowly. So one word of each second pair changes its sign, on both sides, and neighboring pairs cancel.
+// both sides are of one size: see balance.h.
 #pragma once
 
-#include <cmath>
 #include <iterator>
 
+#include "balance.h"
 #include "linear.h"
 
 namespace {
@@ -43,17 +42,6 @@ constexpr Step STEPS[] = {
     {S1, T1, C21, C22, U, C12}, {S4, B22, C12, C12}, {A22, T4, C21, C21},
 };
 static_assert(std::size(STEPS) == ldm2::STRASSEN_PRODUCTS);
-
-// What the sums of a product of pairs start from: a number for each row, `stride` apart, and one for each column.
-template <class Type>
-struct Start {
-  const float *rows, *columns;
-  int64_t stride;
-  Start from(int64_t row, int64_t column) const { return {rows + row * stride, columns + column, stride}; }
-  vec at(int64_t row, int64_t column) const {
-    return Type::STEP == 1 ? vec{} : broadcast(rows + row * stride) + load(columns + column);
-  }
-};
 
 // Rows of x for which products save more than laying out weights costs.
 template <class Type>
@@ -85,67 +73,6 @@ struct OntoBoth {
     other.put(row, column, sum);
   }
 };
-
-// The power of two nearest to a number, by their ratio, and its inverse. Below 2^-126 that is 0: it makes zeros of all
-// sums.
-struct Scale {
-  float factor, inverse;
-
-  explicit Scale(float number) {
-    int32_t exponent;
-    number *= 1.4142135f;                                  // the power of two below that
-    std::memcpy(&exponent, &number, sizeof(exponent));
-    exponent = std::min(exponent >> 23 & 255, 253);        // so that the inverse is not 0
-    int32_t bits = exponent << 23, opposite = (254 - exponent) << 23;
-    std::memcpy(&factor, &bits, sizeof(bits));
-    std::memcpy(&inverse, &opposite, sizeof(bits));
-  }
-};
-
-// The sum of the squares of `count` numbers times a factor. count: a multiple of 2 * PANEL.
-inline float squares_of(const float* from, int64_t count, float factor) {
-  vec sums[2] = {};
-  for (int64_t k = 0; k < count; k += 2 * LANES) {
-    for (int i = 0; i < 2; i++) {
-      vec x = factor * load(from + k + i * LANES);
-      sums[i] += x * x;
-    }
-  }
-  return reduce_add(sums[0] + sums[1]);
-}
-
-// Of the largest of `count` numbers. Without their signs, floats are ordered as their bits.
-inline Scale scale_of_largest(const float* from, int64_t count) {
-  ivec largest{};
-  for (int64_t k = 0; k < count; k += LANES) {
-    ivec bits = (ivec)load(from + k) & 0x7fffffff;
-    largest = bits > largest ? bits : largest;
-  }
-  return Scale(reduce_max((vec)largest));
-}
-
-// Of the root of the mean square. Squares leave the range of float32 before the numbers do.
-inline Scale scale_of(const float* from, int64_t count) {
-  float squares = squares_of(from, count, 1.0f);
-  if (squares > 1e-24f && squares < 1e36f) return Scale(std::sqrt(squares / count));
-  Scale largest = scale_of_largest(from, count);
-  return Scale(largest.factor * std::sqrt(squares_of(from, count, largest.inverse) / count));
-}
-
-// What LANES neighboring words of a row are multiplied with: 1, and -1 for one word of each second pair.
-template <class Type>
-inline vec signs() {
-  vec result = splat(1.0f);
-  for (int i = 3; Type::STEP == 2 && i < LANES; i += 4) result[i] = -1.0f;
-  return result;
-}
-
-// In lanes that have the bit STEP, sums of b, in the others, sums of a: each of two lanes STEP apart.
-template <int STEP>
-inline vec fold(vec a, vec b) {
-  constexpr auto ALL = std::make_integer_sequence<int, LANES>{};
-  return interleave<STEP, false>(a, b, ALL) + interleave<STEP, true>(a, b, ALL);
-}
 
 // Of LANES words of each operand, the products of those of a pair: operand 2n in even lanes of sums[n], 2n + 1 in odd.
 inline void add_pairs(const vec made[ldm2::STRASSEN_PRODUCTS], vec sums[4]) {

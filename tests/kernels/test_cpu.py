@@ -379,6 +379,29 @@ def test_attention_is_as_exact_as_the_rule_asks(library, queries, keys, width, w
     assert_within_the_accuracy_rule(ops.attention, [*attention_inputs(queries, keys, width), *bias])
 
 
+def scaled_rows(x, *factors):
+    """x (B, H, L, D) whose rows are multiplied with each of the factors in turn."""
+    return x * torch.tensor(factors).repeat(x.shape[2])[: x.shape[2], None]
+
+
+@pytest.mark.parametrize("change", [
+    lambda q, k: (1e4 * q, 1e-4 * k), lambda q, k: (1e25 * q, 1e-25 * k), lambda q, k: (q, scaled_rows(k, 1, 0.01, 0)),
+    lambda q, k: (scaled_rows(q, 1, 1e-3, 1e-30, 0), k), lambda q, k: (q.abs(), (k + 5) / 5),
+], ids=["small keys", "tiny keys", "unequal keys", "unequal queries", "one sign"])
+def test_attention_is_as_exact_whatever_the_sizes_of_queries_and_keys(instruction_set, change):
+    q, k, v = attention_inputs(50, 300, 48)
+    assert_within_the_accuracy_rule(ops.attention, [*change(q, k), v])
+
+
+def test_a_query_that_is_not_a_number_spoils_no_other(library):
+    q, k, v = attention_inputs(50, 300, 32)
+    expected = ops.attention(q, k, v)
+    q[0, 0, 7, 3], q[0, 0, 20, 5] = float("nan"), float("inf")
+    got, spoiled = ops.attention(q, k, v), torch.zeros(2, 3, 50, 32, dtype=torch.bool)
+    spoiled[0, 0, [7, 20]] = True
+    assert got[spoiled].isnan().all() and torch.equal(got[~spoiled], expected[~spoiled])
+
+
 @pytest.mark.parametrize("queries, keys, width", [(24, 1, 16), (49, 9, 32), (64, 257, 48), (30, 700, 80)])
 @pytest.mark.parametrize("bias_rows", [0, 1, 2])
 def test_attention_in_bfloat16_is_as_exact_as_the_rule_asks(library, queries, keys, width, bias_rows):
