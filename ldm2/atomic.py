@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ldm2.options import check_flag
+
 _TAKEN = "{} exists already: choose another name, or ask for it (overwrite=True, --overwrite)"
 
 
@@ -17,9 +19,10 @@ def check_writable(path: str | Path, overwrite: bool = False, inputs: Sequence[s
     """Check that `whole` can write to `path`, before minutes are spent on what to write. Nothing is created.
 
     inputs: files that must not be overwritten even with `overwrite`, because they are read.
-    Raises ValueError for one of `inputs`, OSError (which one tells what) for a place where no new file can be written.
+    Raises ValueError for one of `inputs` and for an `overwrite` that is no flag, OSError (which one tells what) for a
+    place where no new file can be written.
     """
-    path = Path(path)
+    path, overwrite = Path(path), check_flag("overwrite", overwrite)         # "no" is true
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK | os.X_OK):

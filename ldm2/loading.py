@@ -15,6 +15,7 @@ from ldm2.call import Call
 from ldm2.checkpoints import build, hub, int8, reading
 from ldm2.checkpoints.known import DEFAULT_MODEL
 from ldm2.config import REFERENCES
+from ldm2.options import check_flag
 from ldm2.pipeline import AudioLDM2
 from ldm2.result import Result
 from ldm2.runtime.compilation import check_compiler, compile_step
@@ -55,6 +56,8 @@ def load(
 
     Raises ValueError or OSError, one line each, naming what is missing or does not fit.
     """
+    for name, flag in {"local_files_only": local_files_only, "low_memory": low_memory, "compile": compile}.items():
+        check_flag(name, flag)                             # "no" is true
     if reference not in REFERENCES:
         raise ValueError(f"unknown reference {reference!r}, choose from {', '.join(REFERENCES)}")
     check_fork()

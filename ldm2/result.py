@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
     from ldm2.stages import Stages
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Result:
     """n waveforms, prompt by prompt; within a prompt the best first where candidates were ranked.
 
-    `len(result)` is n, `result[i]` and iteration give results of one waveform each.
+    `len(result)` is n, `result[i]` and iteration give results of one waveform each. Results are equal if they are the
+    same object: compare their waveforms.
 
     waveforms:   float32 numpy (n, N) at `sample_rate` Hz, within -1..1: one channel, the mean where there are several
     latents:     (n, C, T/4, F/4), the sampler's output, float32 on the CPU
@@ -79,7 +81,7 @@ class Result:
         return (self[row] for row in range(len(self)))
 
     def __getitem__(self, row: int) -> Result:
-        row = range(len(self))[row]
+        row = range(len(self))[operator.index(row)]
         return replace(
             self, waveforms=self.waveforms[row : row + 1], latents=self.latents[row : row + 1],
             mel=self.mel[row : row + 1], seeds=[self.seeds[row]],

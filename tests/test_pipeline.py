@@ -247,6 +247,13 @@ def test_result_holds_the_intermediates(pipe):
     assert np.array_equal(pipe.vocode(mel)[:, :5120].numpy(), result.waveforms)
 
 
+def test_results_are_compared_without_an_error_and_indexed_by_numbers(pipe):
+    result = pipe.generate(PROMPT, seed=[1, 2], num_waveforms=2, seconds=0.2, steps=1)
+    assert result == result and result != result[0] and result in {result} and result[0] not in [result[0]]
+    with pytest.raises(TypeError, match="'slice' object cannot be interpreted as an integer"):
+        result[0:1]
+
+
 def test_given_latents_replace_those_of_the_seed(pipe):
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
     given = pipe.generate(PROMPT, seconds=0.32, steps=2, seed=1, latents=latents)
@@ -330,6 +337,9 @@ def test_bad_arguments_are_refused_in_one_line(pipe, arguments, message):
     ({"device": "gpu"}, "cuda"),
     ({"device": "cuda:99"}, "CUDA devices"),
     ({"dtype": "int4"}, "float32, float16, bfloat16"),
+    ({"low_memory": "no"}, "low_memory must be True or False, got 'no'"),
+    ({"compile": "no"}, "compile must be True or False, got 'no'"),
+    ({"local_files_only": None}, "local_files_only must be True or False, got None"),
 ])
 def test_bad_places_to_load_are_refused_with_the_valid_ones(tiny_checkpoint, arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -33,6 +33,7 @@ from ldm2.config import UNetConfig
 from ldm2.fields import check_folder, read_json
 from ldm2.ops import dense
 from ldm2.option_kinds import loras
+from ldm2.options import check_flag
 from ldm2.runtime.device import DTYPES, W8A8, dtype_name
 from ldm2.text.tokenizers import SOURCES, save_tokenizer
 
@@ -313,7 +314,7 @@ def _check_target(folder: Path, source: Path, overwrite: bool) -> None:
     if folder.resolve() == here or folder.resolve() in here.parents:
         raise ValueError(f"{folder} holds the source: write to another folder")
     if folder.exists():
-        if not overwrite:
+        if not check_flag("overwrite", overwrite):
             raise FileExistsError(f"{folder} exists: choose another name, or --overwrite")
         if not (folder / "model_index.json").is_file():
             raise ValueError(f"{folder} is not a checkpoint, it is not overwritten")

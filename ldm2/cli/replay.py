@@ -74,9 +74,10 @@ def replay(args: argparse.Namespace) -> int:
 def options_in(path: str | Path | None, told: Mapping[str, Any], task: str) -> dict[str, Any]:
     """The options among what a file tells, held against a task. Raises ValueError with the path."""
     given = {name: value for name, value in told.items() if name not in ORIGIN}
-    if given.pop("task", GENERATE) != task:
-        raise ValueError(f"{path} holds settings of {told['task']}: ldm2 replay makes them again")
     try:
+        recorded_task = options_of(Settings)["task"].kind.check("task", given.pop("task", GENERATE))
+        if recorded_task != task:
+            raise ValueError(f"it holds settings of {recorded_task}: ldm2 replay makes them again")
         settings = Settings.create(task, **given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ldm2.stages import Stages
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reconstruction:
     """A sound before and after, both float32 (N,) at the model's sample_rate (Hz). distances: see metrics.compare."""
 

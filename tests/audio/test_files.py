@@ -358,6 +358,14 @@ def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(tmp_path):
     assert len(audio.read(tmp_path / "a.wav")[0]) == 20
 
 
+@pytest.mark.parametrize("overwrite", ["no", "yes", 2, None])
+def test_overwriting_that_is_neither_true_nor_false_is_refused(tmp_path, overwrite):
+    audio.write(tmp_path / "a.wav", noise(10), 16_000)
+    with pytest.raises(ValueError, match=f"overwrite must be True or False, got {overwrite!r}"):
+        audio.write(tmp_path / "a.wav", noise(20), 16_000, overwrite=overwrite)
+    assert len(audio.read(tmp_path / "a.wav")[0]) == 10
+
+
 @pytest.mark.parametrize("hard_links", [True, False])
 def test_a_file_that_appears_while_writing_is_kept(tmp_path, monkeypatch, hard_links):
     path = tmp_path / "a.wav"

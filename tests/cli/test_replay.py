@@ -100,7 +100,8 @@ def test_a_file_of_settings_is_refused_in_one_line(run, tmp_path, name, text, wo
     with pytest.raises(ValueError) as refusal:
         ldm2.Settings.from_file(name)
     assert words in str(refusal.value) and "\n" not in str(refusal.value)
-    assert run("generate", "--settings", name, "--model", "tiny")[0] == 2
+    code, _, err = run("generate", "--settings", name, "--model", "tiny")
+    assert code == 2 and words in err and err.count("\n") == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes")
