@@ -30,9 +30,16 @@ NOT_OPTIONS = ("prompt", "task")           # arguments and commands instead
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, as all our errors are."""
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            dashed = unknown[0].startswith("-") and hasattr(found, "prompt")
+            hint = "; a prompt that begins with - goes after --" if dashed else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found
+
     def error(self, message: str):
-        _, unknown, words = message.partition("unrecognized arguments: ")
-        hint = "; a prompt that begins with - goes after --" if unknown and words.startswith("-") else ""
+        hint = ""
         if message.endswith("expected one argument"):
             flag = message.removeprefix("argument ").partition(":")[0].rpartition("/")[2]
             hint = f"; a value that begins with - goes after =: {flag}=-..." if flag.startswith("--") else ""

@@ -166,6 +166,17 @@ def test_a_rate_or_subtype_that_a_format_lacks_is_refused_before_the_work(refuse
     refuse(arguments, words)
 
 
+@pytest.mark.parametrize("arguments, prompts", [
+    (("generate", "-loud"), True), (("transfer", "x.wav", "-loud"), True), (("eval", "x", "--model", "tiny"), False),
+    (("models", "--json"), False), (("info", "tiny", "more"), False),
+])
+def test_who_takes_no_prompt_is_not_told_how_to_give_one(capsys, arguments, prompts):
+    with pytest.raises(SystemExit):
+        main(list(arguments))
+    told = capsys.readouterr().err
+    assert "unrecognized arguments" in told and ("a prompt that begins with -" in told) == prompts
+
+
 def test_a_prompt_with_a_zero_character_is_refused(refuse, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("a dog\0barking"))
     refuse(("generate", "-", "--model", "tiny"), ("prompt contains a zero character at index 5",))
