@@ -62,10 +62,12 @@ def conv_transpose1d(x: Tensor, weight: Any, bias: Tensor, stride: int, padding:
     values, scale = cpu._parts(weight)
     (batch, _, length), (ins, outs, taps) = x.shape, values.shape
     reach = -(-taps // stride)                             # inputs in a window
-    blocks = values.new_zeros(stride, outs, reach, ins)
-    parts = values.flatten(1).T.contiguous().view(outs, taps, ins).split(stride, dim=1)
-    for i, part in enumerate(reversed(parts)):             # the last input of a window meets the first taps
-        blocks[: part.shape[1], :, i] = part.transpose(0, 1)
+    blocks = _kept([stride, outs, reach, ins], values.dtype)
+    turned = _kept([outs * taps, ins], values.dtype).copy_(values.flatten(1).T).view(outs, taps, ins)
+    for i, part in enumerate(reversed(turned.split(stride, dim=1))):         # the last input meets the first taps
+        count = part.shape[1]                              # fewer than the stride for the last taps
+        blocks[:count, :, i] = part.transpose(0, 1)
+        blocks[count:, :, i] = 0
     joint = blocks.view(stride * outs, reach * ins)
     given = joint if scale is None else type(weight)(joint, scale.view(outs, 1).repeat(stride, 1))
     apply = _windows_by_winograd if reach == _WINDOW and padding >= stride and _pays(values) else _windows
@@ -126,7 +128,14 @@ def _kept_like(x: Tensor, shape: Sequence[int]) -> Tensor | None:
     model that is compiled."""
     if torch.compiler.is_compiling() or not x.movedim(1, -1).is_contiguous():
         return None
-    return torch.ops.ldm2_cpu.empty_result([shape[0], *shape[2:], shape[1]], x.dtype).movedim(-1, 1)
+    return _kept([shape[0], *shape[2:], shape[1]], x.dtype).movedim(-1, 1)
+
+
+def _kept(shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Room in memory that is kept; in PyTorch's for a model that is compiled."""
+    if torch.compiler.is_compiling():
+        return torch.empty(shape, dtype=dtype)
+    return torch.ops.ldm2_cpu.empty_result(shape, dtype)
 
 
 def _leaky_conv(x: Tensor, weight: Any, bias: Tensor, residual: Tensor | None, dilation: int, slope: float) -> Tensor:
