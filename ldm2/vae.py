@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm2 import ops
 from ldm2.config import VAEConfig
-from ldm2.layers import Conv3x3, Downsample, GroupNorm, GroupNormSiLU, ResnetBlock, Upsample
+from ldm2.layers import Conv3x3, Downsample, GroupNorm, GroupNormSiLU, Linear, ResnetBlock, Upsample
 
 _EPS = 1e-6                                                # of every group norm in the VAE
 
@@ -60,10 +60,10 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.group_norm = GroupNorm(groups, channels, eps=_EPS)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels)
+        self.to_k = Linear(channels, channels)
+        self.to_v = Linear(channels, channels)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]           # (B, 1 head, T F, C)
