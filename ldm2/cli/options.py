@@ -176,7 +176,10 @@ def one_prompt(words: list[str]) -> str | None:
     if len(words) > 1:
         raise ValueError(f"one prompt, please: put quotes around it, \"{' '.join(words)}\"")
     if words == ["-"]:
-        return sys.stdin.read().strip()
+        try:
+            return sys.stdin.read().removeprefix("\ufeff").strip()           # what some shells put before a text
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the prompt on stdin is not text: {error}") from None
     return words[0] if words else None
 
 

@@ -103,7 +103,11 @@ def manifest_prompts(manifest: str | Path, paths: Sequence[Path]) -> dict[Path, 
     for path in paths:
         names.setdefault(path.name, []).append(path)
     found: dict[Path, str] = {}
-    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = manifest.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{manifest} is not UTF-8: {error}") from None
+    for number, line in enumerate(lines, start=1):
         row = _row(line, f"{manifest}, line {number}")
         if row is None:
             continue

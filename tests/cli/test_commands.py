@@ -182,6 +182,16 @@ def test_a_prompt_with_a_zero_character_is_refused(refuse, monkeypatch):
     refuse(("generate", "-", "--model", "tiny"), ("prompt contains a zero character at index 5",))
 
 
+def test_a_prompt_on_stdin_is_text_without_a_byte_order_mark(tiny_checkpoint, run, tmp_path, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfa low bell\r\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stream)
+    assert run("generate", "-", *short(tiny_checkpoint), "-q", "-o", "x.wav")[0] == 0
+    assert json.loads(audio.read_metadata(tmp_path / "x.wav")["comment"])["prompt"] == "a low bell"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    code, _, err = run("generate", "-", *short(tiny_checkpoint))
+    assert code == 2 and err.startswith("ldm2: error: the prompt on stdin is not text: 'utf-8' codec can't decode")
+
+
 def test_the_sound_on_stdout_is_the_file(tiny_checkpoint, tmp_path):
     arguments = ("generate", PROMPT, *short(tiny_checkpoint), "--seed", 1, "-q", "-o")
     assert run_ldm2(*arguments, "x.wav", cwd=tmp_path).returncode == 0

@@ -136,6 +136,8 @@ def test_one_sound_has_its_own_distances_only(folder, run, tiny_checkpoint):
     (["made", "--prompts", "empty.jsonl"], ["no prompt for 2 of 2 sounds", "sound-00.wav"]),
     (["made", "--prompts", "no-prompt.jsonl"], ["line 1 needs a text under one of prompt, caption, text, got 3"]),
     (["made", "--prompts", "twice.jsonl"], ["line 2: a second prompt for"]),
+    (["made", "--prompts", "marked.jsonl"], ["line 1 needs a text"]),
+    (["made", "--prompts", "latin.jsonl"], ["latin.jsonl is not UTF-8", "0xe9"]),
     (["made", "--reference", "made", "--clap", "audioldm3"], ["unknown model 'audioldm3'"]),
     (["made", "--reference", "made", "--clap", "some/clap", "--local-files-only"], ["some/clap is not in the cache"]),
     (["made", "--reference", "made", "--device", "abacus"], ["unknown device 'abacus'"]),
@@ -150,6 +152,8 @@ def test_bad_input_is_refused_in_one_line(folder, run, tmp_path, monkeypatch, ar
             "twice": '{"path": "sound-00.wav", "prompt": "a"}\n{"path": "sound-00.wav", "prompt": "b"}'}
     for name, text in rows.items():
         (tmp_path / f"{name}.jsonl").write_text(text)
+    (tmp_path / "marked.jsonl").write_text(rows["no-prompt"], encoding="utf-8-sig")
+    (tmp_path / "latin.jsonl").write_bytes("caf\xe9".encode("latin-1"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(embedding, "DEFAULT", str(tiny_checkpoint))
     code, out, err = run(*arguments)
