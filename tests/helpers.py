@@ -17,6 +17,7 @@ from ldm2.unet import UNet
 from ldm2.vae import VAE
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"         # PYTHONPATH of processes, which shall have the same kernels
 PROMPT = "a dog barking in the rain"
 
 # scheduler/scheduler_config.json of cvssp/audioldm2.
@@ -129,7 +130,7 @@ class Tape:
 
 def run_ldm2(*arguments, cwd: Path, **keywords) -> subprocess.CompletedProcess:
     """Runs `python -m ldm2 ARGUMENTS` in the folder `cwd`."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": PACKAGES, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ldm2", *map(str, arguments)]
     keywords = {"text": True, "timeout": 120} | keywords
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, **keywords)

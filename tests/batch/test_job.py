@@ -25,7 +25,7 @@ from ldm2.batch.rows import Rules, seed_of
 from ldm2.batch.worker import Worker
 from ldm2.cli.batch import _shard_around
 from ldm2.cli.commands import main
-from tests.helpers import ROOT, relative, tone
+from tests.helpers import PACKAGES, relative, tone
 
 PROMPTS = ["a rising sweep", "low hum", "a high tone", "white noise", "low hum"]
 SHORT = {"steps": 2, "seconds": 0.4}
@@ -310,7 +310,7 @@ def test_a_part_that_cannot_be_is_refused(monkeypatch, told, words):
 
 def _start(tmp_path, *arguments):
     command = [sys.executable, "-m", "ldm2", "batch", "rows.jsonl", "-o", "out", "--model", "tiny", "--batch", "1"]
-    return subprocess.Popen([*command, *arguments], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    return subprocess.Popen([*command, *arguments], cwd=tmp_path, env=os.environ | {"PYTHONPATH": PACKAGES},
                             stderr=subprocess.PIPE, text=True, preexec_fn=_hears_ctrl_c)
 
 

@@ -22,7 +22,7 @@ from ldm2.cli.commands import main
 from ldm2.option_kinds import parse_interval
 from ldm2.pipeline import AudioLDM2
 from ldm2.settings import PRESETS
-from tests.helpers import PROMPT, ROOT, run_ldm2
+from tests.helpers import PACKAGES, PROMPT, ROOT, run_ldm2
 
 
 def _raise(error: Exception):
@@ -303,7 +303,7 @@ def test_other_errors_of_pytorch_are_not_taken_for_it(tiny_checkpoint, monkeypat
 ])
 def test_closed_streams_hold_and_take_nothing(tmp_path, closed, arguments, code):
     command = f"{sys.executable} -m ldm2 {arguments} {closed}"
-    done = subprocess.run(command, shell=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": PACKAGES},
                           capture_output=True, text=True)
     assert done.returncode == code and done.stderr.count("\n") == (code != 0), done.stderr
     assert (tmp_path / "x.wav").exists() == (code == 0)
@@ -314,7 +314,7 @@ def test_waiting_threads_sleep_unless_told_otherwise(tmp_path):
     program = "import os, sys, ldm2.__main__ as cli; cli.main(['models']); print(os.environ['OMP_WAIT_POLICY'])"
     for given, expected in ((None, "passive"), ("active", "active")):
         env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-        env |= {"PYTHONPATH": str(ROOT)} | ({} if given is None else {"OMP_WAIT_POLICY": given})
+        env |= {"PYTHONPATH": PACKAGES} | ({} if given is None else {"OMP_WAIT_POLICY": given})
         done = subprocess.run([sys.executable, "-c", program], env=env, cwd=tmp_path, capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == expected
 

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from tests.helpers import ROOT
+from tests.helpers import PACKAGES
 
 
 def losses(out):
@@ -20,7 +20,7 @@ def losses(out):
 
 def killed(words, state):
     """Run `ldm2 WORDS` and kill it after its first save, in the file `state` -> the step of the last save."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": PACKAGES, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "ldm2", *words], env=environment)
     while process.poll() is None and not state.exists():
         time.sleep(0.01)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +19,9 @@ from ldm2.training.objective import add_noise
 from ldm2.training.options import FINETUNE, LORA, Training
 from ldm2.training.tiny.sounds import sounds
 from ldm2.weights import read_safetensors
+from tests.helpers import PACKAGES
 from tests.training.runs import killed, losses
 
-ROOT = Path(__file__).parents[2]
 LORA_FILE, STATE = "pytorch_lora_weights.safetensors", "training/lora.pt"
 SHORT = ("--seconds", "0.64", "--rank", "2", "--batch-size", "2", "--warmup", "1", "--model", "tiny", "-q")
 
@@ -312,7 +311,7 @@ def test_checkpointing_changes_memory_and_not_gradients(clips, cache):
 def test_torchrun_trains_as_one_process_with_twice_the_batch(run, clips, cache, tmp_path):
     one = run("--steps", "2", "--batch-size", "4", out="one")
     words = ["train", "lora", str(clips), "-o", str(tmp_path / "two"), "--cache", str(cache), *SHORT, "--steps", "2"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": PACKAGES, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ldm2", *words],
                    env=environment, check=True)
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-4)
