@@ -29,7 +29,8 @@ struct Scale {
 };
 
 // The sum of the squares of `count` numbers times a factor. count: a multiple of PANEL.
-inline float squares_of(const float* from, int64_t count, float factor) {
+template <class Element>
+float squares_of(const Element* from, int64_t count, float factor) {
   vec even{}, odd{};
   int64_t k = 0;
   for (; k + 2 * LANES <= count; k += 2 * LANES) {
@@ -41,7 +42,8 @@ inline float squares_of(const float* from, int64_t count, float factor) {
 }
 
 // Of the largest of `count` numbers. Without their signs, floats are ordered as their bits.
-inline Scale scale_of_largest(const float* from, int64_t count) {
+template <class Element>
+Scale scale_of_largest(const Element* from, int64_t count) {
   ivec largest{};
   for (int64_t k = 0; k < count; k += LANES) {
     ivec bits = (ivec)load(from + k) & 0x7fffffff;
@@ -51,7 +53,8 @@ inline Scale scale_of_largest(const float* from, int64_t count) {
 }
 
 // Of the root of the mean square. Squares leave the range of float32 before the numbers do.
-inline Scale scale_of(const float* from, int64_t count) {
+template <class Element>
+Scale scale_of(const Element* from, int64_t count) {
   float squares = squares_of(from, count, 1.0f);
   if (squares > 1e-24f && squares < 1e36f) return Scale(std::sqrt(squares / count));
   Scale largest = scale_of_largest(from, count);

@@ -23,8 +23,8 @@ using Product = Float32;
 
 ldm2::Kernels ldm2::JOINED(kernels_, LDM2_SET)() {
   return {TEXT(LDM2_SET), winograd<WinogradFloat>(), winograd<WinogradBFloat16>(), norms<Float32>(),
-          norms<BFloat16>(), linear<Float32>, linear<BFloat16>, strassen_rows<Product>, strassen<Product>,
-          STRASSEN_ROWS_LEAST<Product>, round_rows<Float32>, round_rows<BFloat16>, linear_int8<Float32>,
+          norms<BFloat16>(), linear<Float32>, linear<BFloat16>, strassen_float<Product>(),
+          strassen_bfloat16<Product>(), round_rows<Float32>, round_rows<BFloat16>, linear_int8<Float32>,
           linear_int8<BFloat16>, attention<Float32, Product>, attention<BFloat16>, attention_scratch, absorbed<Float32>,
           absorbed<BFloat16>, absorbed_scratch};
 }

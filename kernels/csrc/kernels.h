@@ -146,6 +146,16 @@ constexpr int64_t strassen_scratch(int64_t depth, int64_t w_rows) {
 // Bytes from row to row of integers of 8 bits: whole words of four.
 constexpr int64_t int8_stride(int64_t depth) { return (depth + 3) / 4 * 4; }
 
+// The layers of one dtype by Strassen's algorithm in float32. rows are even, depth is a multiple of 2 * PANEL, width one
+// of the unit.
+struct StrassenKernels {
+  int64_t rows_least;                                      // of an item of a batch, for which that pays
+  // Operands and factors of pairs [first, end) of rows of x.
+  void (*rows)(const Linear& job, int64_t first, int64_t end, float* operands, float* factors);
+  // With these as row_factors, columns [unit * first, unit * end) of y.
+  void (*multiply)(const Linear& job, int64_t first, int64_t end, const float* operands, float* scratch);
+};
+
 struct Kernels {
   const char* name;
   WinogradKernels winograd_float, winograd_bfloat16;
@@ -153,12 +163,7 @@ struct Kernels {
   // Columns [16 * first, 16 * end) of y.
   void (*linear_float)(const Linear& job, int64_t first, int64_t end, float* scratch);
   void (*linear_bfloat16)(const Linear& job, int64_t first, int64_t end, float* scratch);
-  // The same in float32 by Strassen's algorithm. First operands and factors of pairs [first, end) of rows of x; then,
-  // with these as row_factors, columns [unit * first, unit * end) of y. rows are even, depth is a multiple of
-  // 2 * PANEL, width one of the unit.
-  void (*strassen_rows)(const Linear& job, int64_t first, int64_t end, float* operands, float* factors);
-  void (*strassen)(const Linear& job, int64_t first, int64_t end, const float* operands, float* scratch);
-  int64_t strassen_rows_least;                             // of an item of a batch, for which that pays
+  StrassenKernels strassen_float, strassen_bfloat16;       // the latter none where there are products of bfloat16
   void (*round_float)(const Rounding& job, int64_t first_row, int64_t end_row);
   void (*round_bfloat16)(const Rounding& job, int64_t first_row, int64_t end_row);
   // A layer of such rows (x, int8_stride(depth) apart) with int8 weights, to float32 or bfloat16. depth: at most

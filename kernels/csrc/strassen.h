@@ -84,11 +84,13 @@ inline void add_pairs(const vec made[ldm2::STRASSEN_PRODUCTS], vec sums[4]) {
   }
 }
 
-template <class Type>
+// Of x in the numbers of Given, for products of Type.
+template <class Type, class Given>
 void strassen_rows(const ldm2::Linear& job, int64_t first, int64_t end, float* operands, float* factors) {
   int64_t half = job.depth / 2;
   for (int64_t pair = first; pair < end; pair++) {
-    const float *top = static_cast<const float*>(job.x) + 2 * pair * job.x_stride, *bottom = top + job.x_stride;
+    auto top = static_cast<const typename Given::element*>(job.x) + 2 * pair * job.x_stride;
+    auto bottom = top + job.x_stride;
     float* to = operands + pair * ldm2::strassen_stride(job.depth);
     Scale upper = scale_of(top, job.depth), lower = scale_of(bottom, job.depth);
     factors[2 * pair] = upper.factor, factors[2 * pair + 1] = lower.factor;
@@ -110,16 +112,18 @@ void strassen_rows(const ldm2::Linear& job, int64_t first, int64_t end, float* o
 
 // The weights of 16 output channels from `left` and 16 from `right`: each operand's panel, `stride` apart. starts: of
 // PairedFloat32, a number for each column of each operand, PAIR apart.
-template <class Type>
+template <class Type, class Element>
 void strassen_panels(const ldm2::Linear& job, int64_t left, int64_t right, float* factors, float* panels,
                      int64_t stride, float* starts) {
+  auto w = static_cast<const Element*>(job.w);
   int64_t half = job.depth / 2, columns[] = {left, right};
   float inverses[2][PANEL];
   for (int side = 0; side < 2; side++) {
     for (int64_t i = 0; i < PANEL; i++) {
       int64_t column = columns[side] + i;
-      Scale scale = scale_of(static_cast<const float*>(job.w) + column * job.depth, job.depth);
-      factors[column] = scale.factor, inverses[side][i] = scale.inverse;
+      Scale scale = scale_of(w + column * job.depth, job.depth);
+      factors[column] = job.factors == nullptr ? scale.factor : scale.factor * job.factors[column];
+      inverses[side][i] = scale.inverse;
     }
   }
   constexpr int QUADRANTS[2][2] = {{B11, B21}, {B12, B22}};
@@ -127,7 +131,7 @@ void strassen_panels(const ldm2::Linear& job, int64_t left, int64_t right, float
   for (int64_t k = 0; k < half; k += LANES) {
     for (int n = 0; n < 4; n++) {
       int side = n / 2, part = n % 2;
-      const float* from = static_cast<const float*>(job.w) + columns[side] * job.depth + part * half + k;
+      const Element* from = w + columns[side] * job.depth + part * half + k;
       transpose_squares(LANES, panels + QUADRANTS[side][part] * stride + k * PANEL, [&](int64_t row, int64_t) {
         return broadcast(inverses[side] + row) * signs<Type>() * load(from + row * job.depth);
       });
@@ -162,16 +166,19 @@ void strassen_step(const Step& step, int64_t rows, int64_t depth, const float* a
 }
 
 // Rows of y, and of what is added to it, are fetched while their products are made.
-inline void fetch_results(const ldm2::Linear& job, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+template <class Element>
+void fetch_results(const ldm2::Linear& job, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  constexpr int64_t LINE = Ahead::LINE / sizeof(Element);
   for (int64_t i = row; i < row + rows; i++) {
-    for (int64_t n = column; n < column + columns; n += PANEL) {
-      __builtin_prefetch(static_cast<const float*>(job.y) + i * job.width + n, 1);
-      if (job.residual != nullptr) __builtin_prefetch(static_cast<const float*>(job.residual) + i * job.width + n);
+    for (int64_t n = column; n < column + columns; n += LINE) {
+      __builtin_prefetch(static_cast<const Element*>(job.y) + i * job.width + n, 1);
+      if (job.residual != nullptr) __builtin_prefetch(static_cast<const Element*>(job.residual) + i * job.width + n);
     }
   }
 }
 
-template <class Type>
+// x, y and weights in the numbers of Given, or weights in integers of 8 bits.
+template <class Type, class Given>
 void strassen(const ldm2::Linear& given, int64_t first, int64_t end, const float* operands, float* scratch) {
   constexpr int64_t PRODUCTS = ldm2::STRASSEN_PRODUCTS;
   int64_t half = given.depth / 2, panel = half * PANEL, stride = ldm2::strassen_stride(given.depth);
@@ -183,26 +190,42 @@ void strassen(const ldm2::Linear& given, int64_t first, int64_t end, const float
   ldm2::Linear job = given;
   float* factors = starts + PRODUCTS * PAIR;
   job.factors = factors;
+  auto lay_out = given.factors != nullptr ? strassen_panels<Type, int8_t>
+                                          : strassen_panels<Type, typename Given::element>;
   int64_t unit = ldm2::strassen_unit(given.gated), gates = given.gated ? given.width : PANEL;
   for (int64_t column = first * unit; column < end * unit; column += unit) {
     int64_t left[] = {column, column + gates}, right[] = {column + unit / 2, column + unit / 2 + gates};
     for (int n = 0; n < 2; n++) {
-      strassen_panels<Type>(given, left[n], right[n], factors, weights + n * panel, 2 * panel, starts + n * PANEL);
+      lay_out(given, left[n], right[n], factors, weights + n * panel, 2 * panel, starts + n * PANEL);
     }
-    Ahead ahead[] = {rows_ahead<Float32>(given, column + unit, unit, end * unit), {}};
-    if (given.gated) ahead[1] = rows_ahead<Float32>(given, gates + column + unit, unit, gates + end * unit);
+    Ahead ahead[] = {rows_ahead<Given>(given, column + unit, unit, end * unit), {}};
+    if (given.gated) ahead[1] = rows_ahead<Given>(given, gates + column + unit, unit, gates + end * unit);
     for (int64_t tile = 0; tile < count; tile++) {
       int64_t pair = pairs * tile / count, height = pairs * (tile + 1) / count - pair;
       const float* rows = operands + pair * stride;
-      fetch_results(given, 2 * pair, 2 * height, column, unit);
+      fetch_results<typename Given::element>(given, 2 * pair, 2 * height, column, unit);
       for (const Step& step : STEPS) {
         Start<Type> start{rows + PRODUCTS * half + step.a, starts + step.b * PAIR, stride};
         strassen_step(step, height, half, rows + step.a * half, stride, weights + step.b * 2 * panel, start, tiles,
                       ahead[ahead[0].next < ahead[0].end ? 0 : 1]);
       }
-      finish<Float32>(job, 2 * pair, 2 * height, left, 2, sums);
-      finish<Float32>(job, 2 * pair, 2 * height, right, 2, sums + SIZE);
+      finish<Given>(job, 2 * pair, 2 * height, left, 2, sums);
+      finish<Given>(job, 2 * pair, 2 * height, right, 2, sums + SIZE);
     }
+  }
+}
+
+template <class Type>
+ldm2::StrassenKernels strassen_float() {
+  return {STRASSEN_ROWS_LEAST<Type>, strassen_rows<Type, Float32>, strassen<Type, Float32>};
+}
+
+template <class Type>
+ldm2::StrassenKernels strassen_bfloat16() {
+  if constexpr (WIDENED) {
+    return {STRASSEN_ROWS_LEAST<Type>, strassen_rows<Type, BFloat16>, strassen<Type, BFloat16>};
+  } else {
+    return {};
   }
 }
 

@@ -9,29 +9,29 @@ constexpr int64_t LEAST_DEPTH = 256;                       // below, sums cost m
 
 // Whether Strassen's algorithm takes a layer, and is faster. Rows are paired within an item of the batch, which has
 // `rows` of them. How many items there are does not matter: what becomes of one does not depend on others.
-bool suits_strassen(const Linear& job, int64_t rows) {
-  return job.factors == nullptr && rows % 2 == 0 && rows >= kernels().strassen_rows_least && job.depth >= LEAST_DEPTH &&
+bool suits(const StrassenKernels& strassen, const Linear& job, int64_t rows) {
+  return strassen.multiply != nullptr && rows % 2 == 0 && rows >= strassen.rows_least && job.depth >= LEAST_DEPTH &&
          job.depth % (2 * PANEL) == 0 && job.width % strassen_unit(job.gated) == 0;
 }
 
+// A linear layer by Strassen's algorithm. size: bytes of a number of x and y.
 // Operands of x are made in pieces that the cache of all cores holds, shared by the threads.
-void strassen(const Linear& given) {
+void multiply(const StrassenKernels& strassen, const Linear& given, int64_t size) {
   static thread_local Scratch shared;
   int64_t stride = strassen_stride(given.depth), pairs = given.rows / 2;
   int64_t blocks = ceil_div(4 * pairs * stride, STRASSEN_CACHE), most = ceil_div(pairs, blocks);
   float *operands = shared.get(most * (stride + 2)), *factors = operands + most * stride;
   for (int64_t block = 0; block < blocks; block++) {
-    Linear job = rows_of(given, 2 * (pairs * block / blocks), 2 * (pairs * (block + 1) / blocks), sizeof(float),
-                         sizeof(float));
+    Linear job = rows_of(given, 2 * (pairs * block / blocks), 2 * (pairs * (block + 1) / blocks), size, size);
     share(job.rows / 2, 16, [&](int64_t first, int64_t end) {
-      kernels().strassen_rows(job, first, end, operands, factors);
+      strassen.rows(job, first, end, operands, factors);
     });
     job.row_factors = factors;
     int64_t units = job.width / strassen_unit(job.gated), w_rows = job.gated ? 2 * job.width : job.width;
     share_out(job.rows / 2, 24, units, [&](int64_t pair, int64_t end_pair, int64_t unit, int64_t end) {
       static thread_local Scratch scratch;
-      kernels().strassen(rows_of(job, 2 * pair, 2 * end_pair, sizeof(float), sizeof(float)), unit, end,
-                         operands + pair * stride, scratch.get(strassen_scratch(job.depth, w_rows)));
+      strassen.multiply(rows_of(job, 2 * pair, 2 * end_pair, size, size), unit, end, operands + pair * stride,
+                        scratch.get(strassen_scratch(job.depth, w_rows)));
     });
   }
 }
@@ -54,11 +54,12 @@ at::Tensor add_linear(const at::Tensor& x, const at::Tensor& given, const std::o
   Linear job{rows.count, rows.width, width, rows.stride, rows.tensor.const_data_ptr(), weight.const_data_ptr(),
              float_data(factors), nullptr, float_data(wide_bias),
              residual.has_value() ? residual->const_data_ptr() : nullptr, y.data_ptr(), gated};
-  if (type == at::kFloat && suits_strassen(job, rows.count / x.size(0))) {
-    strassen(job);
+  bool wide = type == at::kFloat;
+  const StrassenKernels& strassen = wide ? kernels().strassen_float : kernels().strassen_bfloat16;
+  if (suits(strassen, job, rows.count / x.size(0))) {
+    multiply(strassen, job, x.element_size());
   } else {
-    multiply(job, x.element_size(), x.element_size(),
-             type == at::kFloat ? kernels().linear_float : kernels().linear_bfloat16);
+    multiply(job, x.element_size(), x.element_size(), wide ? kernels().linear_float : kernels().linear_bfloat16);
   }
   return y;
 }

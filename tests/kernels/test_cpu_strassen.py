@@ -29,9 +29,12 @@ def test_they_are_as_exact_as_the_rule_asks(library, rows, ins, outs):
     assert_within_the_accuracy_rule(ops.linear_geglu, (x, weight, bias))
 
 
-def test_they_are_as_exact_with_every_instruction_set(instruction_set):
-    assert_within_the_accuracy_rule(ops.linear, linear_inputs(134, 288, 192))
-    assert_within_the_accuracy_rule(ops.linear_geglu, linear_inputs(134, 288, 192))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_they_are_as_exact_with_every_instruction_set(instruction_set, dtype):
+    """bfloat16 too where the processor has no products for it."""
+    inputs = [part.to(dtype) for part in linear_inputs(134, 288, 192)]
+    assert_within_the_accuracy_rule(ops.linear, inputs)
+    assert_within_the_accuracy_rule(ops.linear_geglu, inputs)
 
 
 @pytest.mark.parametrize("change", [

@@ -28,6 +28,8 @@ CASES = {
     "one row": (ops.linear, lambda: (draw(1, 64), weight(32, 64), draw(32))),
     "odd sizes": (ops.linear, lambda: (draw(2, 7, 70), weight(48, 70), draw(48))),
     "many rows": (ops.linear, lambda: (draw(300, 390), weight(80, 390), None)),
+    "fewer multiplications": (ops.linear, lambda: (draw(2, 130, 288), weight(192, 288), draw(192))),
+    "fewer, with gates": (ops.linear_geglu, lambda: (draw(2, 134, 256), weight(192, 256), draw(192))),
     "few channels": (ops.linear, lambda: (draw(40, 20), weight(6, 20), draw(6))),
     "gates": (ops.linear_geglu, lambda: (draw(2, 33, 70), weight(96, 70), draw(96))),
     "conv1x1": (ops.conv1x1, lambda: (draw(2, 48, 9, 7), weight(32, 48, 1, 1), draw(32))),
