@@ -243,14 +243,14 @@ struct WinogradConvolution {
     if (whole) blocks = even = parts;
     bool alone = blocks > 1 && tiles >= even * LEAST_ALONE;                  // else all threads share each block
     if (alone) blocks = even;
-    PackedWeights all{};
+    std::optional<PackedWeights> all;                      // where blocks are many, else each packs what it uses
     if (blocks > 1 && !whole) all = pack_all();
     auto work = [&](int64_t from, int64_t to) {
       static thread_local Scratch scratch;
       float* v = scratch.get(v_floats(ceil_div(tiles, blocks)));
       for (int64_t n = from; n < to; n++) {
         int64_t begin = tiles * n / blocks, end = tiles * (n + 1) / blocks;
-        block(begin, end - begin, v, blocks > 1 && !whole ? &all : nullptr);
+        block(begin, end - begin, v, all.has_value() ? &*all : nullptr);
       }
     };
     if (alone) {

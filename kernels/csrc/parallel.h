@@ -5,7 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <vector>
+#include <deque>
 
 #include "memory.h"
 
@@ -20,7 +20,6 @@ class alignas(64) Part {
   };
 
   Part(int64_t first, int64_t end) : left_(packed(first, end)) {}
-  Part(const Part& other) : left_(other.left_.load()) {}
 
   // A quarter of what is left, or half of it from the back, at least `least`. Empty where nothing is left.
   Piece take(int64_t least, bool from_back) {
@@ -53,7 +52,7 @@ void share(int64_t count, int64_t least, const Work& work) {
     return;
   }
   TORCH_CHECK(count <= 0xffffffff, "too much to share: ", count);
-  std::vector<Part> parts;
+  std::deque<Part> parts;                                  // which does not move them
   for (int64_t n = 0; n < threads; n++) parts.emplace_back(count * n / threads, count * (n + 1) / threads);
   at::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
     for (int64_t n = 0; n < threads; n++) {

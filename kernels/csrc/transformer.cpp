@@ -14,8 +14,8 @@ bool suits(const StrassenKernels& strassen, const Linear& job, int64_t rows) {
          job.depth % (2 * PANEL) == 0 && job.width % strassen_unit(job.gated) == 0;
 }
 
-// A linear layer by Strassen's algorithm. size: bytes of a number of x and y.
-// Operands of x are made in pieces that the cache of all cores holds, shared by the threads.
+// A linear layer by Strassen's algorithm. Operands of x are made in pieces that the cache of all cores holds, shared by
+// the threads. size: bytes of a number of x and y.
 void multiply(const StrassenKernels& strassen, const Linear& given, int64_t size) {
   static thread_local Scratch shared;
   int64_t stride = strassen_stride(given.depth), pairs = given.rows / 2;
